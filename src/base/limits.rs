@@ -1,0 +1,30 @@
+//! Every limit of the program has a name here, with what it bounds and where its value comes from.
+
+use super::units::{GIB, KIB, MIB, TIB};
+
+/// Longest name of a machine, a disk or a peer, in bytes: a file name of 255 bytes less any suffix we add.
+pub const NAME_BYTES_MAX: usize = 128;
+/// Largest disk, in bytes: what VHDX allows (MS-VHDX 2.6.2.2).
+pub const DISK_BYTES_MAX: u64 = 64 * TIB;
+/// Most disks of one machine: what a Hyper-V generation 2 machine can hold on four controllers.
+pub const DISKS_PER_MACHINE_MAX: usize = 256;
+/// Largest FUSE request, in bytes: 256 pages, the kernel's default `fs.fuse.max_pages_limit`.
+pub const REQUEST_BYTES_MAX: u64 = MIB;
+/// Largest raw content of one delta-log frame, in bytes: a staged frame is decoded in one buffer of this size.
+pub const FRAME_BYTES_MAX: u64 = MIB;
+/// Memory for pre-images of one machine, in bytes. When it is full the epoch is merged into the next one.
+pub const PRESERVE_BYTES_MAX: u64 = 256 * MIB;
+/// Delta-log bytes that a primary may send beyond what the replica has made durable.
+pub const CREDIT_BYTES: u64 = 64 * MIB;
+/// Largest control message, in bytes: a greeting with [`DISKS_PER_MACHINE_MAX`] disks and their names.
+pub const MESSAGE_BYTES_MAX: usize = 256 * 1024;
+
+const _: () = assert!(FRAME_BYTES_MAX >= REQUEST_BYTES_MAX);
+const _: () = assert!(
+    CREDIT_BYTES > 2 * FRAME_BYTES_MAX,
+    "a sender must always be able to send one more frame"
+);
+const _: () = assert!(PRESERVE_BYTES_MAX >= 64 * REQUEST_BYTES_MAX && PRESERVE_BYTES_MAX < GIB);
+const _: () = assert!(MESSAGE_BYTES_MAX > DISKS_PER_MACHINE_MAX * (NAME_BYTES_MAX + KIB_USIZE / 2));
+
+const KIB_USIZE: usize = super::units::to_usize(KIB);

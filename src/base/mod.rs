@@ -1,0 +1,11 @@
+//! Floor 0: the words everything else is written in: units, identities, time, checksums, limits.
+//!
+//! Nothing here does input or output. Conversions between integer types live in [`units`], so that an `as` anywhere
+//! else is a finding.
+#![forbid(unsafe_code)]
+
+pub mod checksum;
+pub mod clock;
+pub mod ids;
+pub mod limits;
+pub mod units;

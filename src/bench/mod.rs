@@ -1,0 +1,2 @@
+//! Floor 4: throughput and latency of files and mounts, side by side.
+#![forbid(unsafe_code)]

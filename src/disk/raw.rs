@@ -1,0 +1,214 @@
+//! A raw image: the disk's bytes and nothing else, in a file or on a block device.
+//!
+//! # Crash contract
+//! There is no metadata. A write is in the page cache when it returns and durable at the next flush.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use super::{Access, Content, Disk, DiskError, Fua, Geometry, Space, check_run};
+use crate::{
+    base::units::{Extent, SECTOR_BYTES, to_usize},
+    storage::Storage,
+};
+
+/// A disk in a raw image.
+#[derive(Debug)]
+pub struct RawDisk {
+    storage: Arc<dyn Storage>,
+    geometry: Geometry,
+    access: Access,
+    /// Set by the first failed sync and by close: nothing written from then on could be trusted.
+    stopped: AtomicBool,
+}
+
+/// Why a file is not a raw image.
+#[derive(Debug, thiserror::Error)]
+pub enum RawError {
+    /// The file could not be examined.
+    #[error("cannot find the length of the raw image")]
+    Io(#[from] io::Error),
+    /// Not a whole number of sectors, or none at all.
+    #[error(
+        "a raw image has a multiple of {SECTOR_BYTES} bytes and is not empty, this one has {0} bytes"
+    )]
+    Length(u64),
+}
+
+impl RawDisk {
+    /// The disk in `storage`, as large as that is now.
+    pub fn open(storage: Arc<dyn Storage>, access: Access) -> Result<Self, RawError> {
+        let size = storage.len()?;
+        if size == 0 || size % SECTOR_BYTES != 0 {
+            return Err(RawError::Length(size));
+        }
+        let geometry = Geometry {
+            size,
+            logical_sector: 512,
+            physical_sector: 4096,
+        };
+        Ok(Self {
+            storage,
+            geometry,
+            access,
+            stopped: AtomicBool::new(false),
+        })
+    }
+
+    fn check_write(&self) -> Result<(), DiskError> {
+        if self.stopped.load(Ordering::Acquire) {
+            return Err(DiskError::Stopped(
+                "an earlier flush failed, or the disk was closed".into(),
+            ));
+        }
+        if self.access == Access::ReadOnly {
+            Err(DiskError::ReadOnly)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {
+    move |source| DiskError::Io {
+        operation,
+        offset,
+        source,
+    }
+}
+
+impl Disk for RawDisk {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        check_run(offset, buf.len(), self.geometry.size)?;
+        self.storage
+            .read_at(offset, buf)
+            .map_err(failed("read", offset))
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> Result<(), DiskError> {
+        check_run(offset, buf.len(), self.geometry.size)?;
+        self.check_write()?;
+        self.storage
+            .write_at(offset, buf, fua)
+            .map_err(failed("write", offset))
+    }
+
+    fn zero(&self, run: Extent, space: Space, fua: Fua) -> Result<(), DiskError> {
+        check_run(run.offset, to_usize(run.len), self.geometry.size)?;
+        self.check_write()?;
+        self.storage
+            .zero(run, space)
+            .map_err(failed("zero", run.offset))?;
+        match fua {
+            Fua::Yes => self.flush(),
+            Fua::No => Ok(()),
+        }
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        if self.access == Access::ReadOnly {
+            return Ok(());
+        }
+        self.check_write()?;
+        self.storage.sync().map_err(|source| {
+            self.stopped.store(true, Ordering::Release);
+            DiskError::Io {
+                operation: "flush",
+                offset: 0,
+                source,
+            }
+        })
+    }
+
+    fn run_at(&self, offset: u64) -> Result<(Extent, Content), DiskError> {
+        let size = self.geometry.size;
+        check_run(offset, 1, size)?;
+        let data = self
+            .storage
+            .data_after(offset)
+            .map_err(failed("read", offset))?;
+        Ok(match data {
+            Some(data) if data.offset <= offset => (
+                Extent::new(offset, data.end().min(size) - offset),
+                Content::Data,
+            ),
+            Some(data) => (
+                Extent::new(offset, data.offset.min(size) - offset),
+                Content::Zero,
+            ),
+            None => (Extent::new(offset, size - offset), Content::Zero),
+        })
+    }
+
+    fn close(&self) -> Result<(), DiskError> {
+        if self.access == Access::ReadOnly {
+            return Ok(());
+        }
+        self.flush()?;
+        self.stopped.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::{MemoryStorage, Power};
+
+    fn disk() -> (Arc<Power>, RawDisk) {
+        let power = Power::new();
+        let storage = MemoryStorage::new(&power);
+        storage.set_len(1 << 20).unwrap();
+        (power, RawDisk::open(storage, Access::ReadWrite).unwrap())
+    }
+
+    #[test]
+    fn the_end_is_the_end() {
+        let (_, disk) = disk();
+        for (offset, len) in [
+            ((1 << 20) - 511, 512),
+            (1 << 20, 1),
+            (u64::MAX, 1),
+            (u64::MAX - 511, 512),
+        ] {
+            let refused = disk.write_at(offset, &vec![1; len], Fua::No);
+            assert!(
+                matches!(refused, Err(DiskError::OutOfRange { .. })),
+                "{offset:#x}+{len}"
+            );
+        }
+        disk.write_at((1 << 20) - 512, &[1; 512], Fua::No).unwrap();
+    }
+
+    #[test]
+    fn a_failed_flush_stops_the_disk() {
+        let (power, disk) = disk();
+        disk.write_at(0, &[1; 512], Fua::No).unwrap();
+        power.fail_after(0, io::ErrorKind::Other);
+        assert!(matches!(
+            disk.flush(),
+            Err(DiskError::Io {
+                operation: "flush",
+                ..
+            })
+        ));
+        assert!(
+            matches!(disk.flush(), Err(DiskError::Stopped(_))),
+            "a second flush proves nothing"
+        );
+        assert!(matches!(
+            disk.write_at(0, &[1; 512], Fua::No),
+            Err(DiskError::Stopped(_))
+        ));
+        disk.read_at(0, &mut [0; 512]).unwrap();
+    }
+}

@@ -1,0 +1,2 @@
+//! The `understudy` program: see the library for everything but this call.
+fn main() {}

@@ -1,0 +1,313 @@
+//! [`Storage`] and [`Folder`] over the host's file system: positional I/O on one descriptor, no shared offset.
+//!
+//! I/O goes through the host's page cache. What is acknowledged therefore survives the death of the process, and a
+//! sync makes it survive a power cut; there is no alignment to keep and no second copy to align writes with.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FallocateFlags, OFlag, fallocate},
+    sys::uio::pwrite,
+    unistd::{Whence, lseek64},
+};
+
+use super::{Access, Folder, Fua, Open, Space, Storage, check_component};
+use crate::base::units::{Extent, to_u64, to_usize};
+
+/// Zeros written where the file system cannot zero a run by itself.
+const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// A file or a block device.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    /// The same file opened with `O_DSYNC`: its writes are forced unit access. Block devices and files alike.
+    durable: Option<File>,
+    block_device: bool,
+}
+
+impl FileStorage {
+    /// Opens the existing file or block device at `path`.
+    pub fn open(path: &Path, access: Access) -> io::Result<Self> {
+        let write = access == Access::ReadWrite;
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(OFlag::O_CLOEXEC.bits())
+            .open(path)?;
+        Self::new(file, path, write)
+    }
+
+    /// Creates the file at `path`; an existing one is an error.
+    pub fn create_new(path: &Path) -> io::Result<Self> {
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path)?;
+        Self::new(file, path, true)
+    }
+
+    fn new(file: File, path: &Path, write: bool) -> io::Result<Self> {
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "neither a file nor a block device",
+            ));
+        }
+        let durable = write
+            .then(|| {
+                fs::OpenOptions::new()
+                    .write(true)
+                    .custom_flags(OFlag::O_DSYNC.bits())
+                    .open(path)
+            })
+            .transpose()?;
+        Ok(Self {
+            file,
+            durable,
+            block_device: kind.is_block_device(),
+        })
+    }
+
+    /// The file itself, for locks and identity.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn write_zeros(&self, run: Extent) -> io::Result<()> {
+        let mut offset = run.offset;
+        while offset < run.end() {
+            let step = (run.end() - offset).min(to_u64(ZEROS.len()));
+            self.file.write_all_at(&ZEROS[..to_usize(step)], offset)?;
+            offset += step;
+        }
+        Ok(())
+    }
+
+    fn fallocate(&self, mode: FallocateFlags, run: Extent) -> Result<(), Errno> {
+        fallocate(&self.file, mode, signed(run.offset), signed(run.len))
+    }
+}
+
+impl Storage for FileStorage {
+    fn len(&self) -> io::Result<u64> {
+        if self.block_device {
+            let end = lseek64(&self.file, 0, Whence::SeekEnd)?;
+            return Ok(unsigned(end));
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
+        match (fua, &self.durable) {
+            (Fua::Yes, Some(durable)) => {
+                let mut done = 0;
+                while done < buf.len() {
+                    match pwrite(durable, &buf[done..], signed(offset + to_u64(done))) {
+                        Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                        Ok(count) => done += count,
+                        Err(Errno::EINTR) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                Ok(())
+            }
+            _ => self.file.write_all_at(buf, offset),
+        }
+    }
+
+    fn zero(&self, run: Extent, space: Space) -> io::Result<()> {
+        if run.len == 0 {
+            return Ok(());
+        }
+        let mode = match space {
+            Space::Release => {
+                FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE
+            }
+            Space::Keep => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        };
+        match self.fallocate(mode, run) {
+            Ok(()) => Ok(()),
+            Err(Errno::EOPNOTSUPP | Errno::ENODEV | Errno::ENOSYS) => {
+                let run = match space {
+                    Space::Keep => run,
+                    // A hole never lengthens the file.
+                    Space::Release => Extent::new(
+                        run.offset,
+                        run.end().min(self.len()?).saturating_sub(run.offset),
+                    ),
+                };
+                self.write_zeros(run)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn data_after(&self, offset: u64) -> io::Result<Option<Extent>> {
+        let len = self.len()?;
+        if offset >= len {
+            return Ok(None);
+        }
+        let start = match lseek64(&self.file, signed(offset), Whence::SeekData) {
+            Ok(start) => unsigned(start),
+            Err(Errno::ENXIO) => return Ok(None),
+            // No knowledge of holes: all of it may be data.
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                return Ok(Some(Extent::new(offset, len - offset)));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let end = unsigned(lseek64(&self.file, signed(start), Whence::SeekHole)?);
+        Ok(Some(Extent::new(start, end.saturating_sub(start))))
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+/// A folder of the host's file system.
+#[derive(Debug)]
+pub struct FileFolder {
+    path: PathBuf,
+}
+
+impl FileFolder {
+    /// The folder at `path`, created with its parents if it is not there.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        fs::create_dir_all(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn entry(&self, name: &str) -> io::Result<PathBuf> {
+        check_component(name)?;
+        Ok(self.path.join(name))
+    }
+}
+
+impl Folder for FileFolder {
+    fn open(&self, name: &str, how: Open) -> io::Result<Arc<dyn Storage>> {
+        let path = self.entry(name)?;
+        let nofollow = OFlag::O_NOFOLLOW.bits();
+        let mut options = fs::OpenOptions::new();
+        options
+            .read(true)
+            .write(how != Open::Read)
+            .custom_flags(nofollow);
+        match how {
+            Open::Read | Open::Write => {}
+            Open::CreateNew => {
+                options.create_new(true);
+            }
+            Open::Create => {
+                options.create(true).truncate(false);
+            }
+        }
+        let file = options.open(&path)?;
+        Ok(Arc::new(FileStorage::new(file, &path, how != Open::Read)?))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.entry(from)?, self.entry(to)?)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        fs::remove_file(self.entry(name)?)
+    }
+
+    fn names(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            // A name that is not UTF-8 is none of ours.
+            if let Ok(name) = entry?.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    fn folder(&self, name: &str) -> io::Result<Arc<dyn Folder>> {
+        Ok(Arc::new(Self::open(&self.entry(name)?)?))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()
+    }
+}
+
+fn signed(offset: u64) -> i64 {
+    i64::try_from(offset).expect("callers of Storage keep offsets within 63 bits")
+}
+
+fn unsigned(offset: i64) -> u64 {
+    u64::try_from(offset).expect("lseek(2) returns an offset or an error")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_zeros_and_ends_are_as_promised() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = FileStorage::create_new(&dir.path().join("f")).unwrap();
+        storage.write_at(1 << 20, &[7; 8192], Fua::Yes).unwrap();
+        assert_eq!(storage.len().unwrap(), (1 << 20) + 8192);
+        assert_eq!(
+            storage.data_after(0).unwrap(),
+            Some(Extent::new(1 << 20, 8192))
+        );
+        storage
+            .zero(Extent::new(1 << 20, 8192), Space::Release)
+            .unwrap();
+        assert_eq!(storage.data_after(0).unwrap(), None);
+        storage
+            .zero(Extent::new(2 << 20, 4096), Space::Keep)
+            .unwrap();
+        assert_eq!(storage.len().unwrap(), (2 << 20) + 4096);
+        let past = storage.read_at(2 << 20, &mut [0; 4097]).unwrap_err();
+        assert_eq!(past.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_folder_never_leaves_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = FileFolder::open(dir.path()).unwrap();
+        for bad in ["", ".", "..", "../x", "a/b", "a\0b"] {
+            assert_eq!(
+                folder.open(bad, Open::Create).unwrap_err().kind(),
+                io::ErrorKind::InvalidInput,
+                "{bad:?}"
+            );
+        }
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
+        assert!(
+            folder.open("link", Open::Read).is_err(),
+            "links are not followed"
+        );
+    }
+}
