@@ -22,7 +22,7 @@ use super::{Access, Folder, Fua, Open, Space, Storage, check_component};
 use crate::base::units::{Extent, to_u64, to_usize};
 
 /// Zeros written where the file system cannot zero a run by itself.
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// A file or a block device.
 #[derive(Debug)]
