@@ -9,7 +9,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::limits::NAME_BYTES_MAX;
+use super::{checksum::Digest, limits::NAME_BYTES_MAX, units::Epoch};
 
 /// Where fresh random identities come from; an argument, so that a simulation can repeat a run.
 pub trait Ids: Send + Sync + fmt::Debug {
@@ -107,6 +107,16 @@ impl fmt::Display for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.number, &self.id.simple().to_string()[..8])
     }
+}
+
+/// One point of a machine's history: the epoch, and the chain hash over everything that led to it. Two hosts with the
+/// same lineage hold the same bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Lineage {
+    /// The last epoch.
+    pub epoch: Epoch,
+    /// SHA-256 over all delta logs up to it.
+    pub chain: Digest,
 }
 
 /// A name of a machine, a disk or a peer that is safe as a file name: 1 to 128 bytes of printable text without `/`
