@@ -2,6 +2,7 @@
 pub mod base;
 pub mod bench;
 pub mod cli;
+pub mod coord;
 pub mod delta;
 pub mod disk;
 pub mod net;

@@ -1,0 +1,218 @@
+//! What a node tells about itself: the JSON of `status --json`, and the figures behind it.
+
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    base::{
+        clock::Timestamp,
+        ids::{Generation, Lineage, MachineId, Name},
+        units::Epoch,
+    },
+    coord::state::{Health, ReplicationState, Role},
+};
+
+/// One node and its machines.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Program version.
+    pub version: String,
+    /// Process id.
+    pub pid: u32,
+    /// Wall-clock time of this report.
+    pub at: Timestamp,
+    /// Every machine it serves, by name.
+    pub machines: Vec<MachineStatus>,
+}
+
+/// One machine on one node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineStatus {
+    /// What people call it.
+    pub name: Name,
+    /// Its identity.
+    pub id: MachineId,
+    /// The part this node plays.
+    pub role: Role,
+    /// Where its replication stands.
+    pub state: ReplicationState,
+    /// How it fares.
+    pub health: Health,
+    /// Why it does not fare better, one sentence each.
+    pub reasons: Vec<String>,
+    /// The fencing token.
+    pub generation: Generation,
+    /// The other side: address on the primary, certificate name on the replica.
+    pub peer: Option<String>,
+    /// The last epoch that is durable on the replica.
+    pub durable: Option<Lineage>,
+    /// Replica: the epoch that the image files hold; later ones are in delta logs.
+    pub base_epoch: Option<Epoch>,
+    /// Age of the last durable point and how it was.
+    pub rpo: RpoStatus,
+    /// Initial copy or resync in progress.
+    pub copy: Option<CopyStatus>,
+    /// Bytes and counts since the node started.
+    pub traffic: TrafficStatus,
+    /// Latency of guest writes, primary only.
+    pub write_latency: Option<LatencyStatus>,
+    /// Its disks.
+    pub disks: Vec<DiskStatus>,
+}
+
+/// Recovery point objective as achieved.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct RpoStatus {
+    /// Now minus the cut time of the last durable epoch, in milliseconds; zero while nothing has changed since.
+    pub now_ms: Option<u64>,
+    /// Median of what it reached just before each epoch became durable, in milliseconds.
+    pub p50_ms: Option<u64>,
+    /// 99th percentile of the same.
+    pub p99_ms: Option<u64>,
+}
+
+/// A running initial copy.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CopyStatus {
+    /// Bytes sent.
+    pub done: u64,
+    /// Bytes to send in all, as far as known.
+    pub total: u64,
+    /// Bytes per second since it began.
+    pub rate: u64,
+    /// Seconds to go at that rate.
+    pub eta_s: Option<u64>,
+}
+
+/// What went over the wire.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct TrafficStatus {
+    /// Bytes of changed blocks not yet sent.
+    pub owed: u64,
+    /// Bytes the guest wrote.
+    pub written: u64,
+    /// Bytes of blocks sent or received, before compression.
+    pub raw: u64,
+    /// Delta-log bytes sent or received.
+    pub sent: u64,
+    /// Bytes the guest wrote that never had to travel because a later write replaced them within the epoch.
+    pub folded: u64,
+    /// Epochs that became durable.
+    pub epochs: u64,
+    /// Epochs merged into the next one because the pre-images did not fit or the link was lost.
+    pub merged: u64,
+}
+
+/// Percentiles of a latency, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LatencyStatus {
+    /// Operations measured.
+    pub count: u64,
+    /// Median.
+    pub p50_us: f64,
+    /// 99th percentile.
+    pub p99_us: f64,
+    /// 99.9th percentile.
+    pub p999_us: f64,
+}
+
+/// One disk of a machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// The image's name without its suffix.
+    pub name: Name,
+    /// Bytes the guest sees.
+    pub size: u64,
+    /// The image file.
+    pub image: String,
+    /// Its format.
+    pub format: String,
+    /// The raw file in the mount, primary only.
+    pub path: Option<String>,
+}
+
+/// Collects the age of the last durable point just before it is replaced: the worst a failover at any moment would
+/// have cost.
+#[derive(Debug)]
+pub struct RpoRecord {
+    last_cut: Option<Timestamp>,
+    reached_ms: Histogram<u64>,
+}
+
+impl Default for RpoRecord {
+    fn default() -> Self {
+        let reached_ms = Histogram::new(3).expect("three digits are in range");
+        Self {
+            last_cut: None,
+            reached_ms,
+        }
+    }
+}
+
+impl RpoRecord {
+    /// The epoch cut at `cut` became durable at `now`.
+    pub fn durable(&mut self, cut: Timestamp, now: Timestamp) {
+        let replaced = self.last_cut.unwrap_or(cut);
+        self.reached_ms
+            .saturating_record(millis(now.since(replaced)));
+        self.last_cut = Some(cut);
+    }
+
+    /// Nothing changed up to `at`: the point is as good as new.
+    pub fn current(&mut self, at: Timestamp) {
+        if self.last_cut.is_some_and(|cut| cut < at) {
+            self.last_cut = Some(at);
+        }
+    }
+
+    /// The cut time of the last durable point.
+    pub fn last_cut(&self) -> Option<Timestamp> {
+        self.last_cut
+    }
+
+    /// The figures at `now`. `unchanged`: nothing has been written since the last cut.
+    pub fn status(&self, now: Timestamp, unchanged: bool) -> RpoStatus {
+        let percentile =
+            |q| (!self.reached_ms.is_empty()).then(|| self.reached_ms.value_at_quantile(q));
+        let age = self
+            .last_cut
+            .map(|cut| if unchanged { 0 } else { millis(now.since(cut)) });
+        RpoStatus {
+            now_ms: age,
+            p50_ms: percentile(0.5),
+            p99_ms: percentile(0.99),
+        }
+    }
+}
+
+/// Whole milliseconds of a duration.
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rpo_reached_is_the_age_of_the_point_that_was_replaced() {
+        let mut record = RpoRecord::default();
+        let at = |ms: u64| Timestamp(ms * 1000);
+        assert_eq!(record.status(at(0), false).now_ms, None);
+        record.durable(at(1000), at(1200));
+        record.durable(at(2000), at(2500));
+        let status = record.status(at(2700), false);
+        assert_eq!(status.now_ms, Some(700));
+        assert!(
+            (1499..=1502).contains(&status.p99_ms.unwrap()),
+            "the point of 1.0 s stood until 2.5 s: {status:?}"
+        );
+        assert_eq!(
+            record.status(at(9000), true).now_ms,
+            Some(0),
+            "nothing changed: nothing would be lost"
+        );
+    }
+}
