@@ -107,7 +107,7 @@ const LATE_INTERVALS: u32 = 5;
 /// The shortest delay that is worth a warning.
 const LATE_AT_LEAST: Duration = Duration::from_secs(30);
 /// A point this old is a warning whatever the interval (Hyper-V Replica: one hour since the last synchronisation).
-const LATE_AT_MOST: Duration = Duration::from_secs(3600);
+const LATE_AT_MOST: Duration = Duration::from_hours(1);
 
 impl Signs {
     /// The health these signs mean, and why, one sentence each.

@@ -189,7 +189,7 @@ impl Sender {
                 self.actions.push_back(Action::Acknowledge(lineage));
             }
             (ToPrimary::Staged { .. }, _) => {
-                self.stop(StopReason::Protocol("an epoch staged that was not sealed"))
+                self.stop(StopReason::Protocol("an epoch staged that was not sealed"));
             }
         }
     }

@@ -1,0 +1,333 @@
+//! The control socket: HTTP and JSON over a Unix socket that only the node's user can open.
+//!
+//! | method and path | answer |
+//! | --- | --- |
+//! | `GET /v1/status` | [`NodeStatus`] |
+//! | `POST /v1/machines/{name}/cut` | the [`Lineage`] of a cut made now, once it is durable on the replica |
+//!
+//! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder.
+//! Errors are `{"error": "..."}` with status 404 (no such machine), 409 (not in this state) or 500.
+
+use std::{
+    fs, io,
+    os::unix::{fs::DirBuilderExt, fs::PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::{
+    Json, Router,
+    extract::{Path as UrlPath, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use http_body_util::{BodyExt, Empty};
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::net::{UnixListener, UnixStream};
+
+use super::status::NodeStatus;
+use crate::base::{
+    ids::{Lineage, Name},
+    units::MIB,
+};
+
+/// Where nodes bind their sockets unless told otherwise.
+pub const RUN_FOLDER: &str = "/run/understudy";
+/// How long a client waits for an answer that needs no work.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// Largest answer a client reads, in bytes: a status of thousands of machines.
+const ANSWER_BYTES_MAX: u64 = 16 * MIB;
+
+/// What a node lets its operator see and do. Calls may block.
+pub trait Operate: Send + Sync + 'static {
+    /// The node's report.
+    fn status(&self) -> NodeStatus;
+
+    /// Cuts a machine now and waits until the epoch is durable on its replica.
+    fn cut(&self, machine: &Name) -> Result<Lineage, OperateError>;
+}
+
+/// Why an operator's wish was not done.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OperateError {
+    /// The node serves no such machine as primary.
+    #[error("no machine called {0} is primary here")]
+    NoSuchMachine(Name),
+    /// The machine is not in a state in which this can be done.
+    #[error("{0}")]
+    NotNow(String),
+}
+
+impl OperateError {
+    fn code(&self) -> StatusCode {
+        match self {
+            Self::NoSuchMachine(_) => StatusCode::NOT_FOUND,
+            Self::NotNow(_) => StatusCode::CONFLICT,
+        }
+    }
+}
+
+/// The body of an answer that is not a success.
+#[derive(Debug, Serialize, Deserialize)]
+struct Problem {
+    error: String,
+}
+
+/// A bound control socket; its file is removed when this is dropped.
+#[derive(Debug)]
+pub struct ControlSocket {
+    path: PathBuf,
+    listener: Option<UnixListener>,
+}
+
+impl ControlSocket {
+    /// Binds `path`, or a name of its own in [`RUN_FOLDER`]. A socket file that nobody listens on is replaced.
+    pub async fn bind(path: Option<&Path>) -> io::Result<Self> {
+        let path = if let Some(path) = path {
+            path.to_owned()
+        } else {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(RUN_FOLDER)?;
+            Path::new(RUN_FOLDER).join(format!("{}.sock", std::process::id()))
+        };
+        if path.exists() {
+            if UnixStream::connect(&path).await.is_ok() {
+                return Err(io::Error::new(
+                    io::ErrorKind::AddrInUse,
+                    "another node listens on this control socket",
+                ));
+            }
+            fs::remove_file(&path)?;
+        }
+        let listener = UnixListener::bind(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        Ok(Self {
+            path,
+            listener: Some(listener),
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Answers requests until the task is dropped.
+    pub async fn serve(mut self, node: Arc<dyn Operate>) -> io::Result<()> {
+        let listener = self.listener.take().expect("a socket is served once");
+        let router = Router::new()
+            .route("/v1/status", get(status))
+            .route("/v1/machines/{name}/cut", post(cut))
+            .with_state(node);
+        axum::serve(listener, router).await
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+type Node = State<Arc<dyn Operate>>;
+
+async fn status(State(node): Node) -> Response {
+    answer(move || Ok(node.status())).await
+}
+
+async fn cut(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
+    answer(move || {
+        let name = Name::new(&name).map_err(|error| OperateError::NotNow(error.to_string()))?;
+        node.cut(&name)
+    })
+    .await
+}
+
+async fn answer<T: Serialize + Send + 'static>(
+    work: impl FnOnce() -> Result<T, OperateError> + Send + 'static,
+) -> Response {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(value)) => Json(value).into_response(),
+        Ok(Err(error)) => (
+            error.code(),
+            Json(Problem {
+                error: error.to_string(),
+            }),
+        )
+            .into_response(),
+        Err(panic) => {
+            let problem = Problem {
+                error: format!("the node failed: {panic}"),
+            };
+            (StatusCode::INTERNAL_SERVER_ERROR, Json(problem)).into_response()
+        }
+    }
+}
+
+/// Why a node could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody answers there.
+    #[error("no node answers on {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The conversation broke off.
+    #[error("the node did not answer")]
+    Broken(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The node said no.
+    #[error("{0}")]
+    Refused(String),
+}
+
+fn broken(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
+    ClientError::Broken(error.into())
+}
+
+/// Asks the node on `socket` for its report.
+pub async fn ask_status(socket: &Path) -> Result<NodeStatus, ClientError> {
+    tokio::time::timeout(ANSWER_WITHIN, ask(socket, "GET", "/v1/status"))
+        .await
+        .map_err(broken)?
+}
+
+/// Asks the node on `socket` to cut `machine`; answers when the epoch is durable on the replica.
+pub async fn ask_cut(socket: &Path, machine: &Name) -> Result<Lineage, ClientError> {
+    ask(
+        socket,
+        "POST",
+        &format!("/v1/machines/{}/cut", url_escaped(machine.as_str())),
+    )
+    .await
+}
+
+/// The sockets of all nodes of this host.
+pub fn sockets() -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(RUN_FOLDER) else {
+        return Vec::new();
+    };
+    let mut paths: Vec<_> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "sock")
+        })
+        .collect();
+    paths.sort();
+    paths
+}
+
+async fn ask<T: DeserializeOwned>(
+    socket: &Path,
+    method: &str,
+    path: &str,
+) -> Result<T, ClientError> {
+    let stream = UnixStream::connect(socket)
+        .await
+        .map_err(|source| ClientError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(broken)?;
+    let driver = tokio::spawn(connection);
+    let request = hyper::Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "understudy")
+        .body(Empty::<bytes::Bytes>::new())
+        .map_err(broken)?;
+    let response = sender.send_request(request).await.map_err(broken)?;
+    let ok = response.status().is_success();
+    let limit = crate::base::units::to_usize(ANSWER_BYTES_MAX);
+    let body = http_body_util::Limited::new(response.into_body(), limit)
+        .collect()
+        .await
+        .map_err(broken)?
+        .to_bytes();
+    driver.abort();
+    if ok {
+        return serde_json::from_slice(&body).map_err(broken);
+    }
+    let problem: Problem = serde_json::from_slice(&body).map_err(broken)?;
+    Err(ClientError::Refused(problem.error))
+}
+
+/// Percent-encodes all but unreserved characters (RFC 3986 section 2.3).
+fn url_escaped(text: &str) -> String {
+    use std::fmt::Write;
+    text.bytes().fold(String::new(), |mut out, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            write!(out, "%{byte:02X}").expect("writing to a string does not fail");
+        }
+        out
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::{checksum::Digest, clock::Timestamp, units::Epoch};
+
+    struct Stage;
+
+    impl Operate for Stage {
+        fn status(&self) -> NodeStatus {
+            NodeStatus {
+                version: "1".into(),
+                pid: 7,
+                at: Timestamp(9),
+                machines: vec![],
+            }
+        }
+
+        fn cut(&self, machine: &Name) -> Result<Lineage, OperateError> {
+            if machine.as_str() == "SQL Server/ß".replace('/', "-") {
+                return Ok(Lineage {
+                    epoch: Epoch(3),
+                    chain: Digest::default(),
+                });
+            }
+            Err(OperateError::NoSuchMachine(machine.clone()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_answers_on_its_socket_and_only_to_its_user() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("node.sock");
+        let socket = ControlSocket::bind(Some(&path)).await.unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        let server = tokio::spawn(socket.serve(Arc::new(Stage)));
+        assert_eq!(ask_status(&path).await.unwrap().pid, 7);
+        let name = Name::new("SQL Server-ß").unwrap();
+        assert_eq!(ask_cut(&path, &name).await.unwrap().epoch, Epoch(3));
+        let refused = ask_cut(&path, &Name::new("x").unwrap()).await.unwrap_err();
+        assert_eq!(refused.to_string(), "no machine called x is primary here");
+        let busy = ControlSocket::bind(Some(&path)).await.unwrap_err();
+        assert_eq!(busy.kind(), io::ErrorKind::AddrInUse);
+        server.abort();
+        let _ = server.await;
+        assert!(!path.exists(), "the socket file goes with the socket");
+        assert!(matches!(
+            ask_status(&path).await,
+            Err(ClientError::Connect { .. })
+        ));
+    }
+}
