@@ -1,0 +1,248 @@
+//! Opening a link: resolve, connect, prove, and wait until the peer has accepted us.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use bytes::Bytes;
+use quinn::{Connection, ConnectionError, Endpoint};
+use rustls::pki_types::{CertificateDer, ServerName};
+use tokio::time::timeout;
+
+use super::{
+    identity::{self, Identity},
+    link::{Control, Link},
+    refusal::{Refusal, RefusedBy},
+    transport::{self, HANDSHAKE_MAX},
+};
+use crate::base::ids::Name;
+
+/// Addresses of one name that are tried in turn.
+const ADDRESSES_MAX: usize = 4;
+
+/// Why a link could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// Not an address.
+    #[error("{0:?} is not HOST:PORT")]
+    Address(String),
+    /// A name that a certificate cannot hold.
+    #[error("{0:?} cannot stand in a certificate: dial a DNS name or an IP address")]
+    Name(String),
+    /// The host's name has no address.
+    #[error("cannot find the address of {address}")]
+    Resolve {
+        /// What was dialled.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// This host has no socket for it.
+    #[error("cannot open a socket to reach {address}")]
+    Socket {
+        /// Where to.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// Nobody answered.
+    #[error("no answer from {0}: is it running, and does a firewall pass UDP to that port?")]
+    Unanswered(SocketAddr),
+    /// Somebody answered, and one of the two sides refused the other.
+    #[error("no link to {address}: {}{}", refusal.explain(*by), said(text))]
+    Refused {
+        /// Who was dialled.
+        address: SocketAddr,
+        /// Who refused.
+        by: RefusedBy,
+        /// What.
+        refusal: Refusal,
+        /// What the peer said about it, if it said anything.
+        text: String,
+    },
+    /// The connection broke for another reason.
+    #[error("the connection to {address} broke during the handshake")]
+    Broken {
+        /// Who was dialled.
+        address: SocketAddr,
+        /// Why.
+        source: ConnectionError,
+    },
+}
+
+/// Opens a link to `address`, as `HOST:PORT`. The peer must prove to be HOST, or `peer` where that is given.
+pub async fn dial(
+    address: &str,
+    peer: Option<&Name>,
+    identity: &Identity,
+) -> Result<(Link, Control), DialError> {
+    let host = host_of(address)?;
+    let name = peer.map_or(host, Name::as_str);
+    if ServerName::try_from(name).is_err() {
+        return Err(DialError::Name(name.to_owned()));
+    }
+    let resolve = |source| DialError::Resolve {
+        address: address.to_owned(),
+        source,
+    };
+    let found = tokio::net::lookup_host(address).await.map_err(resolve)?;
+    let mut last = resolve(io::ErrorKind::NotFound.into());
+    for address in found.take(ADDRESSES_MAX) {
+        match timeout(HANDSHAKE_MAX, connect(address, name, identity)).await {
+            Ok(Ok(link)) => return Ok(link),
+            // Whoever answered is the peer; its other addresses would say the same.
+            Ok(Err(error @ DialError::Refused { .. })) => return Err(error),
+            Ok(Err(error)) => last = error,
+            Err(_elapsed) => last = DialError::Unanswered(address),
+        }
+    }
+    Err(last)
+}
+
+/// The host part of `HOST:PORT`; an IPv6 address stands in brackets.
+fn host_of(address: &str) -> Result<&str, DialError> {
+    let wrong = || DialError::Address(address.to_owned());
+    let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
+    if !port.parse::<u16>().is_ok_and(|port| port != 0) {
+        return Err(wrong());
+    }
+    let bare = match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']').ok_or_else(wrong)?,
+        None if host.contains(':') => return Err(wrong()),
+        None => host,
+    };
+    if bare.is_empty() {
+        return Err(wrong());
+    }
+    Ok(bare)
+}
+
+async fn connect(
+    address: SocketAddr,
+    name: &str,
+    identity: &Identity,
+) -> Result<(Link, Control), DialError> {
+    let unspecified: IpAddr = match address {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let endpoint = transport::endpoint(SocketAddr::new(unspecified, 0), None)
+        .map_err(|source| DialError::Socket { address, source })?;
+    let config = transport::client_config(identity.client());
+    let connecting = endpoint
+        .connect_with(config, address, name)
+        .map_err(|source| DialError::Socket {
+            address,
+            source: io::Error::other(source),
+        })?;
+    let connection = connecting
+        .await
+        .map_err(|error| connection_failed(address, error))?;
+    accepted(address, connection, endpoint).await
+}
+
+/// Waits for the listener's first message: only now has it checked our certificate and its allow list.
+async fn accepted(
+    address: SocketAddr,
+    connection: Connection,
+    endpoint: Endpoint,
+) -> Result<(Link, Control), DialError> {
+    let name = peer_name(&connection).map_err(|text| DialError::Refused {
+        address,
+        by: RefusedBy::Us,
+        refusal: Refusal::Unnamed,
+        text,
+    })?;
+    let link = Link::new(connection.clone(), name, Some(endpoint));
+    let greeted = async {
+        let (send, recv) = connection.open_bi().await.ok()?;
+        let mut control = Control::new(&link, send, recv);
+        control.sender.send(Bytes::new()).await.ok()?;
+        let greeting = control.receiver.receive().await.ok()??;
+        greeting.is_empty().then_some(control)
+    };
+    match greeted.await {
+        Some(control) => Ok((link, control)),
+        None => {
+            // Either the connection is closed and says why, or the peer does not keep to the protocol.
+            connection.close(quinn::VarInt::from_u32(4), b"no greeting");
+            Err(connection_failed(address, connection.closed().await))
+        }
+    }
+}
+
+/// Who the certificate of a finished handshake says the peer is.
+pub(super) fn peer_name(connection: &Connection) -> Result<Name, String> {
+    let chain = connection
+        .peer_identity()
+        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
+        .unwrap_or_default();
+    let first = chain.first().ok_or("it showed no certificate")?;
+    identity::name_of(first)
+}
+
+fn connection_failed(address: SocketAddr, error: ConnectionError) -> DialError {
+    match (Refusal::of(&error), &error) {
+        (Some((by, refusal)), _) => DialError::Refused {
+            address,
+            by,
+            refusal,
+            text: text_of(&error),
+        },
+        (None, ConnectionError::TimedOut) => DialError::Unanswered(address),
+        (None, _) => DialError::Broken {
+            address,
+            source: error,
+        },
+    }
+}
+
+/// What the other side's program, or our TLS library, said about the end of a connection.
+pub(super) fn text_of(error: &ConnectionError) -> String {
+    match error {
+        ConnectionError::ApplicationClosed(close) => {
+            String::from_utf8_lossy(&close.reason).into_owned()
+        }
+        ConnectionError::TransportError(error) => error.reason.clone(),
+        _ => String::new(),
+    }
+}
+
+/// ` (text)`, or nothing.
+pub(super) fn said(text: &str) -> String {
+    if text.is_empty() {
+        String::new()
+    } else {
+        format!(" ({text})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_host_and_port() {
+        for (address, host) in [
+            ("replica-2:7400", "replica-2"),
+            ("10.0.0.1:1", "10.0.0.1"),
+            ("[fd00::1]:7400", "fd00::1"),
+        ] {
+            assert_eq!(host_of(address).unwrap(), host);
+        }
+        for bad in [
+            "",
+            "host",
+            ":7400",
+            "host:",
+            "host:0",
+            "host:70000",
+            "fd00::1:7400",
+            "[fd00::1:7400",
+            "[]:1",
+        ] {
+            assert!(host_of(bad).is_err(), "{bad:?}");
+        }
+    }
+}

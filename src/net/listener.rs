@@ -1,0 +1,284 @@
+//! Accepting links: handshakes run beside each other, bounded in number and in time.
+//!
+//! A stranger can cost us a handshake and nothing more. The number under way is bounded; beyond a few, a caller must
+//! first prove that its address is its own (QUIC Retry); one that falls silent is dropped after [`HANDSHAKE_MAX`]. Who
+//! has no certificate of a trusted CA, or a name that is not on the allow list, is refused with a reason.
+
+use std::{collections::BTreeSet, io, net::SocketAddr, sync::Arc};
+
+use bytes::Bytes;
+use quinn::{Connection, ConnectionError, Endpoint, Incoming};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinHandle,
+    time::timeout,
+};
+
+use super::{
+    dial::{peer_name, said, text_of},
+    identity::Identity,
+    link::{Control, Link, Reason},
+    refusal::{Refusal, RefusedBy},
+    transport::{self, HANDSHAKE_MAX, HANDSHAKES_MAX, HANDSHAKES_UNPROVED_MAX, LINKS_MAX},
+};
+use crate::base::ids::Name;
+
+/// Outcomes that wait for [`Listener::accept`]; refusals beyond are only logged.
+const OUTCOMES_MAX: usize = 32;
+
+/// The names a listener lets in. Whoever is not named is not let in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Allow(BTreeSet<String>);
+
+impl Allow {
+    /// Whether `name` is let in. Host names are compared without regard to case.
+    pub fn contains(&self, name: &Name) -> bool {
+        self.0.contains(&name.as_str().to_ascii_lowercase())
+    }
+}
+
+impl FromIterator<Name> for Allow {
+    fn from_iter<I: IntoIterator<Item = Name>>(names: I) -> Self {
+        Self(
+            names
+                .into_iter()
+                .map(|name| name.as_str().to_ascii_lowercase())
+                .collect(),
+        )
+    }
+}
+
+/// Why a listener could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody else has the port.
+    #[error("UDP port {} of {} is in use: is another understudy running? choose another port", .0.port(), .0.ip())]
+    Busy(SocketAddr),
+    /// The address is not one of this host.
+    #[error("{} is not an address of this host", .0.ip())]
+    NotOurs(SocketAddr),
+    /// Anything else.
+    #[error("cannot listen on {address}")]
+    Io {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Why an attempt did not become a link.
+#[derive(Debug, thiserror::Error)]
+pub enum AcceptError {
+    /// One of the two sides refused the other. The listener goes on.
+    #[error("no link from {}{address}: {}{}", named(name.as_ref()), refusal.explain(*by), said(text))]
+    Refused {
+        /// Who tried.
+        address: SocketAddr,
+        /// Whom its certificate names, if it got that far.
+        name: Option<Name>,
+        /// Who refused.
+        by: RefusedBy,
+        /// What.
+        refusal: Refusal,
+        /// Details for people.
+        text: String,
+    },
+    /// The caller fell silent or broke off. The listener goes on.
+    #[error("{0} began a handshake and did not finish it")]
+    Unfinished(SocketAddr),
+    /// The listener is closed.
+    #[error("the listener is closed")]
+    Closed,
+}
+
+impl AcceptError {
+    /// Whether no link will ever be accepted again.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Closed)
+    }
+}
+
+/// Accepts links from hosts on an allow list.
+#[derive(Debug)]
+pub struct Listener {
+    endpoint: Endpoint,
+    outcomes: mpsc::Receiver<Result<(Link, Control), AcceptError>>,
+    accepting: JoinHandle<()>,
+}
+
+impl Listener {
+    /// Listens on `address` (port 0: any free one) as `identity`, for the hosts of `allow`.
+    pub fn bind(address: SocketAddr, identity: &Identity, allow: Allow) -> Result<Self, BindError> {
+        let server = transport::server_config(identity.server());
+        let endpoint =
+            transport::endpoint(address, Some(server)).map_err(|source| match source.kind() {
+                io::ErrorKind::AddrInUse => BindError::Busy(address),
+                io::ErrorKind::AddrNotAvailable => BindError::NotOurs(address),
+                _ => BindError::Io { address, source },
+            })?;
+        let (sender, outcomes) = mpsc::channel(OUTCOMES_MAX);
+        let accepting = tokio::spawn(accept_all(endpoint.clone(), allow, sender));
+        Ok(Self {
+            endpoint,
+            outcomes,
+            accepting,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// The next link, or the next attempt that did not become one. Go on unless the error
+    /// [is final](AcceptError::is_final). Safe to cancel.
+    pub async fn accept(&mut self) -> Result<(Link, Control), AcceptError> {
+        self.outcomes
+            .recv()
+            .await
+            .unwrap_or(Err(AcceptError::Closed))
+    }
+
+    /// Closes the listener and all its links, and waits until their peers have been told.
+    pub async fn close(self, reason: Reason, text: &str) {
+        self.accepting.abort();
+        self.endpoint.close(reason.code(), text.as_bytes());
+        // A peer that is gone need not be told anything.
+        let _ = timeout(super::link::DRAIN_MAX, self.endpoint.wait_idle()).await;
+    }
+}
+
+impl Drop for Listener {
+    /// New links are refused from here on; those that were accepted live on.
+    fn drop(&mut self) {
+        self.accepting.abort();
+        self.endpoint.set_server_config(None);
+    }
+}
+
+async fn accept_all(
+    endpoint: Endpoint,
+    allow: Allow,
+    outcomes: mpsc::Sender<Result<(Link, Control), AcceptError>>,
+) {
+    let allow = Arc::new(allow);
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    while let Some(incoming) = endpoint.accept().await {
+        let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
+            incoming.refuse();
+            continue;
+        };
+        if endpoint.open_connections() > LINKS_MAX + HANDSHAKES_MAX {
+            incoming.refuse();
+            continue;
+        }
+        let under_way = HANDSHAKES_MAX - handshakes.available_permits();
+        if under_way > HANDSHAKES_UNPROVED_MAX && incoming.may_retry() {
+            // Fails only for a caller that has proved its address, which may_retry() has ruled out.
+            let _ = incoming.retry();
+            continue;
+        }
+        let (allow, outcomes) = (Arc::clone(&allow), outcomes.clone());
+        tokio::spawn(async move {
+            let address = incoming.remote_address();
+            let outcome = timeout(HANDSHAKE_MAX, handshake(incoming, address, &allow))
+                .await
+                .unwrap_or(Err(AcceptError::Unfinished(address)));
+            drop(permit);
+            deliver(outcome, &outcomes).await;
+        });
+    }
+}
+
+/// Links wait for their taker; attempts that failed do not pile up.
+async fn deliver(
+    outcome: Result<(Link, Control), AcceptError>,
+    outcomes: &mpsc::Sender<Result<(Link, Control), AcceptError>>,
+) {
+    if outcome.is_ok() {
+        // Without a taker the link is dropped, which closes it.
+        let _ = outcomes.send(outcome).await;
+    } else if let Err(mpsc::error::TrySendError::Full(Err(error))) = outcomes.try_send(outcome) {
+        tracing::warn!("{error}");
+    }
+}
+
+async fn handshake(
+    incoming: Incoming,
+    address: SocketAddr,
+    allow: &Allow,
+) -> Result<(Link, Control), AcceptError> {
+    let connection = async { incoming.accept()?.await }
+        .await
+        .map_err(|error| connection_failed(address, None, &error))?;
+    let name = peer_name(&connection).map_err(|text| {
+        refuse(&connection, Reason::Unnamed, &text);
+        refused(address, None, Refusal::Unnamed, text)
+    })?;
+    if !allow.contains(&name) {
+        let text = format!("the certificate names {name}");
+        refuse(&connection, Reason::NotAllowed, &text);
+        return Err(refused(
+            address,
+            Some(name),
+            Refusal::NotAllowed,
+            String::new(),
+        ));
+    }
+    let link = Link::new(connection.clone(), name.clone(), None);
+    let greeted = async {
+        let (send, recv) = connection.accept_bi().await.ok()?;
+        let mut control = Control::new(&link, send, recv);
+        let greeting = control.receiver.receive().await.ok()??;
+        control.sender.send(Bytes::new()).await.ok()?;
+        greeting.is_empty().then_some(control)
+    };
+    match greeted.await {
+        Some(control) => Ok((link, control)),
+        None => {
+            refuse(&connection, Reason::Protocol, "no greeting");
+            Err(connection_failed(
+                address,
+                Some(name),
+                &connection.closed().await,
+            ))
+        }
+    }
+}
+
+fn refuse(connection: &Connection, reason: Reason, text: &str) {
+    connection.close(reason.code(), text.as_bytes());
+}
+
+fn refused(address: SocketAddr, name: Option<Name>, refusal: Refusal, text: String) -> AcceptError {
+    AcceptError::Refused {
+        address,
+        name,
+        by: RefusedBy::Us,
+        refusal,
+        text,
+    }
+}
+
+fn connection_failed(
+    address: SocketAddr,
+    name: Option<Name>,
+    error: &ConnectionError,
+) -> AcceptError {
+    match Refusal::of(error) {
+        Some((by, refusal)) => AcceptError::Refused {
+            address,
+            name,
+            by,
+            refusal,
+            text: text_of(error),
+        },
+        None => AcceptError::Unfinished(address),
+    }
+}
+
+/// `name at `, or nothing.
+fn named(name: Option<&Name>) -> String {
+    name.map(|name| format!("{name} at ")).unwrap_or_default()
+}

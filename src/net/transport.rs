@@ -1,0 +1,166 @@
+//! Limits, windows and sockets: everything about QUIC and TLS that is the same for every link.
+//!
+//! # Why these numbers
+//! A window must hold what is under way on the fastest long link we promise to fill: 1 Gbit/s x 100 ms = 12.5 MB, and
+//! twice that so that a lost packet does not stop the flow. The window of the whole connection is left open on
+//! purpose: if log streams could use it up, a replica whose disk is slow could no longer be told anything. What a peer
+//! can make us hold is therefore (streams) x (stream window), about 225 MB, and only a peer on the allow list can.
+//!
+//! Packets grow to 6,500 bytes where the path carries them. More is slower, not faster: the kernel takes at most 65,507
+//! bytes per segmented send and quinn puts ten packets into one, so at 8,952 bytes every send fails.
+//!
+//! # Why no tickets
+//! A resumed session would skip the certificate: a host whose certificate was withdrawn could come back with a ticket.
+//! Early data could be replayed. Both save one round trip per outage, which is worth neither.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use quinn::{
+    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
+    TokioRuntime, TransportConfig, VarInt,
+    crypto::rustls::{QuicClientConfig, QuicServerConfig},
+    udp::{UdpSockRef, UdpSocketState},
+};
+use rustls::{
+    RootCertStore,
+    client::Resumption,
+    crypto::CryptoProvider,
+    pki_types::{CertificateDer, PrivateKeyDer},
+    server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier},
+    version::TLS13,
+};
+
+/// The protocol both sides must name in the handshake.
+pub const ALPN: &[u8] = b"understudy/1";
+/// Log streams that a peer may have open at once: one for each machine under way, and some room.
+pub const LOG_STREAMS_MAX: u32 = 8;
+/// Bytes under way on one stream: twice 1 Gbit/s x 100 ms.
+pub const STREAM_WINDOW_BYTES: u32 = 25_000_000;
+/// Bytes that one link keeps until the peer has acknowledged them.
+pub const SEND_WINDOW_BYTES: u64 = 32_000_000;
+/// Largest packet, see above.
+pub const PACKET_BYTES_MAX: u16 = 6_500;
+/// A link on which nothing was heard for this long is lost.
+pub const IDLE_MAX: Duration = Duration::from_secs(15);
+/// How often a silent link says that it is there: three may be lost.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(4);
+/// From the first packet to a usable link.
+pub const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+/// Handshakes under way at once; what comes beyond is refused until one of them ends.
+pub const HANDSHAKES_MAX: usize = 64;
+/// Handshakes under way from which on a caller must first prove that its address is its own.
+pub const HANDSHAKES_UNPROVED_MAX: usize = 16;
+/// Links of one listener at once.
+pub const LINKS_MAX: usize = 256;
+/// Buffer asked of the kernel for each direction of a socket, in bytes; the kernel gives up to `net.core.rmem_max`.
+const SOCKET_BYTES: usize = 8 << 20;
+/// A receive buffer below this loses packets at 1 Gbit/s whenever the process is not scheduled for 8 ms.
+const SOCKET_BYTES_MIN: usize = 1 << 20;
+
+const _: () = assert!(IDLE_MAX.as_secs() > 3 * KEEP_ALIVE.as_secs());
+const _: () = assert!(PACKET_BYTES_MAX as usize * 10 < 65_507);
+const _: () = assert!(SEND_WINDOW_BYTES > STREAM_WINDOW_BYTES as u64);
+
+/// TLS for the listening side: TLS 1.3, a client certificate required, no resumption, no early data.
+pub(super) fn server_crypto(
+    roots: &Arc<RootCertStore>,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<QuicServerConfig, rustls::Error> {
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), provider())
+        .build()
+        .map_err(|error| match error {
+            VerifierBuilderError::InvalidCrl(error) => error.into(),
+            error => rustls::Error::General(error.to_string()),
+        })?;
+    let mut config = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.max_early_data_size = 0;
+    Ok(QuicServerConfig::try_from(config).expect("ring has the cipher suite QUIC begins with"))
+}
+
+/// TLS for the dialling side.
+pub(super) fn client_crypto(
+    roots: &Arc<RootCertStore>,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<QuicClientConfig, rustls::Error> {
+    let mut config = rustls::ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .with_root_certificates(Arc::clone(roots))
+        .with_client_auth_cert(chain, key)?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.resumption = Resumption::disabled();
+    config.enable_early_data = false;
+    Ok(QuicClientConfig::try_from(config).expect("ring has the cipher suite QUIC begins with"))
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+/// QUIC for the listening side: the peer opens the one control stream.
+pub(super) fn server_config(crypto: Arc<QuicServerConfig>) -> ServerConfig {
+    let mut config = ServerConfig::with_crypto(crypto);
+    config.transport_config(Arc::new(transport(1)));
+    config.max_incoming(HANDSHAKES_MAX);
+    config.incoming_buffer_size(64 * 1024);
+    config.incoming_buffer_size_total(4 << 20);
+    config
+}
+
+/// QUIC for the dialling side: the peer opens no control stream.
+pub(super) fn client_config(crypto: Arc<QuicClientConfig>) -> ClientConfig {
+    let mut config = ClientConfig::new(crypto);
+    config.transport_config(Arc::new(transport(0)));
+    config
+}
+
+fn transport(control_streams: u32) -> TransportConfig {
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery.upper_bound(PACKET_BYTES_MAX);
+    let mut config = TransportConfig::default();
+    config
+        .max_concurrent_bidi_streams(VarInt::from_u32(control_streams))
+        .max_concurrent_uni_streams(VarInt::from_u32(LOG_STREAMS_MAX))
+        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
+        .send_window(SEND_WINDOW_BYTES)
+        .datagram_receive_buffer_size(None)
+        .mtu_discovery_config(Some(discovery))
+        .keep_alive_interval(Some(KEEP_ALIVE))
+        .max_idle_timeout(Some(
+            IdleTimeout::try_from(IDLE_MAX).expect("some seconds are a valid idle time"),
+        ));
+    config
+}
+
+/// An endpoint on a socket bound to `address`, listening if `server` is given.
+pub(super) fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Endpoint> {
+    let socket = std::net::UdpSocket::bind(address)?;
+    widen(&socket)?;
+    let mut config = EndpointConfig::default();
+    config
+        .max_udp_payload_size(PACKET_BYTES_MAX)
+        .expect("the largest packet is one that QUIC allows");
+    Endpoint::new(config, server, socket, Arc::new(TokioRuntime))
+}
+
+/// Asks for large socket buffers: what does not fit is dropped by the kernel, and the sender takes it for congestion.
+fn widen(socket: &std::net::UdpSocket) -> io::Result<()> {
+    let state = UdpSocketState::new(UdpSockRef::from(socket))?;
+    state.set_send_buffer_size(UdpSockRef::from(socket), SOCKET_BYTES)?;
+    state.set_recv_buffer_size(UdpSockRef::from(socket), SOCKET_BYTES)?;
+    let received = state.recv_buffer_size(UdpSockRef::from(socket))?;
+    if received < SOCKET_BYTES_MIN {
+        tracing::warn!(
+            "the kernel gives {received} bytes of UDP receive buffer: replication will be slow; \
+             raise it with `sysctl -w net.core.rmem_max={SOCKET_BYTES}`"
+        );
+    }
+    Ok(())
+}
