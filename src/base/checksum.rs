@@ -12,11 +12,39 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
 
 /// CRC-32C of several pieces, as if they stood behind each other.
 pub fn crc32c_of(pieces: &[&[u8]]) -> u32 {
-    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+    let mut crc = Crc32c::default();
     for piece in pieces {
-        digest.update(piece);
+        crc.update(piece);
     }
-    u32::try_from(digest.finalize()).expect("a 32-bit checksum fits 32 bits")
+    crc.finish()
+}
+
+/// CRC-32C over bytes that arrive in pieces.
+#[derive(Clone)]
+pub struct Crc32c(crc_fast::Digest);
+
+impl Default for Crc32c {
+    fn default() -> Self {
+        Self(crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi))
+    }
+}
+
+impl Crc32c {
+    /// Adds `bytes`.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The checksum of all that was added.
+    pub fn finish(&self) -> u32 {
+        u32::try_from(self.0.finalize()).expect("a 32-bit checksum fits 32 bits")
+    }
+}
+
+impl fmt::Debug for Crc32c {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Crc32c")
+    }
 }
 
 /// A SHA-256 digest. As a chain hash it names a machine's whole history up to one epoch.

@@ -12,6 +12,9 @@ pub const DISKS_PER_MACHINE_MAX: usize = 256;
 pub const REQUEST_BYTES_MAX: u64 = MIB;
 /// Largest raw content of one delta-log frame, in bytes: a staged frame is decoded in one buffer of this size.
 pub const FRAME_BYTES_MAX: u64 = MIB;
+/// Most frames of a delta log that still gets an index: 32 MiB of memory at the primary, and at least 4 GiB of scattered
+/// 4 KiB blocks. A longer log has none, and its reader scans it.
+pub const INDEX_FRAMES_MAX: u64 = MIB;
 /// Memory for pre-images of one machine, in bytes. When it is full the epoch is merged into the next one.
 pub const PRESERVE_BYTES_MAX: u64 = 256 * MIB;
 /// Delta-log bytes that a primary may send beyond what the replica has made durable.

@@ -1,0 +1,290 @@
+//! Takes a log apart as it arrives.
+//!
+//! Bytes go in through [`Decoder::feed`] in pieces of any size; [`Decoder::next`] gives what is complete. Call it until it
+//! gives nothing before feeding more: memory is then bounded by the largest frame and one piece. What comes out is
+//! checked: structure, checksums, runs against the disk table, at the end counts, index and chain hash. Only a log whose
+//! [`Event::Trailer`] came out is whole; frames that came out before it may be applied where a half-applied log does no
+//! harm.
+
+use bytes::{Bytes, BytesMut};
+
+use super::{
+    encoder::{chain_end, chain_start},
+    error::DecodeError,
+    frame::unpack,
+    layout::{
+        FRAME_HEADER_BYTES, FrameHeader, FrameKind, Header, PREAMBLE_BYTES, header_len, is_trailer,
+    },
+    trailer::{FOOT_BYTES, Foot, Trailer, TrailerHead},
+};
+use crate::base::{
+    checksum::{Crc32c, Sha256},
+    units::{to_u64, to_usize},
+};
+
+/// What a log holds, in order: one header, frames, one trailer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The first: whose log it is.
+    Header(Header),
+    /// A frame.
+    Frame {
+        /// Which run, and how it was packed.
+        header: FrameHeader,
+        /// Position of its payload in the log.
+        at: u64,
+        /// The content, as long as the run; nothing for a run of zeros.
+        raw: Option<Bytes>,
+    },
+    /// The last: the log is whole.
+    Trailer(Trailer),
+}
+
+/// The state of a log that is being read.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    buffer: BytesMut,
+    /// Log offset of the first byte in the buffer.
+    position: u64,
+    frames: u64,
+    /// Over the frame headers, to be compared with the index.
+    headers_crc: Crc32c,
+    chain: Sha256,
+    header: Option<Header>,
+    state: State,
+}
+
+/// What the next byte belongs to.
+///
+/// ```text
+/// Preamble -> Header -> Item -> Payload -> Item
+///                        |
+///                        +----> Index -> Foot -> End          any -> Failed
+/// ```
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Preamble,
+    Header {
+        len: usize,
+    },
+    Item,
+    Payload(FrameHeader),
+    Index(Box<Index>),
+    Foot {
+        head: TrailerHead,
+        trailer_at: u64,
+    },
+    End,
+    Failed,
+}
+
+/// An index that is passing by.
+#[derive(Debug)]
+struct Index {
+    head: TrailerHead,
+    trailer_at: u64,
+    /// Bytes still to come.
+    left: u64,
+    crc: Crc32c,
+}
+
+impl Decoder {
+    /// A decoder at the start of a log.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds bytes. Those after an error or after the trailer are kept until the next call of [`next`](Self::next)
+    /// complains about them.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next complete part of the log, or nothing until more bytes are fed. An error is final.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "an iterator that gives nothing now and something later surprises"
+    )]
+    pub fn next(&mut self) -> Result<Option<Event>, DecodeError> {
+        let step = self.step();
+        if step.is_err() {
+            self.state = State::Failed;
+            self.buffer = BytesMut::new();
+        }
+        step
+    }
+
+    /// Whether the trailer came out and nothing follows it.
+    pub fn is_complete(&self) -> bool {
+        matches!(self.state, State::End) && self.buffer.is_empty()
+    }
+
+    fn step(&mut self) -> Result<Option<Event>, DecodeError> {
+        loop {
+            match std::mem::replace(&mut self.state, State::Failed) {
+                State::Preamble => {
+                    let Some(preamble) = self.buffer.first_chunk::<PREAMBLE_BYTES>() else {
+                        self.state = State::Preamble;
+                        return Ok(None);
+                    };
+                    let len = header_len(preamble)?;
+                    self.state = State::Header { len };
+                }
+                State::Header { len } => {
+                    let Some(bytes) = self.take(len) else {
+                        self.state = State::Header { len };
+                        return Ok(None);
+                    };
+                    let header = Header::parse(&bytes)?;
+                    self.chain = chain_start(&header, &bytes);
+                    self.header = Some(header.clone());
+                    self.state = State::Item;
+                    return Ok(Some(Event::Header(header)));
+                }
+                State::Item => {
+                    let at = self.position;
+                    let Some(bytes) = self.take_array::<FRAME_HEADER_BYTES>() else {
+                        self.state = State::Item;
+                        return Ok(None);
+                    };
+                    self.state = self.item(&bytes, at)?;
+                }
+                State::Payload(header) => {
+                    let at = self.position;
+                    let Some(payload) = self.take(to_usize(u64::from(header.payload_len))) else {
+                        self.state = State::Payload(header);
+                        return Ok(None);
+                    };
+                    let raw = match header.kind {
+                        FrameKind::Data => Some(unpack(&header, &payload, at)?),
+                        FrameKind::Zero => None,
+                    };
+                    self.state = State::Item;
+                    return Ok(Some(Event::Frame { header, at, raw }));
+                }
+                State::Index(index) if index.left > 0 && self.buffer.is_empty() => {
+                    self.state = State::Index(index);
+                    return Ok(None);
+                }
+                State::Index(index) => self.state = self.index(index)?,
+                State::Foot { head, trailer_at } => {
+                    let at = self.position;
+                    let Some(bytes) = self.take_array::<FOOT_BYTES>() else {
+                        self.state = State::Foot { head, trailer_at };
+                        return Ok(None);
+                    };
+                    let trailer = self.foot(head, trailer_at, &bytes, at)?;
+                    self.state = State::End;
+                    return Ok(Some(Event::Trailer(trailer)));
+                }
+                State::End if self.buffer.is_empty() => {
+                    self.state = State::End;
+                    return Ok(None);
+                }
+                State::End => return Err(DecodeError::Surplus(self.position)),
+                State::Failed => return Err(DecodeError::Stopped),
+            }
+        }
+    }
+
+    /// The state after a frame header or the trailer's head.
+    fn item(&mut self, bytes: &[u8; FRAME_HEADER_BYTES], at: u64) -> Result<State, DecodeError> {
+        if is_trailer(bytes) {
+            let head = TrailerHead::parse(bytes, at)?;
+            let bad = |reason| DecodeError::Invalid {
+                part: "trailer",
+                offset: at,
+                reason,
+            };
+            if head.frames != self.frames {
+                return Err(bad("it counts another number of frames"));
+            }
+            if head.index_entries != 0 && head.index_crc != self.headers_crc.finish() {
+                return Err(bad("its index does not repeat the frame headers"));
+            }
+            let left = head
+                .index_len()
+                .ok_or_else(|| bad("its index is too long"))?;
+            return Ok(State::Index(Box::new(Index {
+                head,
+                trailer_at: at,
+                left,
+                crc: Crc32c::default(),
+            })));
+        }
+        let disks = self.header.as_ref().map_or(&[][..], |header| &header.disks);
+        let header = FrameHeader::parse(bytes, disks, at)?;
+        self.chain.update(bytes);
+        self.headers_crc.update(bytes);
+        self.frames += 1;
+        Ok(State::Payload(header))
+    }
+
+    /// The state after as much of the index as is there.
+    fn index(&mut self, mut index: Box<Index>) -> Result<State, DecodeError> {
+        let count = to_usize(index.left.min(to_u64(self.buffer.len())));
+        let piece = self.take(count).expect("so many bytes are there");
+        index.crc.update(&piece);
+        index.left -= to_u64(count);
+        if index.left > 0 {
+            return Ok(State::Index(index));
+        }
+        if index.crc.finish() != index.head.index_crc {
+            return Err(DecodeError::Checksum {
+                part: "index",
+                offset: index.trailer_at,
+            });
+        }
+        Ok(State::Foot {
+            head: index.head,
+            trailer_at: index.trailer_at,
+        })
+    }
+
+    fn foot(
+        &self,
+        head: TrailerHead,
+        trailer_at: u64,
+        bytes: &[u8; FOOT_BYTES],
+        at: u64,
+    ) -> Result<Trailer, DecodeError> {
+        let foot = Foot::parse(bytes, at)?;
+        let bad = |reason| DecodeError::Invalid {
+            part: "foot",
+            offset: at,
+            reason,
+        };
+        if foot.trailer_at != trailer_at {
+            return Err(bad("it points to another trailer"));
+        }
+        let parent = self.header.as_ref().and_then(|header| header.parent);
+        if parent.is_some_and(|parent| foot.epoch <= parent.epoch) {
+            return Err(bad("its epoch is not after its parent's"));
+        }
+        if parent.is_none() && foot.epoch.0 != 0 {
+            return Err(bad("the initial copy is epoch 0"));
+        }
+        let computed = chain_end(self.chain.clone(), head, foot);
+        if computed != foot.chain {
+            return Err(DecodeError::Chain {
+                computed,
+                stated: foot.chain,
+            });
+        }
+        Ok(foot.trailer(head.frames))
+    }
+
+    /// The first `len` bytes of the buffer, if they are there.
+    fn take(&mut self, len: usize) -> Option<Bytes> {
+        (self.buffer.len() >= len).then(|| {
+            self.position += to_u64(len);
+            self.buffer.split_to(len).freeze()
+        })
+    }
+
+    fn take_array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let bytes = self.take(N)?;
+        Some(bytes[..].try_into().expect("so many bytes were taken"))
+    }
+}
