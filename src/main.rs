@@ -1,2 +1,7 @@
 //! The `understudy` program: see the library for everything but this call.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    understudy::cli::main()
+}

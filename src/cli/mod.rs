@@ -1,2 +1,110 @@
 //! Floor 6: the verbs. The only place that prints.
+//!
+//! One file for each verb or family of verbs; [`output`] is the voice. Exit codes: 0 done, 1 the operation failed,
+//! 2 wrong usage, 3 refused (fenced, not authorised, unsafe, no such thing here).
 #![forbid(unsafe_code)]
+
+pub mod bench;
+pub mod demo;
+pub mod image;
+pub mod mount;
+pub mod output;
+pub mod pki;
+pub mod replica;
+pub mod status;
+
+use std::{fmt, process::ExitCode};
+
+use clap::Parser;
+
+use self::output::Output;
+
+/// Disaster recovery for the disks of virtual machines: mount VM disks, track every write, replicate, fail over.
+#[derive(Debug, Parser)]
+#[command(name = "understudy", version, propagate_version = true, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// Run the main job end to end on this machine and prove the result.
+    Demo(demo::DemoArgs),
+    /// Make a certificate authority, and identities for hosts.
+    Pki(pki::PkiArgs),
+    /// Show VM disks as raw files, track writes, replicate them.
+    Mount(mount::MountArgs),
+    /// Receive machines from primaries and keep their replicas.
+    Replica(replica::ReplicaArgs),
+    /// Show what the nodes of this host are doing.
+    Status(status::StatusArgs),
+    /// Create and examine image files.
+    Image(image::ImageArgs),
+    /// Measure throughput and latency of files and mounts, side by side.
+    Bench(bench::BenchArgs),
+}
+
+/// An operation that was refused rather than tried: exit code 3.
+#[derive(Debug)]
+pub struct Refused(String);
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// A refusal with this text.
+fn refused(text: String) -> anyhow::Error {
+    Refused(text).into()
+}
+
+/// Runs the program with the process's arguments.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let out = Output::default();
+    start_log();
+    match run(cli.verb, &out) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            out.failure(&error);
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
+    match verb {
+        Verb::Demo(args) => demo::run(&args, out),
+        Verb::Pki(args) => pki::run(&args, out),
+        Verb::Image(args) => image::run(&args, out),
+        Verb::Bench(args) => bench::run(&args, out),
+        Verb::Mount(args) => runtime()?.block_on(mount::run(args, out)),
+        Verb::Replica(args) => runtime()?.block_on(replica::run(args, out)),
+        Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),
+    }
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+}
+
+/// `RUST_LOG` chooses what is logged, on standard error; by default what an operator should know.
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.chain().any(is_refusal) { 3 } else { 1 }
+}
+
+fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause.is::<Refused>()
+        || cause.is::<crate::protocol::message::Refusal>()
+        || cause.downcast_ref::<crate::net::DialError>().is_some_and(|e| matches!(e, crate::net::DialError::Refused { .. }))
+}

@@ -1,6 +1,6 @@
 //! What a node tells about itself: the JSON of `status --json`, and the figures behind it.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,8 @@ pub struct NodeStatus {
     pub version: String,
     /// Process id.
     pub pid: u32,
+    /// Where it accepts primaries, if it does.
+    pub listening: Option<SocketAddr>,
     /// Wall-clock time of this report.
     pub at: Timestamp,
     /// Every machine it serves, by name.

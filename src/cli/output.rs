@@ -1,0 +1,111 @@
+//! What a person reads: steps, lines and tables on standard output, problems on standard error. The only file that
+//! prints.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the program's voice")]
+
+use std::{fmt::Write as _, io::IsTerminal as _};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Standard output and standard error.
+#[derive(Debug)]
+pub struct Output {
+    terminal: bool,
+}
+
+impl Default for Output {
+    fn default() -> Self {
+        Self { terminal: std::io::stderr().is_terminal() }
+    }
+}
+
+impl Output {
+    /// One line of result.
+    pub fn line(&self, text: &str) {
+        println!("{text}");
+    }
+
+    /// The beginning of a step that takes a while.
+    pub fn step(&self, text: &str) {
+        println!("==> {text}");
+    }
+
+    /// JSON, by itself.
+    pub fn json(&self, value: &impl serde::Serialize) -> anyhow::Result<()> {
+        println!("{}", serde_json::to_string_pretty(value)?);
+        Ok(())
+    }
+
+    /// Something to know that is not a result.
+    pub fn note(&self, text: &str) {
+        eprintln!("{text}");
+    }
+
+    /// A failure with its causes, outermost first, each said once.
+    pub fn failure(&self, error: &anyhow::Error) {
+        let mut text = String::from("understudy: ");
+        let mut said = String::new();
+        for (depth, cause) in error.chain().enumerate() {
+            let cause = cause.to_string();
+            if said.contains(&cause) {
+                continue;
+            }
+            let separator = if depth == 0 { "" } else { ": " };
+            let _ = write!(text, "{separator}{cause}");
+            said.push_str(&cause);
+        }
+        eprintln!("{text}");
+    }
+
+    /// Clears the terminal for a fresh picture; elsewhere a blank line.
+    pub fn fresh(&self) {
+        if std::io::stdout().is_terminal() {
+            print!("\x1b[2J\x1b[H");
+        } else {
+            println!();
+        }
+    }
+
+    /// A progress display of bytes: a bar on a terminal, plain lines elsewhere.
+    pub fn progress(&self, what: &str) -> Progress {
+        let bar = self.terminal.then(|| {
+            let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+            let style = ProgressStyle::with_template(template).expect("the template is right").progress_chars("=> ");
+            ProgressBar::new(0).with_style(style).with_message(what.to_owned())
+        });
+        Progress { what: what.to_owned(), bar, tenths: None }
+    }
+}
+
+/// A running progress display.
+#[derive(Debug)]
+pub struct Progress {
+    what: String,
+    bar: Option<ProgressBar>,
+    tenths: Option<u64>,
+}
+
+impl Progress {
+    /// `done` of `total` bytes are done.
+    pub fn set(&mut self, done: u64, total: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+            return;
+        }
+        // Without a terminal a line for every tenth: enough to see it move, not enough to fill a journal.
+        let tenths = if total == 0 { 10 } else { done.saturating_mul(10) / total };
+        if self.tenths.is_none_or(|before| tenths > before) {
+            self.tenths = Some(tenths);
+            let (done, total) = (crate::base::units::Bytes(done), crate::base::units::Bytes(total));
+            eprintln!("{}: {}0 %, {done} of {total}", self.what, tenths.min(10));
+        }
+    }
+
+    /// It is complete.
+    pub fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+        eprintln!("{}: complete", self.what);
+    }
+}

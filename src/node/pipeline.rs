@@ -1,0 +1,169 @@
+//! Packs blocks into frames on worker threads and hands them back in the order in which they were taken.
+//!
+//! The order is what makes the last frame of a block its newest content: a block that is taken, rewritten and taken
+//! again must arrive twice in that order, however long each packing took. So every piece gets a slot in a queue when it
+//! is submitted, and the frame is put into that slot by whichever worker packed it.
+
+use std::{collections::VecDeque, sync::Arc, thread, time::Duration};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use parking_lot::Mutex;
+
+use crate::{
+    base::{
+        clock::Clock,
+        units::{DiskIndex, Extent, to_u64},
+    },
+    delta::{
+        EncodedFrame, encode_zero,
+        policy::{Policy, Setting, encode_sampled},
+    },
+};
+
+/// Frames between `submit` and `next`, at most: enough that a worker never waits for the link's round trip, and a
+/// bound on memory of this many MiB twice over.
+const DEPTH: usize = 8;
+
+/// The content of a run that is to be packed.
+#[derive(Debug)]
+pub(super) enum Raw {
+    /// These bytes.
+    Data(Vec<u8>),
+    /// Zeros.
+    Zero,
+}
+
+struct Job {
+    disk: DiskIndex,
+    run: Extent,
+    raw: Vec<u8>,
+    done: Sender<EncodedFrame>,
+}
+
+/// A bounded, ordered packing pipeline.
+#[derive(Debug)]
+pub(super) struct Pipeline {
+    jobs: Option<Sender<Job>>,
+    slots: VecDeque<Receiver<EncodedFrame>>,
+    policy: Arc<Mutex<Policy>>,
+    workers: Vec<thread::JoinHandle<()>>,
+}
+
+impl Pipeline {
+    /// A pipeline with `workers` threads.
+    pub(super) fn start(setting: Setting, workers: u16, clock: &Arc<dyn Clock>) -> std::io::Result<Self> {
+        let policy = Arc::new(Mutex::new(Policy::new(setting, workers)));
+        let (sender, receiver) = bounded::<Job>(DEPTH);
+        let workers = (0..workers)
+            .map(|index| {
+                let (jobs, policy, clock) = (receiver.clone(), Arc::clone(&policy), Arc::clone(clock));
+                thread::Builder::new().name(format!("pack-{index}")).spawn(move || pack(&jobs, &policy, &*clock))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { jobs: Some(sender), slots: VecDeque::new(), policy, workers })
+    }
+
+    /// Whether another piece may be submitted.
+    pub(super) fn has_room(&self) -> bool {
+        self.slots.len() < DEPTH
+    }
+
+    /// Whether frames are under way.
+    pub(super) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Gives a piece to the workers. Only with [`has_room`](Self::has_room).
+    pub(super) fn submit(&mut self, disk: DiskIndex, run: Extent, raw: Raw) {
+        assert!(self.has_room(), "the caller asks for room first");
+        let (done, slot) = bounded(1);
+        match raw {
+            Raw::Zero => {
+                let frame = encode_zero(disk, run);
+                done.send(frame).expect("the slot has room for its one frame");
+            }
+            Raw::Data(raw) => {
+                let jobs = self.jobs.as_ref().expect("the pipeline runs until it is dropped");
+                jobs.send(Job { disk, run, raw, done }).expect("workers run until the pipeline is dropped");
+            }
+        }
+        self.slots.push_back(slot);
+    }
+
+    /// The next frame in order, if it is packed.
+    pub(super) fn ready(&mut self) -> Option<EncodedFrame> {
+        let frame = self.slots.front()?.try_recv().ok()?;
+        self.slots.pop_front();
+        Some(frame)
+    }
+
+    /// The next frame in order, waiting for it; nothing if none is under way.
+    pub(super) fn next(&mut self) -> Option<EncodedFrame> {
+        let slot = self.slots.pop_front()?;
+        Some(slot.recv().expect("a worker answers every job"))
+    }
+
+    /// Forgets what is under way.
+    pub(super) fn clear(&mut self) {
+        while self.next().is_some() {}
+    }
+
+    /// Tells the policy what the link took.
+    pub(super) fn sent(&self, bytes: u64, took: Duration) {
+        self.policy.lock().sent(bytes, took);
+    }
+}
+
+impl Drop for Pipeline {
+    fn drop(&mut self) {
+        self.jobs = None;
+        for worker in self.workers.drain(..) {
+            // A worker that panicked has said so on standard error.
+            let _ = worker.join();
+        }
+    }
+}
+
+fn pack(jobs: &Receiver<Job>, policy: &Mutex<Policy>, clock: &dyn Clock) {
+    for Job { disk, run, raw, done } in jobs {
+        let codec = policy.lock().choose(clock.monotonic());
+        let started = clock.monotonic();
+        let frame = encode_sampled(disk, run.offset, &raw, codec);
+        let took = clock.monotonic().saturating_sub(started);
+        policy.lock().packed(codec, to_u64(raw.len()), to_u64(frame.bytes().len()), took);
+        // The pipeline may have been dropped meanwhile; then nobody wants the frame.
+        let _ = done.send(frame);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::clock::SystemClock;
+
+    #[test]
+    fn frames_come_back_in_the_order_they_went_in() {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+        let mut pipeline = Pipeline::start(Setting::Zstd, 3, &clock).unwrap();
+        let mut expected = VecDeque::new();
+        let mut seen = 0;
+        for number in 0..200u64 {
+            if !pipeline.has_room() {
+                let frame = pipeline.next().unwrap();
+                assert_eq!(Some(frame.header().run), expected.pop_front());
+                seen += 1;
+            }
+            // Large and small pieces in turn: a later small one is packed long before an earlier large one.
+            let len = if number % 2 == 0 { 1 << 20 } else { 4096 };
+            let run = Extent::new(number << 20, len);
+            let raw = vec![7; crate::base::units::to_usize(len)];
+            pipeline.submit(DiskIndex(0), run, if number % 5 == 0 { Raw::Zero } else { Raw::Data(raw) });
+            expected.push_back(run);
+        }
+        while let Some(frame) = pipeline.next() {
+            assert_eq!(Some(frame.header().run), expected.pop_front());
+            seen += 1;
+        }
+        assert_eq!((seen, expected.len()), (200, 0));
+    }
+}
