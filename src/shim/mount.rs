@@ -1,0 +1,452 @@
+//! Mounting, unmounting, and what a mount left behind by a killed process needs.
+//!
+//! # Why mount(2) is called here
+//! fuser can mount by itself, but reports a failure as text, falls back to a helper program, and unmounts by path when
+//! a session ends, even if somebody else has mounted there since. One system call gives errors that name their cause
+//! and an unmount that first makes sure of what it unmounts.
+//!
+//! # What survives
+//! A mount whose process was killed stays, and answers `ENOTCONN` to everyone, until [`recover_stale`] or the next
+//! [`mount()`] detaches it. Openers from before keep a dead file: their requests fail, none reaches a disk.
+//! The shim never looks at its own mount through the file system, which could wait for itself.
+
+use std::{
+    fmt, fs, io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, umount2},
+    sys::statfs::statfs,
+    unistd::{getegid, geteuid, getgid, getuid},
+};
+use tokio::sync::watch;
+
+use super::{
+    file::{File, Writability},
+    files::Files,
+    fuse::Glue,
+    latency::Latencies,
+    table::{MountEntry, mounted_at},
+};
+use crate::{base::ids::Name, disk::Disk};
+
+/// Threads that serve a mount. A cold read or a sync occupies one of them, so this is also the queue depth that the
+/// images see; more than 16 costs memory (1 MiB each for requests and for replies) and gains nothing on warm ones.
+pub const THREADS_DEFAULT: usize = 16;
+
+const FUSE_DEVICE: &str = "/dev/fuse";
+/// File system type as `mount` and `df` show it.
+const KIND: &str = "fuse.understudy";
+const SOURCE: &str = "understudy";
+
+/// Who may open the files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Visibility {
+    /// Only the user this process runs as; root is refused as well if it is another user.
+    Owner,
+    /// Every user whom the files' owner and mode let in: what a monitor that runs under its own user needs.
+    AllUsers,
+}
+
+/// Whom the files belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// User id.
+    pub user: u32,
+    /// Group id.
+    pub group: u32,
+}
+
+/// Where and how to mount.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// An existing, empty folder.
+    pub dir: PathBuf,
+    /// Who may open the files.
+    pub access: Visibility,
+    /// Whom the files belong to.
+    pub owner: Owner,
+    /// Permission bits of the files; a file that refuses writers shows them without the writing ones.
+    pub file_mode: u16,
+    /// Threads that serve requests, at least one: [`THREADS_DEFAULT`] unless measured.
+    pub threads: usize,
+}
+
+impl MountOptions {
+    /// A mount at `dir` that only this process's user may use.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self {
+            dir: dir.into(),
+            access: Visibility::Owner,
+            owner: Owner {
+                user: geteuid().as_raw(),
+                group: getegid().as_raw(),
+            },
+            file_mode: 0o600,
+            threads: THREADS_DEFAULT,
+        }
+    }
+}
+
+/// A disk and the file it is shown as.
+#[derive(Clone, Debug)]
+pub struct MountedDisk {
+    /// The folder the file lies in, by custom the machine's name; the root of the mount if there is none.
+    pub folder: Option<Name>,
+    /// The file's name without `.raw`, which the shim adds.
+    pub file_name: Name,
+    /// What the file holds.
+    pub disk: Arc<dyn Disk>,
+    /// Whether the guest may write, until [`Mount::set_writable`] says otherwise.
+    pub writability: Writability,
+}
+
+/// The position of a disk in the list that was given to [`mount()`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileIndex(pub usize);
+
+/// Why a mount could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The folder is not there or cannot be examined.
+    #[error("cannot mount at {}: the folder cannot be examined", dir.display())]
+    Unreachable {
+        /// Where to mount.
+        dir: PathBuf,
+        /// What was said.
+        #[source]
+        source: io::Error,
+    },
+    /// Something other than a folder.
+    #[error("cannot mount at {}: it is not a folder", .0.display())]
+    NotAFolder(PathBuf),
+    /// The mount would hide files.
+    #[error("cannot mount at {}: the folder is not empty, and its files would be hidden; choose an empty one", .0.display())]
+    NotEmpty(PathBuf),
+    /// A living process serves disks there.
+    #[error("cannot mount at {}: disks are already mounted there; unmount them first", .0.display())]
+    AlreadyMounted(PathBuf),
+    /// Two disks with the same place.
+    #[error("two disks cannot both be shown as {0}; give one of them another name")]
+    Duplicate(String),
+    /// No FUSE on this host.
+    #[error(
+        "cannot open {FUSE_DEVICE}; load the module with `modprobe fuse` and give this process access to it"
+    )]
+    Device(#[source] io::Error),
+    /// Not root.
+    #[error("mounting at {} is not permitted; run as root or with CAP_SYS_ADMIN", .0.display())]
+    NotPermitted(PathBuf),
+    /// The kernel said no for another reason.
+    #[error("cannot mount at {}", dir.display())]
+    Kernel {
+        /// Where to mount.
+        dir: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: Errno,
+    },
+    /// Mounted, but the kernel and this program did not come to terms, or no thread could be started.
+    #[error("cannot serve the mount at {}", dir.display())]
+    Serve {
+        /// Where it was mounted.
+        dir: PathBuf,
+        /// What was said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a mount is still there.
+#[derive(Debug, thiserror::Error)]
+pub enum UnmountError {
+    /// Somebody uses it.
+    #[error(
+        "{} is in use: {writers} handles are open for writing, {readers} for reading; stop the machines and tools that use its files, or detach it",
+        dir.display()
+    )]
+    Busy {
+        /// Where it is mounted.
+        dir: PathBuf,
+        /// Handles open for writing.
+        writers: usize,
+        /// Handles open for reading. With none of either, a shell may have its working directory there.
+        readers: usize,
+    },
+    /// Somebody mounted another file system over it.
+    #[error("{} is hidden under another mount; unmount that first", .0.display())]
+    Covered(PathBuf),
+    /// The kernel said no for another reason.
+    #[error("cannot unmount {}", dir.display())]
+    Kernel {
+        /// Where it is mounted.
+        dir: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// How to unmount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmount {
+    /// Only if nobody uses it.
+    IfUnused,
+    /// In any case: the mount disappears from the tree, and the requests of those who hold files open fail with `EIO`.
+    Detach,
+}
+
+/// Disks shown as files. Dropping it detaches the mount.
+pub struct Mount {
+    dir: PathBuf,
+    /// What the kernel's table says about the mount, to know it again.
+    entry: MountEntry,
+    files: Arc<Files>,
+    /// Becomes `true` when the last thread has stopped serving.
+    ended: watch::Receiver<bool>,
+    /// Never carries anything: disconnected when the last thread has stopped serving.
+    serving: Receiver<()>,
+}
+
+impl fmt::Debug for Mount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mount")
+            .field("dir", &self.dir)
+            .field("device", &self.entry.device)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Shows `disks` as files below `options.dir`. A stale mount there is detached first.
+pub fn mount(options: &MountOptions, disks: Vec<MountedDisk>) -> Result<Mount, MountError> {
+    let dir = prepare(&options.dir)?;
+    let files = Arc::new(Files::new(options, disks)?);
+    let device = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(FUSE_DEVICE)
+        .map_err(MountError::Device)?;
+    let device = OwnedFd::from(device);
+    attach(&device, &dir, options.access)?;
+    serve(device, &dir, options, files).map_err(|source| {
+        // Nothing was served yet, so nothing can be lost; that it cannot be detached would be no better an answer.
+        let _ = umount2(&dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        MountError::Serve { dir, source }
+    })
+}
+
+/// Detaches a mount at `dir` whose process has died, and says whether there was one. Never touches a living one.
+pub fn recover_stale(dir: &Path) -> io::Result<bool> {
+    let dir = absolute(dir)?;
+    let Some(entry) = mounted_at(&dir)? else {
+        return Ok(false);
+    };
+    if !entry.is_fuse() || statfs(&dir).err() != Some(Errno::ENOTCONN) {
+        return Ok(false);
+    }
+    umount2(&dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
+    tracing::info!(dir = %dir.display(), "detached a mount whose process had died");
+    Ok(true)
+}
+
+impl Mount {
+    /// Where it is mounted, as an absolute path without links.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// How long requests took since mounting.
+    pub fn latencies(&self) -> Latencies {
+        self.files.recorders().snapshot()
+    }
+
+    /// Handles open for writing on one disk. A handle counts until the kernel releases it, shortly after its last
+    /// close.
+    ///
+    /// # Panics
+    /// If the mount has no such disk.
+    pub fn open_writers(&self, disk: FileIndex) -> usize {
+        self.files.files()[disk.0].writers()
+    }
+
+    /// Decides whether the guest may write to one disk. When this returns, writes that were under way have ended and
+    /// later ones are treated as told; flushes and reads go on all the time. A write that waits for something (a
+    /// replica, in synchronous mode) is waited for as well.
+    ///
+    /// # Panics
+    /// If the mount has no such disk.
+    pub fn set_writable(&self, disk: FileIndex, writability: Writability) {
+        self.files.files()[disk.0].set_writable(writability);
+    }
+
+    /// Becomes `true` once nobody can reach the disks any more: after an unmount, by this process or by a person.
+    pub fn ended(&self) -> watch::Receiver<bool> {
+        self.ended.clone()
+    }
+
+    /// Blocks until [`ended`](Self::ended) is `true`.
+    pub fn wait(&self) {
+        // The channel carries nothing, so the only answer is that its other end is gone.
+        let _ = self.serving.recv();
+    }
+
+    /// Unmounts. On success no request is under way, none will reach a disk, and the disks are let go of. On failure
+    /// everything is as it was. A mount that has ended already is a success.
+    pub fn unmount(&self, how: Unmount) -> Result<(), UnmountError> {
+        if !*self.ended.borrow() {
+            self.detach_from_tree(how)?;
+            tracing::info!(dir = %self.dir.display(), "unmounted");
+        }
+        for file in self.files.files() {
+            file.withdraw();
+        }
+        Ok(())
+    }
+
+    fn detach_from_tree(&self, how: Unmount) -> Result<(), UnmountError> {
+        let kernel = |source| UnmountError::Kernel {
+            dir: self.dir.clone(),
+            source,
+        };
+        match mounted_at(&self.dir).map_err(kernel)? {
+            // A person unmounted it lazily: only those who hold files open are left.
+            None => return Ok(()),
+            Some(entry) if entry != self.entry => {
+                return Err(UnmountError::Covered(self.dir.clone()));
+            }
+            Some(_) => {}
+        }
+        let flags = match how {
+            Unmount::IfUnused => MntFlags::empty(),
+            Unmount::Detach => MntFlags::MNT_DETACH,
+        };
+        match umount2(&self.dir, flags | MntFlags::UMOUNT_NOFOLLOW) {
+            // EINVAL: somebody was faster.
+            Ok(()) | Err(Errno::EINVAL) => Ok(()),
+            Err(Errno::EBUSY) => Err(UnmountError::Busy {
+                dir: self.dir.clone(),
+                writers: self.files.files().iter().map(File::writers).sum(),
+                readers: self.files.files().iter().map(File::readers).sum(),
+            }),
+            Err(errno) => Err(kernel(errno.into())),
+        }
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if let Err(error) = self.unmount(Unmount::Detach) {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "a mount is left behind"
+            );
+        }
+    }
+}
+
+/// The folder to mount at as an absolute path without links, if it can be used.
+fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
+    let unreachable = |source| MountError::Unreachable {
+        dir: dir.to_owned(),
+        source,
+    };
+    recover_stale(dir).map_err(unreachable)?;
+    let dir = dir.canonicalize().map_err(unreachable)?;
+    let entry = mounted_at(&dir).map_err(unreachable)?;
+    if entry.is_some_and(|entry| entry.kind == KIND) {
+        return Err(MountError::AlreadyMounted(dir));
+    }
+    if !fs::metadata(&dir).map_err(unreachable)?.is_dir() {
+        return Err(MountError::NotAFolder(dir));
+    }
+    if fs::read_dir(&dir).map_err(unreachable)?.next().is_some() {
+        return Err(MountError::NotEmpty(dir));
+    }
+    Ok(dir)
+}
+
+/// `dir` as an absolute path without links, without looking at `dir` itself, which may be a mount that is dead.
+fn absolute(dir: &Path) -> io::Result<PathBuf> {
+    match (dir.parent(), dir.file_name()) {
+        (Some(parent), Some(name)) => {
+            let parent = if parent.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                parent
+            };
+            Ok(parent.canonicalize()?.join(name))
+        }
+        _ => dir.canonicalize(),
+    }
+}
+
+/// Mounts the connection `device` at `dir`.
+fn attach(device: &OwnedFd, dir: &Path, access: Visibility) -> Result<(), MountError> {
+    let mut data = format!(
+        "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
+        device.as_raw_fd(),
+        getuid(),
+        getgid()
+    );
+    if access == Visibility::AllUsers {
+        data.push_str(",allow_other");
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
+    match nix::mount::mount(Some(SOURCE), dir, Some(KIND), flags, Some(data.as_str())) {
+        Ok(()) => Ok(()),
+        Err(Errno::EPERM | Errno::EACCES) => Err(MountError::NotPermitted(dir.to_owned())),
+        Err(source) => Err(MountError::Kernel {
+            dir: dir.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// Comes to terms with the kernel and starts the threads.
+fn serve(
+    device: OwnedFd,
+    dir: &Path,
+    options: &MountOptions,
+    files: Arc<Files>,
+) -> io::Result<Mount> {
+    let entry = mounted_at(dir)?
+        .filter(|entry| entry.kind == KIND)
+        .ok_or_else(|| io::Error::other("the mount is not in the kernel's table"))?;
+    let access = match options.access {
+        Visibility::Owner => fuser::SessionACL::Owner,
+        Visibility::AllUsers => fuser::SessionACL::All,
+    };
+    let mut config = fuser::Config::default();
+    config.n_threads = Some(options.threads.max(1));
+    let session = fuser::Session::from_fd(Glue(files.clone()), device, access, config)?;
+    let (ended_sender, ended) = watch::channel(false);
+    let (serving_sender, serving) = bounded(0);
+    let shown = dir.display().to_string();
+    thread::Builder::new()
+        .name("shim".into())
+        .spawn(move || run(session, &shown, &ended_sender, serving_sender))?;
+    tracing::info!(dir = %dir.display(), disks = files.files().len(), "mounted");
+    Ok(Mount {
+        dir: dir.to_owned(),
+        entry,
+        files,
+        ended,
+        serving,
+    })
+}
+
+/// Serves until the kernel ends the connection.
+fn run(session: fuser::Session<Glue>, dir: &str, ended: &watch::Sender<bool>, serving: Sender<()>) {
+    match session.run() {
+        Ok(()) => tracing::info!(dir, "the mount has ended"),
+        Err(error) => tracing::error!(dir, %error, "the mount has ended by an error"),
+    }
+    ended.send_replace(true);
+    drop(serving);
+}
