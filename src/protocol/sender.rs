@@ -20,7 +20,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use super::message::{Head, Refusal, ToPrimary, ToReplica, Version};
-use crate::base::{clock::Timestamp, ids::Lineage, limits::FRAME_BYTES_MAX};
+use crate::base::{clock::Timestamp, ids::Lineage, limits::FRAME_BYTES_MAX, units::Epoch};
 
 /// Which epoch's blocks are taken next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,6 +172,7 @@ impl Sender {
             ) => {
                 if version == Version::CURRENT {
                     self.granted = granted;
+                    self.cut_wanted |= matches!(head, Head::Complete(lineage) if is_fuzzy(lineage));
                     self.phase = Phase::Comparing;
                     self.actions.push_back(Action::Compare(head));
                 } else {
@@ -185,6 +186,7 @@ impl Sender {
             (ToPrimary::Granted { bytes }, _) => self.granted = self.granted.max(bytes),
             (ToPrimary::Copied { frames }, _) => self.actions.push_back(Action::Copied(frames)),
             (ToPrimary::Staged { lineage }, Phase::Sealed(sealed)) if lineage == sealed => {
+                self.cut_wanted |= is_fuzzy(lineage);
                 self.phase = Phase::Open { log: false };
                 self.actions.push_back(Action::Acknowledge(lineage));
             }
@@ -313,13 +315,16 @@ impl Sender {
     }
 }
 
+/// Whether a head is the initial copy alone: its blocks were read at different times, and only the next cut, even one
+/// of an epoch in which nothing changed, makes it a state the machine was ever in.
+fn is_fuzzy(lineage: Lineage) -> bool {
+    lineage.epoch == Epoch::INITIAL
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        base::{checksum::Digest, units::Epoch},
-        protocol::message::tests::hello,
-    };
+    use crate::{base::checksum::Digest, protocol::message::tests::hello};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -417,6 +422,22 @@ mod tests {
             actions(&mut sender),
             [Action::OpenLog(Log::Delta), Action::Cut]
         );
+    }
+
+    #[test]
+    fn the_initial_copy_is_followed_by_a_cut_although_nothing_changed() {
+        let mut sender = Sender::new(Pace { interval: SECOND, ahead_bytes: 0, current_every: SECOND });
+        sender.connected(hello());
+        sender.message(ToPrimary::Welcome { version: Version::CURRENT, head: Head::Empty, granted: 64 << 20 });
+        sender.agreed(Agreement::CopyNeeded);
+        assert_eq!(sender.side(0), Some(Side::Closing));
+        sender.drained(Side::Closing);
+        sender.sealed(lineage(0));
+        actions(&mut sender);
+        sender.message(ToPrimary::Staged { lineage: lineage(0) });
+        sender.tick(SECOND / 10, Timestamp(0), false);
+        let cut = [Action::Acknowledge(lineage(0)), Action::OpenLog(Log::Delta), Action::Cut];
+        assert_eq!(actions(&mut sender), cut);
     }
 
     #[test]

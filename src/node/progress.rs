@@ -1,0 +1,101 @@
+//! What the replication thread tells the status: where it stands, what went over the wire, how old the last point is.
+
+use std::time::Duration;
+
+use super::status::{CopyStatus, RpoRecord};
+use crate::{
+    base::{
+        clock::{Clock, Timestamp},
+        units::BLOCK_BYTES,
+    },
+    protocol::sender::Agreement,
+    volume::Machine,
+};
+
+/// Where a replication stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Not connected yet.
+    Connecting,
+    /// The initial copy runs.
+    Copying,
+    /// Changes flow.
+    Replicating,
+    /// No link, and why; it is dialled again.
+    Unreachable(String),
+    /// The replica refused, and why; somebody has to act.
+    Refused(String),
+}
+
+/// A running initial copy.
+#[derive(Clone, Copy, Debug)]
+struct Copy {
+    began: Duration,
+    total: u64,
+    done: u64,
+}
+
+/// The figures of one machine's replication.
+#[derive(Debug)]
+pub(super) struct Progress {
+    pub(super) phase: Phase,
+    pub(super) rpo: RpoRecord,
+    copy: Option<Copy>,
+    /// Raw bytes of blocks sent.
+    pub(super) raw: u64,
+    /// Log bytes sent.
+    pub(super) sent: u64,
+    /// Epochs that became durable.
+    pub(super) epochs: u64,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self { phase: Phase::Connecting, rpo: RpoRecord::default(), copy: None, raw: 0, sent: 0, epochs: 0 }
+    }
+}
+
+impl Progress {
+    pub(super) fn connected(&mut self, agreement: Agreement, machine: &Machine, clock: &dyn Clock) {
+        match agreement {
+            Agreement::InStep => {
+                self.phase = Phase::Replicating;
+                self.copy = None;
+            }
+            Agreement::CopyNeeded => {
+                self.phase = Phase::Copying;
+                let total = machine.counters().closing_blocks * BLOCK_BYTES;
+                self.copy = Some(Copy { began: clock.monotonic(), total, done: 0 });
+            }
+        }
+    }
+
+    /// A frame was handed to the link: `raw` bytes of blocks in `bytes` of log.
+    pub(super) fn sent(&mut self, raw: u64, bytes: u64) {
+        self.raw += raw;
+        self.sent += bytes;
+        if let Some(copy) = &mut self.copy {
+            copy.done += raw;
+        }
+    }
+
+    /// An epoch became durable; `cut` is nothing for the initial copy.
+    pub(super) fn durable(&mut self, cut: Option<Timestamp>, now: Timestamp) {
+        self.epochs += 1;
+        if let Some(cut) = cut {
+            self.rpo.durable(cut, now);
+            // The first epoch after the initial copy makes the replica complete.
+            self.copy = None;
+            self.phase = Phase::Replicating;
+        }
+    }
+
+    pub(super) fn copy_status(&self, now: Duration) -> Option<CopyStatus> {
+        let copy = self.copy?;
+        let elapsed = now.saturating_sub(copy.began).as_millis().max(1);
+        let rate = u64::try_from(u128::from(copy.done) * 1000 / elapsed).unwrap_or(u64::MAX);
+        let left = copy.total.saturating_sub(copy.done);
+        let eta_s = left.checked_div(rate);
+        Some(CopyStatus { done: copy.done.min(copy.total), total: copy.total, rate, eta_s })
+    }
+}
