@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    dial::{peer_name, said, text_of},
+    dial::{peer_name, said, text_of, why_closed},
     identity::Identity,
     link::{Control, Link, Reason},
     refusal::{Refusal, RefusedBy},
@@ -237,12 +237,8 @@ async fn handshake(
     match greeted.await {
         Some(control) => Ok((link, control)),
         None => {
-            refuse(&connection, Reason::Protocol, "no greeting");
-            Err(connection_failed(
-                address,
-                Some(name),
-                &connection.closed().await,
-            ))
+            let error = why_closed(&connection);
+            Err(connection_failed(address, Some(name), &error))
         }
     }
 }
