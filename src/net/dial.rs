@@ -162,13 +162,10 @@ async fn accepted(
         let greeting = control.receiver.receive().await.ok()??;
         greeting.is_empty().then_some(control)
     };
-    match greeted.await {
-        Some(control) => Ok((link, control)),
-        None => {
-            let error = why_closed(&connection);
-            Err(connection_failed(address, error))
-        }
-    }
+    let control = greeted
+        .await
+        .ok_or_else(|| connection_failed(address, why_closed(&connection)))?;
+    Ok((link, control))
 }
 
 /// Why a connection without a greeting ended. If it did not, the peer does not keep to the protocol: we end it.

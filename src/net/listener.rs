@@ -234,13 +234,10 @@ async fn handshake(
         control.sender.send(Bytes::new()).await.ok()?;
         greeting.is_empty().then_some(control)
     };
-    match greeted.await {
-        Some(control) => Ok((link, control)),
-        None => {
-            let error = why_closed(&connection);
-            Err(connection_failed(address, Some(name), &error))
-        }
-    }
+    let control = greeted
+        .await
+        .ok_or_else(|| connection_failed(address, Some(name), &why_closed(&connection)))?;
+    Ok((link, control))
 }
 
 fn refuse(connection: &Connection, reason: Reason, text: &str) {
