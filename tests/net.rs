@@ -8,6 +8,7 @@ use std::{
     net::{SocketAddr, UdpSocket},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -53,6 +54,12 @@ impl Authority {
     fn identity(&self, host: &str) -> Identity {
         Identity::load(&self.issue(host, now())).unwrap()
     }
+}
+
+/// Turns a wait that would never end into a failure.
+async fn patiently<T>(wait: impl Future<Output = T>) -> T {
+    let outcome = tokio::time::timeout(Duration::from_mins(1), wait).await;
+    outcome.expect("what is waited for must come")
 }
 
 fn now() -> Timestamp {
@@ -439,15 +446,19 @@ async fn unread_logs_do_not_hold_up_control() {
             async move { while log.write_chunk(vec![1; 1 << 20].into()).await.is_ok() {} },
         );
     let unread = far.accept_log().await.unwrap();
-    for _ in 0..20 {
-        to_far
-            .sender
-            .send(Bytes::from_static(b"alive?"))
-            .await
-            .unwrap();
-        assert_eq!(to_near.receiver.receive().await.unwrap().unwrap(), "alive?");
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
+    let talk = async {
+        for _ in 0..20 {
+            to_far
+                .sender
+                .send(Bytes::from_static(b"alive?"))
+                .await
+                .unwrap();
+            assert_eq!(to_near.receiver.receive().await.unwrap().unwrap(), "alive?");
+            // The log fills its window meanwhile.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    patiently(talk).await;
     drop(unread);
     stuffing.await.unwrap();
 }

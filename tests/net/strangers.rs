@@ -17,7 +17,7 @@ use rustls::{
 };
 use understudy::net::{AcceptError, LinkError, Listener, Refusal, RefusedBy, transport::ALPN};
 
-use super::{Authority, anywhere, listen, now};
+use super::{Authority, anywhere, listen, now, patiently};
 
 /// A stranger: a bare quinn endpoint with a TLS configuration of its own.
 struct Stranger {
@@ -108,7 +108,7 @@ async fn a_message_over_the_limit_is_refused_at_its_length() {
     send.write_all(&0_u32.to_le_bytes()).await.unwrap();
     send.write_all(&u32::MAX.to_le_bytes()).await.unwrap();
     let (_link, mut control) = listener.accept().await.unwrap();
-    let error = control.receiver.receive().await.unwrap_err();
+    let error = patiently(control.receiver.receive()).await.unwrap_err();
     assert!(matches!(error, LinkError::TooLong(0xFFFF_FFFF)), "{error}");
     let closed = connection.closed().await;
     assert!(closed.to_string().contains("over the limit"), "{closed}");
