@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::{
     identity::{self, Identity},
-    link::{Control, Link},
+    link::{Control, Link, Reason},
     refusal::{Refusal, RefusedBy},
     transport::{self, HANDSHAKE_MAX},
 };
@@ -162,14 +162,19 @@ async fn accepted(
         let greeting = control.receiver.receive().await.ok()??;
         greeting.is_empty().then_some(control)
     };
-    match greeted.await {
-        Some(control) => Ok((link, control)),
-        None => {
-            // Either the connection is closed and says why, or the peer does not keep to the protocol.
-            connection.close(quinn::VarInt::from_u32(4), b"no greeting");
-            Err(connection_failed(address, connection.closed().await))
-        }
-    }
+    let control = greeted
+        .await
+        .ok_or_else(|| connection_failed(address, why_closed(&connection)))?;
+    Ok((link, control))
+}
+
+/// Why a connection without a greeting ended. If it did not, the peer does not keep to the protocol: we end it.
+pub(super) fn why_closed(connection: &Connection) -> ConnectionError {
+    // Closing first would put our reason in the place of the peer's.
+    connection.close_reason().unwrap_or_else(|| {
+        connection.close(Reason::Protocol.code(), b"no greeting");
+        ConnectionError::LocallyClosed
+    })
 }
 
 /// Who the certificate of a finished handshake says the peer is.

@@ -181,7 +181,7 @@ pub struct LinkStats {
 }
 
 /// A handle on one connection; clones share it. Dropping the last handle and the last stream closes it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Link {
     connection: Connection,
     peer: Arc<Peer>,
@@ -269,6 +269,15 @@ impl Link {
     }
 }
 
+impl fmt::Debug for Link {
+    /// Without the connection's secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("peer", &self.peer)
+            .finish_non_exhaustive()
+    }
+}
+
 /// The control stream of a link.
 #[derive(Debug)]
 pub struct Control {
@@ -298,7 +307,6 @@ impl Control {
 }
 
 /// Sends control messages.
-#[derive(Debug)]
 pub struct ControlSender {
     stream: SendStream,
     peer: Arc<Peer>,
@@ -340,7 +348,6 @@ impl ControlSender {
 }
 
 /// Receives control messages.
-#[derive(Debug)]
 pub struct ControlReceiver {
     stream: RecvStream,
     link: Link,
@@ -415,7 +422,6 @@ impl ControlReceiver {
 
 /// Sends one log. Dropped before [`LogSender::finish`], it breaks the stream off: a task that died in the middle never
 /// looks like a log that ended.
-#[derive(Debug)]
 pub struct LogSender {
     stream: SendStream,
     peer: Arc<Peer>,
@@ -456,7 +462,6 @@ impl Drop for LogSender {
 }
 
 /// Receives one log. Dropped before its end, it tells the sender to stop.
-#[derive(Debug)]
 pub struct LogReceiver {
     stream: RecvStream,
     peer: Arc<Peer>,
@@ -485,6 +490,26 @@ impl LogReceiver {
         // An error says that the stream is over already.
         let _ = self.stream.stop(reason.code());
     }
+}
+
+/// The streams show whom they lead to and nothing of the connection.
+macro_rules! debug_as_peer {
+    ($($stream:ident: $($peer:ident).+),+ $(,)?) => {$(
+        impl fmt::Debug for $stream {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.debug_struct(stringify!($stream))
+                    .field("peer", &self.$($peer).+)
+                    .finish_non_exhaustive()
+            }
+        }
+    )+};
+}
+
+debug_as_peer! {
+    ControlSender: peer,
+    ControlReceiver: link.peer,
+    LogSender: peer,
+    LogReceiver: peer,
 }
 
 fn lost(peer: &Peer, error: ConnectionError) -> LinkError {

@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    dial::{peer_name, said, text_of},
+    dial::{peer_name, said, text_of, why_closed},
     identity::Identity,
     link::{Control, Link, Reason},
     refusal::{Refusal, RefusedBy},
@@ -234,17 +234,10 @@ async fn handshake(
         control.sender.send(Bytes::new()).await.ok()?;
         greeting.is_empty().then_some(control)
     };
-    match greeted.await {
-        Some(control) => Ok((link, control)),
-        None => {
-            refuse(&connection, Reason::Protocol, "no greeting");
-            Err(connection_failed(
-                address,
-                Some(name),
-                &connection.closed().await,
-            ))
-        }
-    }
+    let control = greeted
+        .await
+        .ok_or_else(|| connection_failed(address, Some(name), &why_closed(&connection)))?;
+    Ok((link, control))
 }
 
 fn refuse(connection: &Connection, reason: Reason, text: &str) {
