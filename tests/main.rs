@@ -1,1 +1,5 @@
 //! The integration tests: one binary, a module for each behaviour.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
+mod mount;
+mod support;
