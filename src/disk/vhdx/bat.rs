@@ -1,0 +1,354 @@
+//! The block allocation table: where each block of the disk is in the file.
+//!
+//! The whole table is in memory, one atomic word for each entry, so that finding a block on the hot path takes one load
+//! and no lock. It is read in bulk at open because the check that no two blocks share space needs every entry anyway.
+//! Memory is 8 bytes for each block of the disk (256 KiB for 1 TiB in 32 MiB blocks, 512 MiB for the largest disk the
+//! format allows in the smallest blocks), never what the file claims beyond that.
+//!
+//! Every 2^23 sectors, a chunk, one entry for a sector bitmap stands between those of the blocks; a disk without
+//! parent leaves it zero. Entries past the last block are padding: ignored when read, written as zeros.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::{
+    base::units::{Extent, MIB, to_u64, to_usize},
+    storage::Storage,
+};
+
+use super::{
+    error::OpenError,
+    format::{PAGE, PAGE_BYTES, Page},
+    metadata::Parameters,
+    occupancy::Occupancy,
+};
+
+const ENTRY_BYTES: u64 = 8;
+const ENTRIES_PER_PAGE: u64 = PAGE_BYTES / ENTRY_BYTES;
+const SECTORS_PER_CHUNK: u64 = 1 << 23;
+const STATE_MASK: u64 = 0b111;
+const OFFSET_MASK: u64 = !(MIB - 1);
+/// Bytes of the table read at once.
+const READ_BYTES: u64 = MIB;
+
+/// What an entry says of its block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// Never written: reads as zeros.
+    NotPresent,
+    /// Content given up: reads as zeros.
+    Undefined,
+    /// Reads as zeros.
+    Zero,
+    /// Discarded: reads as zeros.
+    Unmapped,
+    /// In the file.
+    FullyPresent,
+    /// Partly in the parent: only in differencing disks.
+    PartiallyPresent,
+}
+
+/// A word of the table: the state in bits 0 to 2, the file offset in bits 20 to 63.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry(u64);
+
+impl Entry {
+    /// A block that reads as zeros and has no space.
+    pub(super) const ZERO: Self = Self(2);
+
+    /// A block at `offset` of the file.
+    pub(super) fn present(offset: u64) -> Self {
+        assert!(offset >= MIB && offset.is_multiple_of(MIB));
+        Self(offset | 6)
+    }
+
+    /// The state; nothing for the reserved ones.
+    pub(super) fn state(self) -> Option<State> {
+        Some(match self.0 & STATE_MASK {
+            0 => State::NotPresent,
+            1 => State::Undefined,
+            2 => State::Zero,
+            3 => State::Unmapped,
+            6 => State::FullyPresent,
+            7 => State::PartiallyPresent,
+            _ => return None,
+        })
+    }
+
+    /// Where the block is, if it is in the file.
+    pub(super) fn location(self) -> Option<u64> {
+        (self.0 & STATE_MASK == 6).then_some(self.0 & OFFSET_MASK)
+    }
+
+    /// As it stands in the file.
+    pub(super) fn to_bytes(self) -> [u8; 8] {
+        self.0.to_le_bytes()
+    }
+
+    fn offset(self) -> u64 {
+        self.0 & OFFSET_MASK
+    }
+
+    fn reserved(self) -> u64 {
+        self.0 & !OFFSET_MASK & !STATE_MASK
+    }
+}
+
+/// How blocks are numbered: disk offset to block to entry.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Numbering {
+    /// Blocks of the disk, the last one perhaps short.
+    pub(super) blocks: u64,
+    /// Blocks of a chunk; a power of two.
+    chunk_ratio: u64,
+}
+
+impl Numbering {
+    pub(super) fn new(parameters: &Parameters) -> Self {
+        let chunk = SECTORS_PER_CHUNK * u64::from(parameters.geometry.logical_sector);
+        Self {
+            blocks: parameters.geometry.size.div_ceil(parameters.block_size),
+            chunk_ratio: chunk / parameters.block_size,
+        }
+    }
+
+    /// The entry of `block`: one bitmap entry follows those of each chunk.
+    pub(super) fn entry(self, block: u64) -> u64 {
+        block + block / self.chunk_ratio
+    }
+
+    /// Entries in use by a disk without parent.
+    pub(super) fn entries(self) -> u64 {
+        self.entry(self.blocks - 1) + 1
+    }
+
+    /// Entries that the same disk would use with a parent; what a new table has room for.
+    pub(super) fn entries_with_bitmaps(self) -> u64 {
+        self.blocks.div_ceil(self.chunk_ratio) * (self.chunk_ratio + 1)
+    }
+
+    /// The block of an entry, or nothing for a bitmap's.
+    fn block(self, entry: u64) -> Option<u64> {
+        let (chunk, within) = (
+            entry / (self.chunk_ratio + 1),
+            entry % (self.chunk_ratio + 1),
+        );
+        (within < self.chunk_ratio).then_some(chunk * self.chunk_ratio + within)
+    }
+}
+
+/// The table.
+pub(super) struct Bat {
+    entries: Vec<AtomicU64>,
+    numbering: Numbering,
+    /// File offset of the first entry.
+    offset: u64,
+}
+
+impl Bat {
+    /// Reads the table in `region`, checks every entry, and marks the space of the blocks as taken.
+    pub(super) fn read(
+        storage: &dyn Storage,
+        region: Extent,
+        parameters: &Parameters,
+        taken: &mut Occupancy,
+    ) -> Result<Self, OpenError> {
+        let numbering = Numbering::new(parameters);
+        let used = numbering.entries();
+        if used * ENTRY_BYTES > region.len {
+            return Err(OpenError::corrupt(
+                "BAT",
+                region.offset,
+                format!("{} bytes cannot hold {used} entries", region.len),
+            ));
+        }
+        let padded = used.next_multiple_of(ENTRIES_PER_PAGE);
+        let bat = Self {
+            entries: (0..padded).map(|_| AtomicU64::new(0)).collect(),
+            numbering,
+            offset: region.offset,
+        };
+        bat.load(storage, used)?;
+        bat.check(used, parameters.block_size, taken)?;
+        Ok(bat)
+    }
+
+    /// The entry of `block`.
+    pub(super) fn get(&self, block: u64) -> Entry {
+        Entry(self.slot(block).load(Ordering::Acquire))
+    }
+
+    /// Where `block` is, if it is in the file.
+    pub(super) fn location(&self, block: u64) -> Option<u64> {
+        self.get(block).location()
+    }
+
+    /// Publishes a new entry of `block`.
+    pub(super) fn set(&self, block: u64, entry: Entry) {
+        self.slot(block).store(entry.0, Ordering::Release);
+    }
+
+    /// One past the last byte of the file, up to `limit`, that an entry refers to. What refers to more is the place of
+    /// an unmapped block that was not there when the table was read.
+    pub(super) fn end(&self, block_size: u64, limit: u64) -> u64 {
+        let ends = (0..self.numbering.entries()).filter_map(|number| {
+            let entry = Entry(self.entries[to_usize(number)].load(Ordering::Acquire));
+            let len = match (entry.state()?, self.numbering.block(number)) {
+                (State::NotPresent | State::Zero, _) => return None,
+                (_, None) => MIB,
+                (_, Some(_)) => block_size,
+            };
+            (entry.offset() != 0).then(|| entry.offset().saturating_add(len))
+        });
+        ends.filter(|&end| end <= limit).max().unwrap_or(0)
+    }
+
+    /// The number of the page that holds the entry of `block`.
+    pub(super) fn page_of(&self, block: u64) -> u64 {
+        self.numbering.entry(block) / ENTRIES_PER_PAGE
+    }
+
+    /// File offset of a page.
+    pub(super) fn page_offset(&self, page: u64) -> u64 {
+        self.offset + page * PAGE_BYTES
+    }
+
+    /// A page as it would stand in the file now.
+    pub(super) fn page(&self, page: u64) -> Box<Page> {
+        let mut image = Box::new([0; PAGE]);
+        let first = to_usize(page * ENTRIES_PER_PAGE);
+        let entries = &self.entries[first..first + to_usize(ENTRIES_PER_PAGE)];
+        for (entry, bytes) in entries.iter().zip(image.chunks_exact_mut(8)) {
+            bytes.copy_from_slice(&entry.load(Ordering::Acquire).to_le_bytes());
+        }
+        image
+    }
+
+    /// Changes the entry of `block` in the image of its page.
+    pub(super) fn put(&self, page: &mut Page, block: u64, entry: Entry) {
+        let at = to_usize(self.numbering.entry(block) % ENTRIES_PER_PAGE * ENTRY_BYTES);
+        page[at..at + 8].copy_from_slice(&entry.0.to_le_bytes());
+    }
+
+    fn slot(&self, block: u64) -> &AtomicU64 {
+        &self.entries[to_usize(self.numbering.entry(block))]
+    }
+
+    /// Fills the table from the file, leaving out its holes.
+    fn load(&self, storage: &dyn Storage, used: u64) -> Result<(), OpenError> {
+        let reading = || OpenError::reading("BAT", self.offset);
+        let end = self.offset + used * ENTRY_BYTES;
+        let mut at = self.offset;
+        let mut buf = Vec::new();
+        while at < end {
+            let Some(data) = storage.data_after(at).map_err(reading())? else {
+                break;
+            };
+            // Whole entries, whatever the boundaries of the host's holes are.
+            let start = data.offset.max(at) / ENTRY_BYTES * ENTRY_BYTES;
+            if start >= end {
+                break;
+            }
+            let stop = data.end().next_multiple_of(ENTRY_BYTES).min(end);
+            at = stop.min(start + READ_BYTES);
+            buf.resize(to_usize(at - start), 0);
+            storage.read_at(start, &mut buf).map_err(reading())?;
+            let first = to_usize((start - self.offset) / ENTRY_BYTES);
+            for (word, entry) in buf.chunks_exact(8).zip(&self.entries[first..]) {
+                let word = word.try_into().expect("chunks of eight bytes");
+                entry.store(u64::from_le_bytes(word), Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks every entry in use: blocks first, then the space that entries without content still hold on to.
+    fn check(&self, used: u64, block_size: u64, taken: &mut Occupancy) -> Result<(), OpenError> {
+        let words =
+            || (0..used).map(|n| (n, Entry(self.entries[to_usize(n)].load(Ordering::Relaxed))));
+        for (number, entry) in words() {
+            let corrupt = |problem: String| {
+                let place = self.offset + number * ENTRY_BYTES;
+                OpenError::corrupt("BAT", place, format!("entry {number}: {problem}"))
+            };
+            if entry.reserved() != 0 {
+                return Err(corrupt(format!("reserved bits in {:#x}", entry.0)));
+            }
+            let len = match (entry.state(), self.numbering.block(number)) {
+                (Some(State::FullyPresent), Some(_)) => block_size,
+                (Some(State::FullyPresent), None) => MIB,
+                (None | Some(State::PartiallyPresent), _) => {
+                    return Err(corrupt(format!("state {}", entry.0 & STATE_MASK)));
+                }
+                _ => continue,
+            };
+            let last = number + 1 == used;
+            taken
+                .take_block(Extent::new(entry.offset(), len), last)
+                .map_err(corrupt)?;
+        }
+        for (_, entry) in words() {
+            // A place kept by an undefined or unmapped block must not be given away; one that cannot be is no promise.
+            if matches!(entry.state(), Some(State::Undefined | State::Unmapped)) {
+                let _ = taken.take_block(Extent::new(entry.offset(), block_size), false);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Bat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bat")
+            .field("entries", &to_u64(self.entries.len()))
+            .field("offset", &self.offset)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::disk::{Geometry, vhdx::Kind};
+
+    fn numbering(size: u64, block_size: u64, logical_sector: u32) -> Numbering {
+        Numbering::new(&Parameters {
+            geometry: Geometry {
+                size,
+                logical_sector,
+                physical_sector: 4096,
+            },
+            block_size,
+            kind: Kind::Dynamic,
+            disk_id: Uuid::nil(),
+        })
+    }
+
+    #[test]
+    fn a_bitmap_entry_follows_each_chunk() {
+        let five_gib = numbering(5 << 30, 32 * MIB, 512);
+        assert_eq!(five_gib.blocks, 160);
+        assert_eq!([127, 128].map(|block| five_gib.entry(block)), [127, 129]);
+        assert_eq!(five_gib.block(128), None);
+        assert_eq!(five_gib.block(129), Some(128));
+        assert_eq!(five_gib.entries(), 161);
+        assert_eq!(five_gib.entries_with_bitmaps(), 258);
+        let exactly_one_chunk = numbering(4 << 30, 32 * MIB, 512);
+        assert_eq!(exactly_one_chunk.entries(), 128);
+        let large_sectors = numbering(64 << 30, 256 * MIB, 4096);
+        assert_eq!(large_sectors.entry(128), 129);
+        let largest = numbering(64 << 40, MIB, 512);
+        let bitmaps = (64 << 40) / (4 << 30);
+        assert_eq!(largest.entries_with_bitmaps(), (64 << 20) + bitmaps);
+    }
+
+    #[test]
+    fn only_present_blocks_have_a_location() {
+        assert_eq!(Entry::present(5 * MIB).location(), Some(5 * MIB));
+        assert_eq!(Entry::ZERO.location(), None);
+        assert_eq!(Entry(5 * MIB | 3).location(), None);
+        assert_eq!(Entry(4).state(), None);
+        assert_eq!(Entry(5).state(), None);
+    }
+}

@@ -1,0 +1,382 @@
+//! The disk itself: opening an image, and the paths that every read and write takes.
+
+use std::{
+    fmt, io,
+    sync::{Arc, OnceLock},
+};
+
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use crate::{
+    base::{
+        ids::Ids,
+        units::{Extent, to_u64, to_usize},
+    },
+    disk::{Access, Content, Disk, DiskError, Fua, Geometry, Space as Keeping, check_run},
+    storage::Storage,
+};
+
+use super::{
+    Kind,
+    bat::Bat,
+    error::OpenError,
+    flight::Flights,
+    format::{FILE_BYTES_MAX, FILE_SIGNATURE},
+    header::Headers,
+    log::{
+        journal::Journal,
+        replay::{Overlay, Replay},
+    },
+    metadata::Parameters,
+    occupancy::Occupancy,
+    region::Regions,
+    space::Space,
+};
+
+/// Locks that share out the blocks among those who allocate and discard.
+pub(super) const STRIPES: usize = 64;
+/// Blocks that one call of `run_at` asks the storage about: a bound for its time, not for the run.
+const DATA_BLOCKS_PER_RUN: u64 = 256;
+
+/// A disk in a VHDX image.
+pub struct VhdxDisk {
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) parameters: Parameters,
+    pub(super) access: Access,
+    pub(super) bat: Bat,
+    pub(super) space: Space,
+    pub(super) journal: Journal,
+    pub(super) flights: Flights,
+    /// Held while a block comes or goes.
+    pub(super) stripes: [Mutex<()>; STRIPES],
+    /// The checkpoint under way: the log position whose pages are in place, but not yet durably.
+    pub(super) checkpoint: Mutex<Option<u64>>,
+    /// One past the log and the regions: the file is never shorter.
+    pub(super) fixed_end: u64,
+    /// Why nothing may be written any more.
+    pub(super) stopped: OnceLock<String>,
+}
+
+/// A run within one block.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piece {
+    pub(super) block: u64,
+    /// Bytes from the start of the block.
+    pub(super) within: u64,
+    pub(super) len: u64,
+    /// Bytes from the start of the run asked for.
+    pub(super) done: u64,
+}
+
+impl VhdxDisk {
+    /// Opens the image in `storage`. A log left by a crash is replayed: into the file, or, for reading only, in memory.
+    pub fn open(
+        storage: Arc<dyn Storage>,
+        access: Access,
+        ids: Arc<dyn Ids>,
+    ) -> Result<Self, OpenError> {
+        check_signature(storage.as_ref())?;
+        let mut headers = Headers::read(storage.as_ref())?;
+        let log = headers.log();
+        let len = file_len(storage.as_ref())?;
+        if log.len > 0 && log.end() > len {
+            return Err(OpenError::corrupt(
+                "header",
+                log.offset,
+                "the log lies past the end of the file",
+            ));
+        }
+        let storage = replay_log(storage, access, ids.as_ref(), &mut headers)?;
+        let len = file_len(storage.as_ref())?;
+        let regions = Regions::read(storage.as_ref())?;
+        let mut taken = Occupancy::new(len);
+        let places = regions.all.iter().map(|(_, run)| ("region table", *run));
+        for (part, run) in places.chain((log.len > 0).then_some(("header", log))) {
+            taken
+                .take(run)
+                .map_err(|problem| OpenError::corrupt(part, run.offset, problem))?;
+        }
+        let fixed_end = taken.end();
+        let parameters = Parameters::read(storage.as_ref(), regions.metadata)?;
+        let bat = Bat::read(storage.as_ref(), regions.bat, &parameters, &mut taken)?;
+        let gaps = match access {
+            Access::ReadWrite => taken.gaps(parameters.block_size),
+            Access::ReadOnly => Vec::new(),
+        };
+        let space = Space::new(parameters.block_size, len, taken.end(), gaps);
+        let journal = Journal::new(Arc::clone(&storage), ids, headers, regions.repair);
+        Ok(Self {
+            storage,
+            parameters,
+            access,
+            bat,
+            space,
+            journal,
+            flights: Flights::default(),
+            stripes: [const { Mutex::new(()) }; STRIPES],
+            checkpoint: Mutex::new(None),
+            fixed_end,
+            stopped: OnceLock::new(),
+        })
+    }
+
+    /// Whether blocks take space from the beginning.
+    pub fn kind(&self) -> Kind {
+        self.parameters.kind
+    }
+
+    /// Bytes of a block.
+    pub fn block_size(&self) -> u64 {
+        self.parameters.block_size
+    }
+
+    /// The identity that a guest sees (SCSI vital product data, page 0x83).
+    pub fn disk_id(&self) -> Uuid {
+        self.parameters.disk_id
+    }
+
+    /// Nothing may be written from now on, because of `reason`.
+    pub(super) fn stop(&self, reason: &str) {
+        if self.stopped.set(reason.to_owned()).is_ok() {
+            tracing::error!(reason, "a VHDX disk stopped");
+        }
+    }
+
+    /// The pieces of a run, block by block.
+    pub(super) fn pieces(&self, run: Extent) -> impl Iterator<Item = Piece> + use<> {
+        let block_size = self.parameters.block_size;
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            let at = run.offset + done;
+            let within = at % block_size;
+            let len = (run.len - done).min(block_size - within);
+            let piece = Piece {
+                block: at / block_size,
+                within,
+                len,
+                done,
+            };
+            done += len;
+            (len > 0).then_some(piece)
+        })
+    }
+
+    /// Refuses writes to a disk that is read-only or stopped, and prepares the file for the first one.
+    pub(super) fn begin_write(&self) -> Result<(), DiskError> {
+        if self.access == Access::ReadOnly {
+            return Err(DiskError::ReadOnly);
+        }
+        if let Some(reason) = self.stopped.get() {
+            return Err(DiskError::Stopped(reason.clone()));
+        }
+        if self.journal.has_begun() {
+            return Ok(());
+        }
+        self.journal.begin(&self.space).map_err(|source| {
+            self.stop("the headers of the image cannot be written");
+            failed("write", 0)(source)
+        })
+    }
+
+    /// Reads from a place in the file; what the file is too short for reads as zeros.
+    fn read_place(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let end = offset + to_u64(buf.len());
+        let stored = self.space.len().clamp(offset, end) - offset;
+        let (stored, past) = buf.split_at_mut(to_usize(stored));
+        past.fill(0);
+        if stored.is_empty() {
+            return Ok(());
+        }
+        self.storage.read_at(offset, stored)
+    }
+
+    /// The run of one kind at `offset` that one block or its absence explains.
+    fn piece_at(&self, offset: u64) -> io::Result<(u64, Content)> {
+        let Parameters {
+            geometry,
+            block_size,
+            ..
+        } = self.parameters;
+        let within = offset % block_size;
+        let end = (offset - within + block_size).min(geometry.size);
+        let Some(place) = self.bat.location(offset / block_size) else {
+            return Ok((end, Content::Zero));
+        };
+        let at = place + within;
+        let stop = at + (end - offset);
+        Ok(match self.storage.data_after(at)? {
+            Some(data) if data.offset <= at => {
+                (offset + (data.end().min(stop) - at), Content::Data)
+            }
+            Some(data) => (offset + (data.offset.min(stop) - at), Content::Zero),
+            None => (end, Content::Zero),
+        })
+    }
+}
+
+impl Disk for VhdxDisk {
+    fn geometry(&self) -> Geometry {
+        self.parameters.geometry
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        let run = check_run(offset, buf.len(), self.parameters.geometry.size)?;
+        let _flight = self.flights.start();
+        for piece in self.pieces(run) {
+            let part = &mut buf[to_usize(piece.done)..to_usize(piece.done + piece.len)];
+            match self.bat.location(piece.block) {
+                Some(place) => self
+                    .read_place(place + piece.within, part)
+                    .map_err(failed("read", offset + piece.done))?,
+                None => part.fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> Result<(), DiskError> {
+        let run = check_run(offset, buf.len(), self.parameters.geometry.size)?;
+        self.begin_write()?;
+        let flight = self.flights.start();
+        for piece in self.pieces(run) {
+            let place = match self.bat.location(piece.block) {
+                Some(place) => place,
+                None => self.allocate(piece.block)?,
+            };
+            let part = &buf[to_usize(piece.done)..to_usize(piece.done + piece.len)];
+            self.storage
+                .write_at(place + piece.within, part, fua)
+                .map_err(|source| {
+                    if fua == Fua::Yes {
+                        self.stop_unless_full(&source);
+                    }
+                    failed("write", offset + piece.done)(source)
+                })?;
+        }
+        drop(flight);
+        // The payload is durable; the entries that lead to it may not be.
+        if fua == Fua::Yes && !self.journal.is_durable() {
+            return self.flush();
+        }
+        Ok(())
+    }
+
+    fn zero(&self, run: Extent, space: Keeping, fua: Fua) -> Result<(), DiskError> {
+        check_run(run.offset, to_usize(run.len), self.parameters.geometry.size)?;
+        self.begin_write()?;
+        self.zero_run(run, space)?;
+        match fua {
+            Fua::Yes => self.flush(),
+            Fua::No => Ok(()),
+        }
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.flush_disk()
+    }
+
+    fn run_at(&self, offset: u64) -> Result<(Extent, Content), DiskError> {
+        let size = self.parameters.geometry.size;
+        check_run(offset, 1, size)?;
+        let _flight = self.flights.start();
+        let reading = failed("read", offset);
+        let piece_at = |at| self.piece_at(at);
+        let found = (|| -> io::Result<_> {
+            let (mut end, content) = piece_at(offset)?;
+            let limit = match content {
+                Content::Data => DATA_BLOCKS_PER_RUN,
+                Content::Zero => u64::MAX,
+            };
+            for _ in 1..limit {
+                if end == size {
+                    break;
+                }
+                let (next, kind) = piece_at(end)?;
+                if kind != content {
+                    break;
+                }
+                end = next;
+            }
+            Ok((Extent::new(offset, end - offset), content))
+        })();
+        found.map_err(reading)
+    }
+
+    fn close(&self) -> Result<(), DiskError> {
+        self.close_disk()
+    }
+}
+
+impl fmt::Debug for VhdxDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VhdxDisk")
+            .field("storage", &self.storage)
+            .field("parameters", &self.parameters)
+            .field("access", &self.access)
+            .field("stopped", &self.stopped)
+            .finish_non_exhaustive()
+    }
+}
+
+pub(super) fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {
+    move |source| DiskError::Io {
+        operation,
+        offset,
+        source,
+    }
+}
+
+fn check_signature(storage: &dyn Storage) -> Result<(), OpenError> {
+    let mut signature = [0; FILE_SIGNATURE.len()];
+    match storage.read_at(0, &mut signature) {
+        Ok(()) if signature == *FILE_SIGNATURE => Ok(()),
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+            Err(OpenError::reading("file identifier", 0)(error))
+        }
+        _ => Err(OpenError::NotVhdx),
+    }
+}
+
+fn file_len(storage: &dyn Storage) -> Result<u64, OpenError> {
+    let len = storage.len().map_err(OpenError::reading("file", 0))?;
+    if len > FILE_BYTES_MAX {
+        return Err(OpenError::Unsupported(format!("a file of {len} bytes")));
+    }
+    Ok(len)
+}
+
+/// Brings about what a dirty log holds, in the file or over it.
+fn replay_log(
+    storage: Arc<dyn Storage>,
+    access: Access,
+    ids: &dyn Ids,
+    headers: &mut Headers,
+) -> Result<Arc<dyn Storage>, OpenError> {
+    let log = headers.current().log;
+    if log.is_nil() {
+        return Ok(storage);
+    }
+    let place = headers.log();
+    let replay = Replay::read(storage.as_ref(), place, log)?;
+    tracing::info!(
+        entries = replay.entries,
+        "the image was not closed: its log is replayed"
+    );
+    if access == Access::ReadOnly {
+        return Ok(Arc::new(Overlay::new(storage, replay)));
+    }
+    let header_failed = || OpenError::writing("header", super::format::HEADER_OFFSETS[0]);
+    let file_write = ids.uuid();
+    // The data that a reader of the disk sees do not change: DataWriteGuid stays, or children would lose their parent.
+    headers
+        .update(storage.as_ref(), |header| header.file_write = file_write)
+        .map_err(header_failed())?;
+    replay
+        .apply(storage.as_ref())
+        .map_err(OpenError::writing("metadata from the log", place.offset))?;
+    headers
+        .update(storage.as_ref(), |header| header.log = Uuid::nil())
+        .map_err(header_failed())?;
+    Ok(storage)
+}

@@ -1,0 +1,91 @@
+//! Why an image cannot be opened or made.
+
+use std::io;
+
+/// Why a file does not open as a VHDX disk.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The storage below failed, or the file ends inside a structure.
+    #[error("cannot {doing} the VHDX {part} at file offset {offset:#x}")]
+    Io {
+        /// `read` or `write`.
+        doing: &'static str,
+        /// The structure concerned.
+        part: &'static str,
+        /// Where in the file.
+        offset: u64,
+        /// What the storage said.
+        #[source]
+        source: io::Error,
+    },
+    /// The first bytes are another file's.
+    #[error("not a VHDX file: it does not start with \"vhdxfile\"")]
+    NotVhdx,
+    /// A structure breaks a rule of the format.
+    #[error(
+        "the VHDX {part} at file offset {offset:#x} is damaged: {problem}; restore the image from a copy"
+    )]
+    Corrupt {
+        /// The structure concerned.
+        part: &'static str,
+        /// Where in the file.
+        offset: u64,
+        /// Which rule.
+        problem: String,
+    },
+    /// The file is shorter than its log says it was.
+    #[error(
+        "the VHDX file was truncated: it has {len} bytes, its log knows of {flushed}; restore the image from a copy"
+    )]
+    Truncated {
+        /// Bytes now.
+        len: u64,
+        /// Bytes that were durable when the log was last written.
+        flushed: u64,
+    },
+    /// The file is sound, as far as can be seen, and needs what this program does not do.
+    #[error("the VHDX file needs {0}, which is not supported")]
+    Unsupported(String),
+}
+
+impl OpenError {
+    pub(super) fn corrupt(part: &'static str, offset: u64, problem: impl Into<String>) -> Self {
+        Self::Corrupt {
+            part,
+            offset,
+            problem: problem.into(),
+        }
+    }
+
+    pub(super) fn reading(part: &'static str, offset: u64) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            doing: "read",
+            part,
+            offset,
+            source,
+        }
+    }
+
+    pub(super) fn writing(part: &'static str, offset: u64) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            doing: "write",
+            part,
+            offset,
+            source,
+        }
+    }
+}
+
+/// Why a VHDX file cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The storage below failed.
+    #[error("cannot write the new VHDX file")]
+    Io(#[from] io::Error),
+    /// There is something in the file already.
+    #[error("the file has {0} bytes already; a VHDX disk is made in an empty one")]
+    NotEmpty(u64),
+    /// Sizes that the format does not know.
+    #[error("a VHDX disk cannot have {0}")]
+    Options(String),
+}

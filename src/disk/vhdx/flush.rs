@@ -1,0 +1,159 @@
+//! How all of it becomes durable: flush, checkpoint, close.
+//!
+//! Everything is done in rounds. A round notes what is logged, syncs, and then knows that to be durable; what may
+//! follow from it (pages put in place, places cleared) is left for the next round's sync to make durable. A guest that
+//! flushes therefore pays one sync for each flush and gets its checkpoints for nothing; only a ring that runs low
+//! without flushes makes somebody sync for its sake. No round holds a lock that reads and writes of present blocks need.
+
+use std::io;
+
+use crate::{
+    base::units::MIB,
+    disk::{Access, DiskError},
+};
+
+use super::{
+    disk::{VhdxDisk, failed},
+    log::journal::CommitError,
+};
+
+/// What a round does with pages that are not in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    /// Puts them there.
+    Place,
+    /// Nothing.
+    Leave,
+}
+
+impl VhdxDisk {
+    /// Makes every acknowledged write durable.
+    pub(super) fn flush_disk(&self) -> Result<(), DiskError> {
+        if self.access == Access::ReadOnly {
+            return Ok(());
+        }
+        self.check_running()?;
+        if !self.journal.has_begun() {
+            return Ok(());
+        }
+        // Who finds a checkpoint under way leaves the rest to it and only syncs.
+        let Some(mut placed) = self.checkpoint.try_lock() else {
+            let mark = self.journal.mark();
+            let len = self.space.len();
+            self.sync()?;
+            self.journal.synced(&mark, len);
+            return Ok(());
+        };
+        let pages = if self.journal.is_due() && placed.is_none() {
+            Pages::Place
+        } else {
+            Pages::Leave
+        };
+        self.round(&mut placed, pages)
+    }
+
+    /// Makes room in a log that runs low.
+    pub(super) fn make_room(&self) -> Result<(), DiskError> {
+        let mut placed = self.checkpoint.lock();
+        self.check_running()?;
+        if !self.journal.is_low() {
+            return Ok(());
+        }
+        self.round(&mut placed, Pages::Place)?;
+        self.round(&mut placed, Pages::Leave)?;
+        // Only a durable entry that names the new tail frees the space before it.
+        match self.journal.record_tail(&self.space) {
+            Ok(()) => {}
+            Err(CommitError::Full) => {
+                let error = io::Error::other("the log of the image is full");
+                return Err(failed("flush", 0)(error));
+            }
+            Err(CommitError::Failed(error) | CommitError::Fatal(error)) => {
+                return Err(failed("flush", 0)(io::Error::new(
+                    error.kind(),
+                    error.to_string(),
+                )));
+            }
+        }
+        self.round(&mut placed, Pages::Leave)
+    }
+
+    /// Flushes and leaves the image clean and no longer than need be.
+    pub(super) fn close_disk(&self) -> Result<(), DiskError> {
+        if self.access == Access::ReadOnly {
+            return Ok(());
+        }
+        self.check_running()?;
+        if self.journal.has_begun() {
+            let mut placed = self.checkpoint.lock();
+            self.round(&mut placed, Pages::Place)?;
+            self.round(&mut placed, Pages::Leave)?;
+            self.leave_clean().map_err(|source| {
+                self.stop("closing the image failed");
+                failed("flush", 0)(source)
+            })?;
+        }
+        // The first to stop the disk says why; a second close is refused.
+        let _ = self.stopped.set("it was closed".into());
+        Ok(())
+    }
+
+    /// Stops the disk after a failed forced write, unless the host is only out of space.
+    pub(super) fn stop_unless_full(&self, error: &io::Error) {
+        let full = matches!(
+            error.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        );
+        if !full {
+            self.stop("a write that was to be durable failed");
+        }
+    }
+
+    /// One sync and what it allows. `placed` is the position up to which pages are in place, not yet durably.
+    fn round(&self, placed: &mut Option<u64>, pages: Pages) -> Result<(), DiskError> {
+        let mark = self.journal.mark();
+        let snapshot = (pages == Pages::Place).then(|| self.journal.snapshot());
+        let cleared = self.space.punched();
+        let len = self.space.len();
+        self.sync()?;
+        self.journal.synced(&mark, len);
+        self.space.free(cleared);
+        if let Some(position) = placed.take() {
+            self.journal.retire(position);
+        }
+        self.space
+            .recycle(self.storage.as_ref(), self.journal.durable(), &self.flights);
+        if let Some(snapshot) = snapshot {
+            // The flush itself is done; what failed here is tried again.
+            self.journal.apply(&snapshot).map_err(failed("flush", 0))?;
+            *placed = Some(snapshot.head);
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), DiskError> {
+        self.storage.sync().map_err(|source| {
+            self.stop("an earlier flush failed, and what it was to make durable may be lost");
+            failed("flush", 0)(source)
+        })
+    }
+
+    fn leave_clean(&self) -> io::Result<()> {
+        self.journal.finish()?;
+        let blocks = self.bat.end(self.parameters.block_size, self.space.end());
+        let used = blocks.max(self.fixed_end);
+        assert!(used.is_multiple_of(MIB));
+        if used != self.space.len() {
+            self.space.truncate(self.storage.as_ref(), used)?;
+            self.storage.sync()?;
+        }
+        Ok(())
+    }
+
+    fn check_running(&self) -> Result<(), DiskError> {
+        match self.stopped.get() {
+            Some(reason) => Err(DiskError::Stopped(reason.clone())),
+            None => Ok(()),
+        }
+    }
+}

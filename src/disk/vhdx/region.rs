@@ -1,0 +1,192 @@
+//! The region tables: where the block allocation table and the metadata are.
+
+use uuid::Uuid;
+
+use crate::{
+    base::units::{Extent, MIB, to_usize},
+    storage::Storage,
+};
+
+use super::{
+    error::OpenError,
+    format::{
+        self, BAT_REGION, METADATA_REGION, REGION_TABLE_BYTES, REGION_TABLE_OFFSETS, RegionEntry,
+        RegionTableHeader, TABLE_ENTRIES_MAX, checksum_of,
+    },
+};
+
+const ENTRY_BYTES: usize = 32;
+const HEADER_BYTES: usize = 16;
+
+/// The regions of a file.
+#[derive(Debug)]
+pub(super) struct Regions {
+    pub(super) bat: Extent,
+    pub(super) metadata: Extent,
+    /// Every region, known or not: their space is taken.
+    pub(super) all: Vec<(Uuid, Extent)>,
+    /// The whole table, for the other copy if that is damaged.
+    pub(super) repair: Option<Repair>,
+}
+
+/// A good table whose twin is not the same.
+#[derive(Debug)]
+pub(super) struct Repair {
+    pub(super) table: Box<[u8]>,
+}
+
+impl Regions {
+    /// Reads the first copy that is valid.
+    pub(super) fn read(storage: &dyn Storage) -> Result<Self, OpenError> {
+        let mut copies = Vec::new();
+        for offset in REGION_TABLE_OFFSETS {
+            let mut bytes = vec![0; REGION_TABLE_BYTES].into_boxed_slice();
+            storage
+                .read_at(offset, &mut bytes)
+                .map_err(OpenError::reading("region table", offset))?;
+            copies.push((offset, bytes));
+        }
+        let same = copies[0].1 == copies[1].1;
+        for (offset, bytes) in copies {
+            if let Some(entries) = decode(&bytes) {
+                let mut regions = Self::check(&entries, offset)?;
+                regions.repair = (!same).then_some(Repair { table: bytes });
+                return Ok(regions);
+            }
+        }
+        Err(OpenError::corrupt(
+            "region table",
+            REGION_TABLE_OFFSETS[0],
+            "neither copy has a valid signature and checksum",
+        ))
+    }
+
+    fn check(entries: &[RegionEntry], offset: u64) -> Result<Self, OpenError> {
+        let corrupt = |problem: String| OpenError::corrupt("region table", offset, problem);
+        let mut all: Vec<(Uuid, Extent)> = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let RegionEntry {
+                id, offset, len, ..
+            } = *entry;
+            let run = Extent::new(offset, u64::from(len));
+            if offset % MIB != 0
+                || offset < MIB
+                || len == 0
+                || run.len % MIB != 0
+                || run.checked_end().is_none()
+            {
+                return Err(corrupt(format!(
+                    "region {id} cannot be {len} bytes at {offset:#x}"
+                )));
+            }
+            if entry.required > 1 {
+                return Err(corrupt(format!("region {id} has reserved bits set")));
+            }
+            if all.iter().any(|(other, _)| *other == id) {
+                return Err(corrupt(format!("region {id} is there twice")));
+            }
+            if entry.required == 1 && id != BAT_REGION && id != METADATA_REGION {
+                return Err(OpenError::Unsupported(format!("the region {id}")));
+            }
+            all.push((id, run));
+        }
+        let find = |wanted: Uuid, name: &str| {
+            let found = all.iter().find(|(id, _)| *id == wanted);
+            found
+                .map(|(_, run)| *run)
+                .ok_or_else(|| corrupt(format!("there is no {name} region")))
+        };
+        Ok(Self {
+            bat: find(BAT_REGION, "BAT")?,
+            metadata: find(METADATA_REGION, "metadata")?,
+            all,
+            repair: None,
+        })
+    }
+}
+
+/// The entries of the table in `bytes`, if signature, count and checksum are right.
+fn decode(bytes: &[u8]) -> Option<Vec<RegionEntry>> {
+    let header: RegionTableHeader = format::decode(bytes)?;
+    let count = to_usize(u64::from(header.count));
+    if count > TABLE_ENTRIES_MAX || header.checksum != checksum_of([bytes, &[]]) {
+        return None;
+    }
+    bytes[HEADER_BYTES..]
+        .chunks_exact(ENTRY_BYTES)
+        .take(count)
+        .map(format::decode)
+        .collect()
+}
+
+/// A whole table with its checksum. BAT first, as Windows writes it.
+pub(super) fn encode(bat: Extent, metadata: Extent) -> Vec<u8> {
+    let mut bytes = vec![0; REGION_TABLE_BYTES];
+    let header = RegionTableHeader {
+        checksum: 0,
+        count: 2,
+        reserved: 0,
+    };
+    format::encode(&header, &mut bytes);
+    let regions = [(BAT_REGION, bat), (METADATA_REGION, metadata)];
+    for ((id, run), place) in regions
+        .into_iter()
+        .zip(bytes[HEADER_BYTES..].chunks_exact_mut(ENTRY_BYTES))
+    {
+        let entry = RegionEntry {
+            id,
+            offset: run.offset,
+            len: u32::try_from(run.len).expect("the BAT of the largest disk has 513 MiB"),
+            required: 1,
+        };
+        format::encode(&entry, place);
+    }
+    format::seal(&mut bytes);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_windows_has_its_known_checksum() {
+        let bytes = encode(Extent::new(3 * MIB, MIB), Extent::new(2 * MIB, MIB));
+        assert_eq!(bytes[4..8], 0xC66B_8CAE_u32.to_le_bytes());
+        assert_eq!(decode(&bytes).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn bad_tables_are_refused() {
+        let good = decode(&encode(
+            Extent::new(3 * MIB, MIB),
+            Extent::new(2 * MIB, MIB),
+        ))
+        .unwrap();
+        Regions::check(&good, 0).unwrap();
+        type Break = fn(&mut Vec<RegionEntry>);
+        let breaks: [(&str, Break); 7] = [
+            ("no BAT", |t| {
+                t.remove(0);
+            }),
+            ("twice", |t| t.push(t[0].clone())),
+            ("unaligned", |t| t[0].offset += 4096),
+            ("over the headers", |t| t[0].offset = 0),
+            ("past everything", |t| t[0].offset = !(MIB - 1)),
+            ("reserved", |t| t[0].required = 3),
+            ("unknown and required", |t| {
+                t.push(RegionEntry {
+                    id: Uuid::max(),
+                    offset: 9 * MIB,
+                    len: 1 << 20,
+                    required: 1,
+                });
+            }),
+        ];
+        for (name, change) in breaks {
+            let mut table = good.clone();
+            change(&mut table);
+            assert!(Regions::check(&table, 0).is_err(), "{name}");
+        }
+    }
+}
