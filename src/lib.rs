@@ -1,15 +1,93 @@
-//! understudy
+//! understudy keeps a second, current copy of a virtual machine's disks on another Linux host.
+//!
+//! An understudy learns the lead's part while the play runs, and steps in the moment the lead falls. This crate does that
+//! for disks: a primary host's VM disks are shown through a FUSE mount, every guest write is tracked as it passes, the
+//! changes travel over QUIC to a second host, and there a replica holds, at every moment, a state the whole machine was
+//! really in.
+//!
+//! # The central idea: everything is an epoch
+//! A *cut* closes an *epoch* on all disks of a machine at one instant. Epoch N is all changes between cut N-1 and cut N.
+//! The primary keeps no data of its own about an epoch, only *which blocks* changed; the content is read from the image
+//! when it is sent, and preserved in memory where the guest is about to overwrite a block that was cut and not yet sent.
+//! Initial copy is epoch 0: every allocated block, read while the guest goes on; what it rewrites belongs to epoch 1 as
+//! well, so the first complete state is epoch 1. An epoch that cannot be finished (the link is lost, the pre-images do not
+//! fit) is merged into the next one. A slow link makes epochs longer and nothing else.
+//!
+//! # The journey of one write
+//! ```text
+//!   guest write                              primary                          |                 replica
+//!     |                                                                       |
+//!     v                                                                       |
+//!   shim::fuse ── shim::file ── volume::Volume ── disk::{raw,vhdx} ── storage |
+//!                                  | 1 region lock, shared                    |
+//!                                  | 2 region cold? intent log (durable)      |
+//!                                  | 3 still owed to the closing epoch?       |
+//!                                  |   preserve its old content               |
+//!                                  | 4 mark open + owed; write; reply         |
+//!                                  v                                          |
+//!   node::driver ── protocol::Sender: cut? take? seal?                        |
+//!       | volume::Machine::take: runs of blocks, as of the cut                |
+//!       v                                                                     |
+//!   node::pipeline: pack on worker threads, in order ── delta::Encoder ── net ==QUIC==> net ── node::session
+//!                                                                             |               | replica: N.part
+//!       closing maps cleared  <── Staged{lineage} ────────────────────────────|── trailer: verify, fdatasync, rename
+//!                                                                             |               v
+//!                                                                             |            merge into the image
+//! ```
+//!
+//! # Invariants
+//! - A block that differs between primary and replica is marked in a map, or its region is in the intent log.
+//! - Marks precede the write; intent precedes the first write into a cold region; both precede the reply.
+//! - The replica acknowledges an epoch after its log is durable under its final name, never before.
+//! - Closing maps are cleared by that acknowledgement and by nothing else.
+//! - The image at the replica holds exactly the epoch its record names, or is on the way to it under cover of the logs.
+//! - Equal chain hashes mean equal histories.
+//! - Every write below [`net`] and [`node`] is synchronous; time and randomness are arguments up to floor 3.
+//!
+//! # Floors
+//! A module uses strictly lower floors only; `tests/tidy.rs` holds the table. In reading order:
+//!
+//! | floor | modules |
+//! | --- | --- |
+//! | 0 | [`base`]: units, identities, clocks, checksums, limits |
+//! | 1 | [`storage`]: bytes that last; [`delta`]: the `.hrl` codec; [`protocol`]: messages, sender, receiver |
+//! | 2 | [`disk`]: what a guest sees; [`track`]: which blocks changed |
+//! | 3 | [`volume`]: a disk that remembers; [`replica`]: stage, points, views, merge; [`coord`]: states and health |
+//! | 4 | [`shim`]: FUSE; [`net`]: QUIC; [`mod@bench`]: measuring |
+//! | 5 | [`node`]: configuration, loops, control socket |
+//! | 6 | [`cli`]: the verbs |
+//!
+//! Four seams are traits, each with a real and a testing implementation: [`storage::Storage`] with
+//! [`storage::Folder`], [`disk::Disk`], [`base::clock::Clock`], [`base::ids::Ids`].
+//!
+//! # Words
+//! - *machine*: a protected VM, a named set of disks that are always cut together.
+//! - *disk*: what the guest sees; *image*: the file that stores it.
+//! - *block*: 4 KiB, the unit of tracking; *region*: 1 MiB, the unit of the intent log.
+//! - *cut*, *epoch*, *delta log* (`.hrl`): see above.
+//! - *recovery point*: a cut that the replica holds complete.
+//! - *generation*: a counter of the machine, one more at each promotion, with a random identity: the fencing token.
+//! - *lineage*: an epoch and the chain hash over everything that led to it.
+//! - *primary*, *replica*: the two roles.
+//! - *RPO as achieved*: now minus the cut time of the last epoch that is durable on the replica.
+
 pub mod base;
-pub mod bench;
-pub mod cli;
-pub mod coord;
+
 pub mod delta;
-pub mod disk;
-pub mod net;
-pub mod node;
 pub mod protocol;
-pub mod replica;
-pub mod shim;
 pub mod storage;
+
+pub mod disk;
 pub mod track;
+
+pub mod coord;
+pub mod replica;
 pub mod volume;
+
+pub mod bench;
+pub mod net;
+pub mod shim;
+
+pub mod node;
+
+pub mod cli;
