@@ -272,7 +272,7 @@ impl Decoder {
                 stated: foot.chain,
             });
         }
-        Ok(foot.trailer(head.frames))
+        Ok(foot.trailer(head))
     }
 
     /// The first `len` bytes of the buffer, if they are there.

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use super::{
     frame::EncodedFrame,
     layout::{FRAME_HEADER_BYTES, Header, LogKind},
-    trailer::{FOOT_BYTES, FOOT_CHAINED_BYTES, Foot, TrailerHead},
+    trailer::{Consistency, FOOT_BYTES, FOOT_CHAINED_BYTES, Foot, TrailerHead},
 };
 use crate::base::{
     checksum::{Digest, Sha256, crc32c},
@@ -26,6 +26,7 @@ pub struct Encoder {
     position: u64,
     /// The frame headers so far; nothing for a log without an index.
     index: Option<Vec<u8>>,
+    consistency: Consistency,
 }
 
 /// The start of every chain hash: the parent's hash and the header.
@@ -67,6 +68,7 @@ impl Encoder {
             position: to_u64(bytes.len()),
             // Nobody looks for a frame in an initial copy: it is applied from first to last.
             index: (header.kind == LogKind::Delta).then(Vec::new),
+            consistency: Consistency::Crash,
         };
         (encoder, bytes.into())
     }
@@ -95,10 +97,16 @@ impl Encoder {
         self.position
     }
 
+    /// Says what the guest was doing at the cut; without it the point is crash-consistent.
+    pub fn set_consistency(&mut self, consistency: Consistency) {
+        self.consistency = consistency;
+    }
+
     /// Ends the log at the cut of `epoch`; the bytes are its trailer.
     pub fn finish(self, epoch: Epoch, cut: Timestamp) -> (Bytes, Lineage) {
         let index = self.index.unwrap_or_default();
         let head = TrailerHead {
+            consistency: self.consistency,
             frames: self.frames,
             index_entries: to_u64(index.len() / FRAME_HEADER_BYTES),
             index_crc: crc32c(&index),

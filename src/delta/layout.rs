@@ -50,7 +50,8 @@
 //! | offset in the head | bytes | field |
 //! |---|---|---|
 //! | 0  | 1 | kind: 3 |
-//! | 1  | 7 | reserved |
+//! | 1  | 1 | consistency of the recovery point: 0 crash, 1 application |
+//! | 2  | 6 | reserved |
 //! | 8  | 8 | number of frames |
 //! | 16 | 8 | entries of the index: the number of frames, or zero for a log without an index |
 //! | 24 | 4 | CRC-32C of the index |

@@ -29,4 +29,4 @@ pub use encoder::{Encoder, chain_of};
 pub use error::DecodeError;
 pub use frame::{Codec, EncodedFrame, encode_data, encode_zero};
 pub use layout::{DiskEntry, FrameHeader, FrameKind, Header, LogKind};
-pub use trailer::Trailer;
+pub use trailer::{Consistency, Trailer};

@@ -22,6 +22,36 @@ pub(super) const FOOT_CHAINED_BYTES: usize = 32;
 
 const END_MARK: [u8; 4] = *b"HRL.";
 
+/// What a recovery point is worth to the guest.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Consistency {
+    /// As after a power cut.
+    #[default]
+    Crash,
+    /// The guest was frozen at the cut.
+    Application,
+}
+
+impl Consistency {
+    fn to_byte(self) -> u8 {
+        match self {
+            Self::Crash => 0,
+            Self::Application => 1,
+        }
+    }
+
+    fn from_byte(byte: u8) -> Result<Self, &'static str> {
+        match byte {
+            0 => Ok(Self::Crash),
+            1 => Ok(Self::Application),
+            _ => Err("unknown consistency"),
+        }
+    }
+}
+
 /// What the end of a log says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trailer {
@@ -29,6 +59,8 @@ pub struct Trailer {
     pub lineage: Lineage,
     /// When the cut was made.
     pub cut: Timestamp,
+    /// What the guest was doing at the cut.
+    pub consistency: Consistency,
     /// Frames of the log.
     pub frames: u64,
     /// Bytes of the whole log.
@@ -43,9 +75,13 @@ pub struct TrailerHead {
     #[br(temp, assert(kind == KIND_TRAILER))]
     #[bw(calc = KIND_TRAILER)]
     kind: u8,
-    #[br(temp, assert(reserved == [0; 7]))]
-    #[bw(calc = [0; 7])]
-    reserved: [u8; 7],
+    /// What the guest was doing at the cut.
+    #[br(try_map = Consistency::from_byte)]
+    #[bw(map = |consistency| consistency.to_byte())]
+    pub consistency: Consistency,
+    #[br(temp, assert(reserved == [0; 6]))]
+    #[bw(calc = [0; 6])]
+    reserved: [u8; 6],
     /// Frames of the log.
     pub frames: u64,
     /// Entries of the index: as many, or none.
@@ -90,8 +126,13 @@ impl TrailerHead {
     pub fn parse(bytes: &[u8; FRAME_HEADER_BYTES], at: u64) -> Result<Self, DecodeError> {
         const PART: &str = "trailer";
         let body = unseal(bytes, PART, at)?;
-        let head = Self::read(&mut Cursor::new(body))
-            .map_err(|_| invalid(PART, at, "a reserved byte is set"))?;
+        let head = Self::read(&mut Cursor::new(body)).map_err(|_| {
+            invalid(
+                PART,
+                at,
+                "a reserved byte is set, or its consistency is unknown",
+            )
+        })?;
         if head.index_entries != 0 && head.index_entries != head.frames {
             return Err(invalid(PART, at, "its index does not have all frames"));
         }
@@ -130,15 +171,16 @@ impl Foot {
         Ok(foot)
     }
 
-    /// What the end of a log with `frames` frames says.
-    pub fn trailer(&self, frames: u64) -> Trailer {
+    /// What the end of a log says.
+    pub fn trailer(&self, head: TrailerHead) -> Trailer {
         Trailer {
             lineage: Lineage {
                 epoch: self.epoch,
                 chain: self.chain,
             },
             cut: self.cut,
-            frames,
+            consistency: head.consistency,
+            frames: head.frames,
             log_len: self.log_len,
         }
     }

@@ -1,0 +1,417 @@
+//! Receiving one log.
+//!
+//! A delta is appended to `incoming.part` as it comes; the decoder looks at the same bytes. At the trailer everything is
+//! verified, made durable, renamed, recorded, and only then reported as staged. An initial copy is applied to the base
+//! images frame by frame; what was applied is reported as durable after each sync.
+//!
+//! # Crash contract
+//! See the head of [`replica`](super). Dropping an [`Ingest`] at any time is like a crash, only tidier.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use super::{
+    error::{IngestError, ReplicaError},
+    log::{LogFile, log_name},
+    record::{Base, BasePoint, Record},
+    store::{Head, MachineReplica, Shared, State, disk_failed},
+};
+use crate::{
+    base::{
+        clock::Timestamp,
+        ids::{Generation, Lineage},
+        limits::FRAME_BYTES_MAX,
+        units::{to_u64, to_usize},
+    },
+    delta::{Decoder, Event, FrameHeader, Header, LogKind, Trailer},
+    disk::{Disk, Fua, Space},
+    storage::{Open, Storage},
+};
+
+/// End of the names of files that are being written.
+pub(super) const PART_SUFFIX: &str = ".part";
+const PART_NAME: &str = "incoming.part";
+/// Bytes gathered before they are written to the log: frames of 4 KiB would otherwise cost a system call each.
+const GATHER_BYTES: usize = 256 * 1024;
+
+/// What became of the bytes of a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IngestEvent {
+    /// So much of the log, counted from its start, survives a power cut of this host. Of an initial copy these frames
+    /// need not be sent again; a delta that is not staged in the end has to be sent again as a whole.
+    Durable {
+        /// Frames.
+        frames: u64,
+        /// Bytes of the log.
+        bytes: u64,
+    },
+    /// The log is complete, verified and durable: the primary may forget that these blocks changed.
+    Staged {
+        /// The new head.
+        lineage: Lineage,
+        /// When the cut was made.
+        cut: Timestamp,
+    },
+}
+
+/// A log on its way in. One at a time for each replica; dropping it gives up.
+#[derive(Debug)]
+pub struct Ingest {
+    shared: Arc<Shared>,
+    generation: Generation,
+    decoder: Decoder,
+    received: u64,
+    frames: u64,
+    /// `received` at the last sync.
+    synced: u64,
+    stage: Stage,
+}
+
+/// Where the bytes go.
+#[derive(Debug)]
+enum Stage {
+    /// The header is not complete: these bytes are kept.
+    Header(Vec<u8>),
+    /// Into a file.
+    Delta {
+        part: Arc<dyn Storage>,
+        written: u64,
+        gathered: Vec<u8>,
+    },
+    /// Into the base images.
+    Initial {
+        disks: Vec<Arc<dyn Disk>>,
+        header: Header,
+    },
+    /// The log was staged.
+    Done,
+    /// The log was refused.
+    Failed,
+}
+
+impl MachineReplica {
+    /// Begins to receive a log from a primary of `generation`.
+    pub fn begin(&self, generation: Generation) -> Result<Ingest, IngestError> {
+        let mut state = self.shared.state()?;
+        if state.receiving {
+            return Err(IngestError::Busy);
+        }
+        if state.record.is_none() {
+            return Err(ReplicaError::NotPrepared.into());
+        }
+        check_generation(&state, generation)?;
+        state.receiving = true;
+        Ok(Ingest {
+            shared: Arc::clone(&self.shared),
+            generation,
+            decoder: Decoder::new(),
+            received: 0,
+            frames: 0,
+            synced: 0,
+            stage: Stage::Header(Vec::new()),
+        })
+    }
+}
+
+fn check_generation(state: &State, found: Generation) -> Result<(), IngestError> {
+    let known = state.record.as_ref().and_then(|record| record.generation);
+    match known {
+        Some(known) if found.number < known.number => Err(IngestError::Fenced { known, found }),
+        Some(known) if found.number == known.number && found.id != known.id => {
+            Err(IngestError::SplitBrain { known, found })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Ingest {
+    /// Takes the next bytes of the log. After an error the log is lost and every later call fails.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<Vec<IngestEvent>, IngestError> {
+        let mut events = Vec::new();
+        // One frame's worth at a time: the decoder holds no more, whatever the caller brings.
+        for piece in bytes.chunks(to_usize(FRAME_BYTES_MAX)) {
+            if let Err(error) = self.push_piece(piece, &mut events) {
+                self.fail();
+                return Err(error);
+            }
+        }
+        Ok(events)
+    }
+
+    /// Whether the log is staged.
+    pub fn is_done(&self) -> bool {
+        matches!(self.stage, Stage::Done)
+    }
+
+    /// Ends a log that should be complete.
+    pub fn finish(self) -> Result<(), IngestError> {
+        if self.is_done() {
+            Ok(())
+        } else {
+            Err(IngestError::Incomplete)
+        }
+    }
+
+    fn push_piece(
+        &mut self,
+        piece: &[u8],
+        events: &mut Vec<IngestEvent>,
+    ) -> Result<(), IngestError> {
+        if matches!(self.stage, Stage::Failed) {
+            return Err(IngestError::Incomplete);
+        }
+        let len = to_u64(piece.len());
+        self.received += len;
+        self.shared.tally.received.fetch_add(len, Ordering::Relaxed);
+        if let Stage::Header(kept) = &mut self.stage {
+            kept.extend_from_slice(piece);
+        }
+        self.decoder.feed(piece);
+        // The bytes kept so far, with this piece, go to the log when its header is complete.
+        let kept = matches!(self.stage, Stage::Header(_));
+        let mut end = None;
+        while let Some(event) = self.decoder.next()? {
+            match event {
+                Event::Header(header) => self.begin_stage(header)?,
+                Event::Frame { header, raw, .. } => self.apply(&header, raw.as_deref())?,
+                Event::Trailer(trailer) => end = Some(trailer),
+            }
+        }
+        if !kept {
+            self.gather(piece)?;
+        }
+        if let Some(trailer) = end {
+            let staged = self.complete(&trailer)?;
+            events.push(staged);
+        } else if self.received - self.synced >= self.shared.options.sync_bytes {
+            events.extend(self.sync()?);
+        }
+        Ok(())
+    }
+
+    /// Checks the header against the replica before anything is written.
+    fn begin_stage(&mut self, header: Header) -> Result<(), IngestError> {
+        let state = self.shared.state()?;
+        let record = state.record.as_ref().ok_or(ReplicaError::NotPrepared)?;
+        if header.machine != self.shared.id {
+            return Err(IngestError::Machine {
+                expected: self.shared.id,
+                found: header.machine,
+            });
+        }
+        if header.generation != self.generation {
+            return Err(IngestError::Generation {
+                expected: self.generation,
+                found: header.generation,
+            });
+        }
+        check_generation(&state, header.generation)?;
+        if !record.has_disks(&header.disks) {
+            return Err(IngestError::Disks);
+        }
+        match (header.kind, state.head()) {
+            (LogKind::Initial, Head::Copied(at) | Head::Complete(at)) => {
+                return Err(IngestError::AlreadyComplete(at));
+            }
+            (LogKind::Initial, _) => {
+                let disks = state.disks.clone();
+                self.stage = Stage::Initial { disks, header };
+                return Ok(());
+            }
+            (LogKind::Delta, head)
+                if head.lineage().is_none() || head.lineage() != header.parent =>
+            {
+                return Err(IngestError::Parent {
+                    expected: head.lineage(),
+                    found: header.parent,
+                });
+            }
+            (LogKind::Delta, _) => {}
+        }
+        drop(state);
+        let part = self
+            .shared
+            .folder
+            .open(PART_NAME, Open::CreateNew)
+            .map_err(ReplicaError::io("create", PART_NAME))?;
+        let kept = match std::mem::replace(&mut self.stage, Stage::Failed) {
+            Stage::Header(kept) => kept,
+            _ => Vec::new(),
+        };
+        self.stage = Stage::Delta {
+            part,
+            written: 0,
+            gathered: Vec::with_capacity(GATHER_BYTES),
+        };
+        self.gather(&kept)
+    }
+
+    /// Applies a frame of an initial copy.
+    fn apply(&mut self, frame: &FrameHeader, raw: Option<&[u8]>) -> Result<(), IngestError> {
+        self.frames += 1;
+        let Stage::Initial { disks, header } = &self.stage else {
+            return Ok(());
+        };
+        let disk = frame.disk.index();
+        let done = match raw {
+            Some(raw) => {
+                let written = &self.shared.tally.image_written;
+                written.fetch_add(frame.run.len, Ordering::Relaxed);
+                disks[disk].write_at(frame.run.offset, raw, Fua::No)
+            }
+            None => disks[disk].zero(frame.run, Space::Release, Fua::No),
+        };
+        Ok(done.map_err(|source| disk_failed(&header.disks[disk].name, source))?)
+    }
+
+    /// Adds bytes to the file of a delta.
+    fn gather(&mut self, bytes: &[u8]) -> Result<(), IngestError> {
+        let Stage::Delta {
+            gathered, written, ..
+        } = &mut self.stage
+        else {
+            return Ok(());
+        };
+        gathered.extend_from_slice(bytes);
+        if let Some(limit) = self.shared.options.log_bytes_max {
+            let part = *written + to_u64(gathered.len());
+            if self.shared.state.lock().log_bytes().saturating_add(part) > limit {
+                return Err(IngestError::Space { limit });
+            }
+        }
+        if gathered.len() >= GATHER_BYTES {
+            self.write()?;
+        }
+        Ok(())
+    }
+
+    /// Writes what was gathered.
+    fn write(&mut self) -> Result<(), ReplicaError> {
+        if let Stage::Delta {
+            part,
+            written,
+            gathered,
+        } = &mut self.stage
+        {
+            part.write_at(*written, gathered, Fua::No)
+                .map_err(ReplicaError::io("write", PART_NAME))?;
+            let len = to_u64(gathered.len());
+            *written += len;
+            self.shared.tally.staged.fetch_add(len, Ordering::Relaxed);
+            gathered.clear();
+        }
+        Ok(())
+    }
+
+    /// Makes durable what was received.
+    fn sync(&mut self) -> Result<Option<IngestEvent>, IngestError> {
+        self.write()?;
+        match &self.stage {
+            Stage::Delta { part, .. } => {
+                part.sync().map_err(ReplicaError::io("sync", PART_NAME))?;
+            }
+            Stage::Initial { disks, header } => flush(disks, header)?,
+            _ => return Ok(None),
+        }
+        self.synced = self.received;
+        Ok(Some(IngestEvent::Durable {
+            frames: self.frames,
+            bytes: self.received,
+        }))
+    }
+
+    /// The log is whole and verified: makes it durable, visible and recorded, in this order.
+    fn complete(&mut self, trailer: &Trailer) -> Result<IngestEvent, IngestError> {
+        self.sync()?;
+        match &self.stage {
+            Stage::Delta { part, .. } => self.complete_delta(Arc::clone(part), trailer)?,
+            Stage::Initial { .. } => {
+                let mut state = self.shared.state()?;
+                let point = BasePoint {
+                    lineage: trailer.lineage,
+                    cut: trailer.cut,
+                    consistency: trailer.consistency,
+                };
+                let record = self.next_record(&state, trailer, |_| Base::At(point))?;
+                self.shared.record(&mut state, record)?;
+            }
+            _ => return Err(IngestError::Incomplete),
+        }
+        self.stage = Stage::Done;
+        let mut state = self.shared.state.lock();
+        state.receiving = false;
+        tracing::debug!(machine = %self.shared.id, epoch = %trailer.lineage.epoch, "staged");
+        Ok(IngestEvent::Staged {
+            lineage: trailer.lineage,
+            cut: trailer.cut,
+        })
+    }
+
+    fn complete_delta(&self, part: Arc<dyn Storage>, trailer: &Trailer) -> Result<(), IngestError> {
+        let shared = &*self.shared;
+        let name = log_name(trailer.lineage.epoch);
+        let log = LogFile::open(part, &name)?;
+        // Held over rename and record: a merge that ends in between would write an older record over this one.
+        let mut state = shared.state()?;
+        let record = self.next_record(&state, trailer, |base| base)?;
+        shared
+            .folder
+            .rename(PART_NAME, &name)
+            .map_err(ReplicaError::io("rename", PART_NAME))?;
+        // Should one of the next two calls fail, nobody knows whether the record names this log. It stays until a later
+        // one is recorded, or the next open decides.
+        let unsure = state.unsure.replace(name);
+        shared.sync_folder()?;
+        shared.record(&mut state, record)?;
+        let name = state.unsure.take();
+        let superseded = unsure.filter(|unsure| Some(unsure) != name.as_ref());
+        if let Some(Err(error)) = superseded.map(|unsure| shared.remove(&unsure)) {
+            tracing::warn!(machine = %shared.id, %error, "cannot remove a superseded delta log now");
+        }
+        state.logs.push(Arc::new(log));
+        Ok(())
+    }
+
+    fn next_record(
+        &self,
+        state: &State,
+        trailer: &Trailer,
+        base: impl FnOnce(Base) -> Base,
+    ) -> Result<Record, ReplicaError> {
+        let record = state.record.clone().ok_or(ReplicaError::NotPrepared)?;
+        Ok(Record {
+            head: Some(trailer.lineage),
+            generation: Some(self.generation),
+            base: base(record.base),
+            ..record
+        })
+    }
+
+    /// Gives the log up.
+    fn fail(&mut self) {
+        let stage = std::mem::replace(&mut self.stage, Stage::Failed);
+        match stage {
+            Stage::Done | Stage::Failed => return,
+            Stage::Delta { .. } => {
+                if let Err(error) = self.shared.remove(PART_NAME) {
+                    tracing::warn!(machine = %self.shared.id, %error, "cannot remove an unfinished delta log now");
+                }
+            }
+            Stage::Header(_) | Stage::Initial { .. } => {}
+        }
+        self.shared.state.lock().receiving = false;
+    }
+}
+
+impl Drop for Ingest {
+    fn drop(&mut self) {
+        self.fail();
+    }
+}
+
+fn flush(disks: &[Arc<dyn Disk>], header: &Header) -> Result<(), ReplicaError> {
+    for (disk, entry) in disks.iter().zip(&header.disks) {
+        disk.flush()
+            .map_err(|source| disk_failed(&entry.name, source))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! What the node's store knows about a replica: which disks, what the base images hold, and the newest point that was
+//! acknowledged. The logs in between are found in the folder and linked by their chain hashes.
+
+use serde::{Deserialize, Serialize};
+
+use super::images::ImageFormat;
+use crate::{
+    base::{
+        clock::Timestamp,
+        ids::{Generation, Lineage, MachineId, Name},
+    },
+    delta::{Consistency, DiskEntry},
+    disk::Geometry,
+};
+
+/// The record of one machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) disks: Vec<DiskRecord>,
+    pub(super) base: Base,
+    /// The newest acknowledged point; nothing until the initial copy is complete.
+    pub(super) head: Option<Lineage>,
+    /// The latest generation that wrote here.
+    pub(super) generation: Option<Generation>,
+    /// Logs beyond the head are being removed, not to be taken up again.
+    pub(super) discarding: bool,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct DiskRecord {
+    pub(super) name: Name,
+    pub(super) geometry: Geometry,
+    pub(super) format: ImageFormat,
+}
+
+/// What the base images hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Base {
+    /// They are being made: the next open removes them.
+    Creating,
+    /// Part of the initial copy.
+    Copying,
+    /// This point. Epoch 0 was read while the guest wrote, so it is no recovery point by itself.
+    At(BasePoint),
+    /// Something between the two; only with the logs up to `to` a point.
+    Merging {
+        /// Where the merge started.
+        from: BasePoint,
+        /// Where it goes.
+        to: BasePoint,
+    },
+}
+
+/// A point in the base images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BasePoint {
+    pub(super) lineage: Lineage,
+    pub(super) cut: Timestamp,
+    pub(super) consistency: Consistency,
+}
+
+impl Record {
+    /// The name of the record of `machine`.
+    pub(super) fn key(machine: MachineId) -> String {
+        format!("replica/{machine}")
+    }
+
+    /// Whether the disk table of a log is that of this replica.
+    pub(super) fn has_disks(&self, table: &[DiskEntry]) -> bool {
+        table.len() == self.disks.len()
+            && self.disks.iter().zip(table).all(|(disk, entry)| {
+                let geometry = Geometry {
+                    size: entry.size,
+                    logical_sector: entry.logical_sector,
+                    physical_sector: entry.physical_sector,
+                };
+                disk.name == entry.name && disk.geometry == geometry
+            })
+    }
+}
+
+impl DiskRecord {
+    /// The name of the base image.
+    pub(super) fn file_name(&self) -> String {
+        format!("{}.{}", self.name, self.format.suffix())
+    }
+}
+
+impl Base {
+    /// The point that logs must continue: everything up to it is in the images, or part of it.
+    pub(super) fn floor(&self) -> Option<BasePoint> {
+        match self {
+            Self::Creating | Self::Copying => None,
+            Self::At(point) | Self::Merging { from: point, .. } => Some(*point),
+        }
+    }
+}
