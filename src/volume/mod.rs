@@ -1,2 +1,38 @@
 //! Floor 3: a disk that remembers what was written to it, and the machine whose disks are cut together.
+//!
+//! [`Volume`] is what a guest writes to; [`Machine`] is what the sender of a replica talks to: it cuts epochs, takes what
+//! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), `core` (the shared
+//! state and its locks), [`disk`] (the write path), [`take`] (what the sender reads), `open` (what a restart finds),
+//! [`record`] (what the node's store remembers).
+//!
+//! # One epoch's journey
+//! ```text
+//!  write ──> open map + owed ──cut──> closing map + owed ──take──> frames ──pending──> trailer ──staged──> cleared
+//!                  ^                          │
+//!                  └───── merge, disconnect, restart: owed again, in the epoch that is open ─┘
+//! ```
+//! A writer that meets a block still owed to the closing epoch preserves the old content first. Where the side store has
+//! no room for it, the writer merges the epoch and goes on at once; the sender learns it from the next [`Machine::take`],
+//! which answers [`Taken::Superseded`].
+//!
+//! # Order of locks
+//! control > takes > region > epoch > preserve. Cooling regions takes region locks and is entered without any of them.
 #![forbid(unsafe_code)]
+
+mod core;
+pub mod disk;
+pub mod machine;
+mod open;
+pub mod record;
+pub mod take;
+
+pub use self::{
+    disk::Volume,
+    machine::{
+        CopyScope, Counters, Cut, CutRefused, Machine, MachineError, MachineState, Reconcile,
+        ReplicaHead, Standing,
+    },
+    open::{DiskSource, MachineOptions, OpenError},
+    record::{ImageStamp, ResyncReason},
+    take::{Piece, PieceContent, Side, TakeError, Taken},
+};

@@ -1,0 +1,276 @@
+//! The table of hot regions: which regions the guest may write without touching the intent log first.
+//!
+//! A region is cold until its first write. The writer that finds it cold makes it hot, durably, and so does everybody who
+//! comes meanwhile: one of them writes one record for all (group commit). A writer that follows a sequential stream
+//! makes the regions ahead hot in the same record. Regions cool in batches: they are closed to writers one by one, the
+//! image is flushed and the maps are synced once, and one checkpoint drops them all.
+//!
+//! # Order of locks
+//! Whoever calls [`Hot::heat`] or [`Hot::cool_idle`] holds no region lock, because cooling takes them. The state of a
+//! region goes from hot to cold only under its region lock held alone: a writer that holds it shared and sees the region
+//! hot knows that it stays in the log until the write is over.
+#![forbid(unsafe_code)]
+
+use std::{
+    collections::{BTreeSet, VecDeque},
+    io,
+    ops::Range,
+    sync::atomic::{AtomicU8, Ordering},
+};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::{
+    intent::{HOT_REGIONS_MAX, IntentLog},
+    locks::RegionLocks,
+};
+use crate::base::units::{REGION_BYTES, to_u64, to_usize};
+
+/// Regions that a sequential stream makes hot at once: a synced record for each 64 MiB, which a disk of 1 GB/s asks
+/// for 16 times a second.
+const REGIONS_AHEAD: u64 = 64;
+/// Regions that are cooled at once when the table is full.
+const COOL_BATCH: usize = HOT_REGIONS_MAX / 4;
+/// Fewer idle regions than this are not worth the flush that cooling them needs.
+const COOL_IDLE_MIN: usize = 64;
+
+const COLD: u8 = 0;
+/// Hot, and not written since the last look at it.
+const IDLE: u8 = 1;
+const BUSY: u8 = 2;
+
+/// Makes what the image and the maps hold durable, so that regions may leave the log.
+pub type Settle<'a> = dyn Fn() -> io::Result<()> + 'a;
+
+/// The hot regions of one disk.
+#[derive(Debug)]
+pub struct Hot {
+    states: Box<[AtomicU8]>,
+    table: Mutex<Table>,
+    turned: Condvar,
+    /// Written by the one caller for whom `table.writing` is set.
+    log: Mutex<IntentLog>,
+    regions_max: usize,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    /// Regions in the log, in the order in which they came.
+    order: VecDeque<u64>,
+    logged: BTreeSet<u64>,
+    waiting: BTreeSet<u64>,
+    /// Whether somebody is writing the log.
+    writing: bool,
+    /// Set by the first failed write of the log, which is final.
+    failed: Option<String>,
+}
+
+impl Hot {
+    /// The table over `log`, which holds no regions, for a disk of `size` bytes.
+    pub fn new(log: IntentLog, size: u64) -> Self {
+        Self::with_limit(log, size, HOT_REGIONS_MAX)
+    }
+
+    fn with_limit(log: IntentLog, size: u64, regions_max: usize) -> Self {
+        let regions = size.div_ceil(REGION_BYTES);
+        Self {
+            states: (0..regions).map(|_| AtomicU8::new(COLD)).collect(),
+            table: Mutex::default(),
+            turned: Condvar::new(),
+            log: Mutex::new(log),
+            regions_max,
+        }
+    }
+
+    /// Whether all of `regions` are hot; notes that they are in use.
+    pub fn is_hot(&self, regions: Range<u64>) -> bool {
+        self.states[to_usize(regions.start)..to_usize(regions.end)]
+            .iter()
+            .all(|state| match state.load(Ordering::Acquire) {
+                COLD => false,
+                // Fails where somebody else has noted it, or has just made the region cold: looked at again.
+                IDLE => state
+                    .compare_exchange(IDLE, BUSY, Ordering::AcqRel, Ordering::Acquire)
+                    .map_or_else(|now| now != COLD, |_| true),
+                _ => true,
+            })
+    }
+
+    /// Makes `regions` hot: durable in the log when this returns.
+    pub fn heat(
+        &self,
+        regions: Range<u64>,
+        locks: &RegionLocks,
+        settle: &Settle<'_>,
+    ) -> io::Result<()> {
+        let wanted = self.with_regions_ahead(regions.clone());
+        let mut table = self.table.lock();
+        while !self.is_hot(regions.clone()) {
+            if let Some(failure) = &table.failed {
+                return Err(io::Error::other(failure.clone()));
+            }
+            let cold = wanted
+                .clone()
+                .filter(|&region| !self.is_hot(region..region + 1));
+            table.waiting.extend(cold);
+            if table.writing {
+                self.turned.wait(&mut table);
+            } else {
+                self.write_waiting(&mut table, locks, settle)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Cools the regions that nobody wrote since the last call, if they are worth it. Called now and then: it bounds
+    /// what a power cut makes us send again.
+    pub fn cool_idle(&self, locks: &RegionLocks, settle: &Settle<'_>) -> io::Result<()> {
+        let mut table = self.table.lock();
+        if table.writing || table.failed.is_some() {
+            return Ok(());
+        }
+        let mut idle = Vec::new();
+        for &region in &table.order {
+            let state = &self.states[to_usize(region)];
+            match state.load(Ordering::Acquire) {
+                BUSY => state.store(IDLE, Ordering::Release),
+                _ => idle.push(region),
+            }
+        }
+        if idle.len() < COOL_IDLE_MIN {
+            return Ok(());
+        }
+        table.writing = true;
+        let done = self.cool(&mut table, &idle, &[], locks, settle);
+        self.finish(&mut table, done)
+    }
+
+    /// Number of hot regions.
+    pub fn count(&self) -> usize {
+        self.table.lock().logged.len()
+    }
+
+    /// Empties the log. The caller has flushed the image and synced the maps, and no write is in flight.
+    pub fn clear(&self) -> io::Result<()> {
+        let mut table = self.table.lock();
+        for state in &self.states {
+            state.store(COLD, Ordering::Release);
+        }
+        table.order.clear();
+        table.logged.clear();
+        self.log.lock().checkpoint(&[])
+    }
+
+    /// `regions`, and those ahead of them if the ones before are hot already, as they are in a sequential stream.
+    fn with_regions_ahead(&self, regions: Range<u64>) -> Range<u64> {
+        let before = regions.start.checked_sub(1);
+        let streaming = before
+            .is_some_and(|before| self.states[to_usize(before)].load(Ordering::Acquire) != COLD);
+        let ahead = if streaming { REGIONS_AHEAD } else { 0 };
+        regions.start..(regions.end + ahead).min(to_u64(self.states.len()))
+    }
+
+    /// Writes one record for all who wait. The table is unlocked meanwhile, so that more can gather.
+    fn write_waiting(
+        &self,
+        table: &mut MutexGuard<'_, Table>,
+        locks: &RegionLocks,
+        settle: &Settle<'_>,
+    ) -> io::Result<()> {
+        table.writing = true;
+        let waiting = std::mem::take(&mut table.waiting);
+        // A region whose cooling failed is cold and still in the log.
+        let (known, fresh): (Vec<u64>, Vec<u64>) = waiting
+            .into_iter()
+            .partition(|region| table.logged.contains(region));
+        let done = if table.logged.len() + fresh.len() > self.regions_max {
+            let victims = self.victims(table, &known);
+            self.cool(table, &victims, &fresh, locks, settle)
+        } else if fresh.is_empty() {
+            Ok(())
+        } else if self.log.lock().has_room(fresh.len()) {
+            let added = MutexGuard::unlocked(table, || self.log.lock().add(&fresh));
+            added.inspect(|()| Self::enter(table, &fresh))
+        } else {
+            self.cool(table, &[], &fresh, locks, settle)
+        };
+        if done.is_ok() {
+            for region in known.into_iter().chain(fresh) {
+                self.states[to_usize(region)].store(BUSY, Ordering::Release);
+            }
+        }
+        self.finish(table, done)
+    }
+
+    fn finish(&self, table: &mut Table, done: io::Result<()>) -> io::Result<()> {
+        table.writing = false;
+        if let Err(error) = &done {
+            table.failed = Some(error.to_string());
+        }
+        self.turned.notify_all();
+        done
+    }
+
+    fn enter(table: &mut Table, regions: &[u64]) {
+        for &region in regions {
+            if table.logged.insert(region) {
+                table.order.push_back(region);
+            }
+        }
+    }
+
+    /// The regions to cool so that others find room: the oldest that were not written lately.
+    fn victims(&self, table: &mut Table, keep: &[u64]) -> Vec<u64> {
+        let batch = COOL_BATCH.min(self.regions_max.div_ceil(4)).max(1);
+        let mut victims = Vec::with_capacity(batch);
+        for _ in 0..2 * table.order.len() {
+            if victims.len() == batch {
+                break;
+            }
+            let Some(region) = table.order.pop_front() else {
+                break;
+            };
+            let state = &self.states[to_usize(region)];
+            let busy = state
+                .compare_exchange(BUSY, IDLE, Ordering::AcqRel, Ordering::Acquire)
+                .is_ok();
+            if busy || keep.contains(&region) {
+                table.order.push_back(region);
+            } else {
+                victims.push(region);
+            }
+        }
+        // They are in the log until the checkpoint without them is durable.
+        table.order.extend(&victims);
+        victims
+    }
+
+    /// Drops `victims` from the log and adds `fresh` to it, with one checkpoint.
+    fn cool(
+        &self,
+        table: &mut MutexGuard<'_, Table>,
+        victims: &[u64],
+        fresh: &[u64],
+        locks: &RegionLocks,
+        settle: &Settle<'_>,
+    ) -> io::Result<()> {
+        let gone: BTreeSet<u64> = victims.iter().copied().collect();
+        let left = table.logged.iter().filter(|region| !gone.contains(region));
+        let left: Vec<u64> = left.copied().chain(fresh.iter().copied()).collect();
+        MutexGuard::unlocked(table, || {
+            for &region in victims {
+                // Alone, so that no write that saw the region hot is still under way.
+                let _alone = locks.exclusive(region..region + 1);
+                self.states[to_usize(region)].store(COLD, Ordering::Release);
+            }
+            if !victims.is_empty() {
+                settle()?;
+            }
+            self.log.lock().checkpoint(&left)
+        })?;
+        table.logged.retain(|region| !gone.contains(region));
+        table.order.retain(|region| !gone.contains(region));
+        Self::enter(table, fresh);
+        Ok(())
+    }
+}

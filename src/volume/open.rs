@@ -1,0 +1,378 @@
+//! What a restart finds: from records, maps and intent logs to a machine that knows what may differ.
+//!
+//! | found                                             | owed afterwards                                       |
+//! |---------------------------------------------------|-------------------------------------------------------|
+//! | closed cleanly                                    | both maps                                             |
+//! | killed, same boot                                 | both maps: mapped words survive the process           |
+//! | another boot (power cut), or a flush failed       | both maps and all blocks of hot regions               |
+//! | maps missing or foreign, intent log unreadable    | the whole disk                                        |
+//! | image changed while closed                        | the whole disk                                        |
+//! | tracking was lost                                 | all disks                                             |
+//! | other disks than before                           | all disks, and the lineage is gone                    |
+//!
+//! A changed set of disks is no error: the guest starts, and the replica is told to copy anew. While an initial copy is
+//! under way all of this is owed to epoch 0, else to the open epoch. Its number is one above all that the replica may
+//! hold.
+//!
+//! # Crash contract
+//! The two maps become one (bits are added to the first, which is synced, before the second is emptied), then the image is
+//! flushed and the intent log emptied, then the files are adopted by this mount, then the record is written. A crash
+//! anywhere leaves a state of which the next open makes the same or more.
+#![forbid(unsafe_code)]
+
+use std::{
+    collections::BTreeSet,
+    io,
+    sync::{Arc, OnceLock, atomic::AtomicU64},
+};
+
+use parking_lot::{Mutex, RwLock};
+use tracing::{info, warn};
+
+use super::{
+    core::{Closing, ClosingKind, Control, Core, Epochs, Tracked},
+    record::{DiskRecord, ImageStamp, Record, ResyncReason},
+    take::Cursors,
+};
+use crate::{
+    base::{
+        clock::Clock,
+        ids::{MachineId, Name},
+        limits::{DISK_BYTES_MAX, DISKS_PER_MACHINE_MAX},
+        units::{BLOCKS_PER_REGION, DiskIndex, Epoch},
+    },
+    disk::{Disk, DiskError},
+    storage::ledger::{Ledger, LedgerError},
+    track::{
+        bits::Bits,
+        header::{Owner, Slot},
+        hot::Hot,
+        intent::IntentLog,
+        locks::RegionLocks,
+        map::Map,
+        preserve::Preserve,
+        state::StateDir,
+    },
+};
+
+/// What a machine is opened with.
+#[derive(Clone, Debug)]
+pub struct MachineOptions {
+    /// Which machine it is.
+    pub id: MachineId,
+    /// Its name, for people.
+    pub name: Name,
+    /// Tells the time of a cut.
+    pub clock: Arc<dyn Clock>,
+    /// Names the present boot of the host: the content of `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+    /// Most memory for preserved blocks, in bytes; see [`PRESERVE_BYTES_MAX`](crate::base::limits::PRESERVE_BYTES_MAX).
+    pub preserve_bytes_max: u64,
+}
+
+/// A disk to track.
+#[derive(Clone, Debug)]
+pub struct DiskSource {
+    /// Its name, unique in the machine.
+    pub name: Name,
+    /// The disk. From now on only the machine writes to it.
+    pub disk: Arc<dyn Disk>,
+    /// The image file as the caller saw it before opening it.
+    pub stamp: ImageStamp,
+}
+
+/// Why a machine cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// None, or too many.
+    #[error("a machine has 1 to {DISKS_PER_MACHINE_MAX} disks, this one has {0}")]
+    DiskCount(usize),
+    /// Two disks of one name.
+    #[error("two disks of the machine are called {0}: give them different names")]
+    DuplicateName(Name),
+    /// Larger than anything we track.
+    #[error("disk {name} has {size} bytes, more than the {DISK_BYTES_MAX} that can be tracked")]
+    DiskSize {
+        /// The disk.
+        name: Name,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// The state folder failed.
+    #[error("cannot {what} of disk {disk} in the state folder")]
+    State {
+        /// What was to be done.
+        what: &'static str,
+        /// The disk.
+        disk: Name,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The image cannot be flushed, so that nothing is known of what it holds.
+    #[error("cannot flush disk {disk}")]
+    Flush {
+        /// The disk.
+        disk: Name,
+        /// What it said.
+        #[source]
+        source: DiskError,
+    },
+    /// The node's store failed.
+    #[error("cannot read or write the machine's record")]
+    Ledger(#[from] LedgerError),
+}
+
+/// What the last mount left, as far as all disks have it in common.
+struct Past {
+    record: Record,
+    /// Whether the machine was known.
+    known: bool,
+    /// Whether hot regions count: the power was cut, or an image could not be flushed.
+    power_cut: bool,
+}
+
+pub(super) fn open_core(
+    options: MachineOptions,
+    sources: Vec<DiskSource>,
+    state: &StateDir,
+    ledger: Arc<Ledger>,
+) -> Result<Core, OpenError> {
+    check(&sources)?;
+    let disk_records = sources.iter().map(|source| DiskRecord {
+        name: source.name.clone(),
+        size: source.disk.geometry().size,
+        stamp: source.stamp,
+    });
+    let disk_records: Vec<DiskRecord> = disk_records.collect();
+    let key = Record::key(options.id);
+    let mut past = past(&ledger, &key, &options.boot_id, &disk_records)?;
+    let mut disks = Vec::with_capacity(sources.len());
+    for (index, source) in (0..).map(DiskIndex).zip(sources) {
+        let owner = Owner {
+            machine: options.id,
+            disk: index,
+            size: source.disk.geometry().size,
+        };
+        let (disk, reason) = open_disk(state, owner, source, &past)?;
+        past.record.resync = past.record.resync.or(reason);
+        disks.push(disk);
+    }
+    let record = Record {
+        mount: past.record.mount + 1,
+        boot_id: options.boot_id.clone(),
+        clean: false,
+        disks: disk_records,
+        // From here on every disk that could not be trusted is marked as a whole.
+        lost: false,
+        suspect: false,
+        ..past.record
+    };
+    ledger.put(&key, &record)?;
+    let epochs = first_epochs(&record);
+    for disk in &disks {
+        disk.owed(Slot::A).add(disk.map(Slot::A));
+    }
+    if let Some(reason) = record.resync {
+        warn!(machine = %options.name, ?reason, "blocks are sent again");
+    }
+    info!(machine = %options.name, epoch = %epochs.open, copying = record.copying, "opened");
+    Ok(Core {
+        preserve: Mutex::new(Preserve::new(options.preserve_bytes_max)),
+        options,
+        ledger,
+        key,
+        disks,
+        control: Mutex::new(Control {
+            record,
+            closed: false,
+        }),
+        takes: Mutex::new(Cursors::default()),
+        epochs: RwLock::new(epochs),
+        lost: OnceLock::new(),
+        merged: AtomicU64::new(0),
+        preserved: AtomicU64::new(0),
+    })
+}
+
+/// The union of both maps is in slot A: the closing map of an initial copy, or the open map.
+fn first_epochs(record: &Record) -> Epochs {
+    let (slot, closing, open) = if record.copying {
+        let closing = Closing {
+            epoch: Epoch::INITIAL,
+            kind: ClosingKind::Copy,
+        };
+        (Slot::B, Some(closing), Epoch::INITIAL.next())
+    } else {
+        let heads = [record.lineage, record.pending].into_iter().flatten();
+        let newest = heads.map(|head| head.epoch).max();
+        (Slot::A, None, newest.unwrap_or(Epoch::INITIAL).next())
+    };
+    Epochs {
+        open,
+        slot,
+        closing,
+        stale: false,
+        breaks: 0,
+    }
+}
+
+fn check(sources: &[DiskSource]) -> Result<(), OpenError> {
+    if sources.is_empty() || sources.len() > DISKS_PER_MACHINE_MAX {
+        return Err(OpenError::DiskCount(sources.len()));
+    }
+    let mut names = BTreeSet::new();
+    for source in sources {
+        if !names.insert(&source.name) {
+            return Err(OpenError::DuplicateName(source.name.clone()));
+        }
+        let size = source.disk.geometry().size;
+        if size > DISK_BYTES_MAX {
+            return Err(OpenError::DiskSize {
+                name: source.name.clone(),
+                size,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn past(
+    ledger: &Ledger,
+    key: &str,
+    boot_id: &str,
+    disks: &[DiskRecord],
+) -> Result<Past, OpenError> {
+    let found: Option<Record> = match ledger.get(key) {
+        Ok(found) => found,
+        Err(error @ LedgerError::Record { .. }) => {
+            warn!(%key, %error, "the machine's record is not readable");
+            // As if other disks had been replicated: nothing of it can be believed.
+            Some(Record::default())
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let known = found.is_some();
+    let mut record = found.unwrap_or_default();
+    let power_cut = known && (record.suspect || !record.clean && record.boot_id != boot_id);
+    if known && !record.same_disks(disks) {
+        record = Record {
+            mount: record.mount,
+            resync: Some(ResyncReason::DisksChanged),
+            lost: true,
+            ..Record::default()
+        };
+    }
+    if record.lost {
+        record.resync = record.resync.or(Some(ResyncReason::TrackingLost));
+    }
+    Ok(Past {
+        record,
+        known,
+        power_cut,
+    })
+}
+
+/// Opens one disk with the union of what may differ in its first map; why that is the whole disk, if it is.
+fn open_disk(
+    state: &StateDir,
+    owner: Owner,
+    source: DiskSource,
+    past: &Past,
+) -> Result<(Tracked, Option<ResyncReason>), OpenError> {
+    let failed = |what| {
+        let disk = source.name.clone();
+        move |error| OpenError::State {
+            what,
+            disk: disk.clone(),
+            source: error,
+        }
+    };
+    let (index, mount) = (owner.disk, past.record.mount);
+    let mounts = [mount, mount + 1];
+    let mut reason = None;
+    let mut maps = Vec::with_capacity(2);
+    for slot in Slot::BOTH {
+        let found = Map::find(state, owner, slot, mounts).map_err(failed("open the maps"))?;
+        maps.push(match found {
+            Some(map) if past.known => map,
+            _ => {
+                reason = reason.or(Some(ResyncReason::MapsLost(index)));
+                Map::create(state, owner, slot, mount + 1).map_err(failed("create the maps"))?
+            }
+        });
+    }
+    let maps: [Map; 2] = maps.try_into().expect("one for each of the two slots");
+    let intent = IntentLog::find(state, owner, mounts).map_err(failed("open the intent log"))?;
+    let (all, other) = (maps[0].bits(), maps[1].bits());
+    let intent = match intent {
+        Some((intent, regions)) if past.known => {
+            if past.power_cut {
+                mark_regions(all, &regions, owner.size);
+            }
+            Some(intent)
+        }
+        _ => None,
+    };
+    if intent.is_none() && past.power_cut {
+        reason = reason.or(Some(ResyncReason::IntentLost(index)));
+    }
+    if past.known && image_changed(past, index, source.stamp) {
+        reason = reason.or(Some(ResyncReason::ImageChanged(index)));
+    }
+    let reason = reason.filter(|_| past.known);
+    if reason.is_some() || past.record.lost {
+        all.set_all();
+    }
+    all.add(other);
+    all.sync().map_err(failed("sync the maps"))?;
+    other.clear_all();
+    // What the intent log speaks of may still be on its way to the platter.
+    source.disk.flush().map_err(|error| OpenError::Flush {
+        disk: source.name.clone(),
+        source: error,
+    })?;
+    let intent = match intent {
+        Some(mut intent) => intent.checkpoint(&[]).map(|()| intent),
+        None => IntentLog::create(state, owner, mount + 1),
+    };
+    let intent = intent.map_err(failed("empty the intent log"))?;
+    let adopted = maps.iter().try_for_each(|map| map.adopt(mount + 1));
+    adopted
+        .and_then(|()| intent.adopt(mount + 1))
+        .map_err(failed("adopt the files"))?;
+    let blocks = owner.size.div_ceil(crate::base::units::BLOCK_BYTES);
+    let owed = || Bits::fleeting(blocks).map_err(failed("find memory for the maps"));
+    let disk = Tracked {
+        index,
+        size: owner.size,
+        owed: [owed()?, owed()?],
+        locks: RegionLocks::new(owner.size),
+        hot: Hot::new(intent, owner.size),
+        stopped: OnceLock::new(),
+        maps,
+        name: source.name,
+        inner: source.disk,
+    };
+    Ok((disk, reason))
+}
+
+fn mark_regions(bits: &Bits, regions: &BTreeSet<u64>, size: u64) {
+    let blocks = size.div_ceil(crate::base::units::BLOCK_BYTES);
+    for region in regions {
+        let first = region * BLOCKS_PER_REGION;
+        bits.set(first..(first + BLOCKS_PER_REGION).min(blocks));
+    }
+}
+
+/// Whether somebody changed the image while it was closed. After a crash its length and times are our own doing.
+fn image_changed(past: &Past, index: DiskIndex, stamp: ImageStamp) -> bool {
+    let Some(disk) = past.record.disks.get(index.index()) else {
+        return true;
+    };
+    if past.record.clean {
+        disk.stamp != stamp
+    } else {
+        disk.stamp.inode != stamp.inode
+    }
+}

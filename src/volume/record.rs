@@ -1,0 +1,97 @@
+//! What the node's store remembers of a machine between two mounts.
+#![forbid(unsafe_code)]
+
+use std::{fs::Metadata, os::unix::fs::MetadataExt};
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::{
+    ids::{Lineage, MachineId, Name},
+    units::DiskIndex,
+};
+
+/// What tells that an image was changed while nobody was tracking it. Taken by the caller from the image file, because
+/// a disk does not know what it is stored in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageStamp {
+    /// The file's inode number. Not the device's: that number may change at each boot.
+    pub inode: u64,
+    /// Length of the file in bytes.
+    pub bytes: u64,
+    /// Time of the last change of its content: seconds since 1970, and nanoseconds.
+    pub modified: (i64, i64),
+}
+
+impl From<&Metadata> for ImageStamp {
+    fn from(meta: &Metadata) -> Self {
+        Self {
+            inode: meta.ino(),
+            bytes: meta.len(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+        }
+    }
+}
+
+/// Why blocks are sent although nobody is known to have written them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResyncReason {
+    /// The image's identity, length or time is not the one it had when it was closed.
+    ImageChanged(DiskIndex),
+    /// The maps of the disk are missing, damaged, or of another mount.
+    MapsLost(DiskIndex),
+    /// After a power cut the intent log of the disk could not be read.
+    IntentLost(DiskIndex),
+    /// Names, sizes or order of the disks are not the ones that were replicated: a new initial copy is needed.
+    DisksChanged,
+    /// The node's store could not be written or read while the machine ran, so that tracking ended.
+    TrackingLost,
+}
+
+/// The record of one machine in the node's store, `machine/<id>`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Record {
+    /// Counts how often the machine was opened; the tracking files carry it too.
+    pub(super) mount: u64,
+    /// The boot in which it was opened last.
+    pub(super) boot_id: String,
+    /// Whether it was closed since.
+    pub(super) clean: bool,
+    pub(super) disks: Vec<DiskRecord>,
+    /// The head that the replica acknowledged last.
+    pub(super) lineage: Option<Lineage>,
+    /// The head that the replica will have if a trailer that was about to be sent arrived.
+    pub(super) pending: Option<Lineage>,
+    /// Whether an initial copy is under way.
+    pub(super) copying: bool,
+    pub(super) resync: Option<ResyncReason>,
+    /// Set when the maps can no longer be trusted.
+    pub(super) lost: bool,
+    /// Set when an image could not be flushed: as after a power cut, its hot regions may hold anything.
+    #[serde(default)]
+    pub(super) suspect: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct DiskRecord {
+    pub(super) name: Name,
+    /// Bytes that the guest sees.
+    pub(super) size: u64,
+    pub(super) stamp: ImageStamp,
+}
+
+impl Record {
+    /// Its name in the node's store.
+    pub(super) fn key(machine: MachineId) -> String {
+        format!("machine/{machine}")
+    }
+
+    /// Whether `other` describes the same disks, whatever happened to their images.
+    pub(super) fn same_disks(&self, other: &[DiskRecord]) -> bool {
+        let identity = |disk: &DiskRecord| (disk.name.clone(), disk.size);
+        self.disks
+            .iter()
+            .map(identity)
+            .eq(other.iter().map(identity))
+    }
+}

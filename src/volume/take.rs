@@ -1,0 +1,306 @@
+//! What the sender reads: runs of blocks that are owed, with the content that belongs to their epoch.
+//!
+//! # Why no torn and no later content enters a closing epoch
+//! Before a run is read its region is held alone for a moment: writes that were in flight at the cut are over. While the
+//! run is being read its blocks stay owed, so that a writer who wants one of them must hold the region alone, and waits
+//! for the reader, before it may preserve them. Blocks of the open epoch are read with their region held alone all the
+//! time, because nobody preserves them. Whoever reads checks at the end that no merge happened meanwhile.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use super::core::{Closing, ClosingKind, Core, Epochs, Tracked};
+use crate::{
+    base::{
+        ids::Name,
+        limits::FRAME_BYTES_MAX,
+        units::{BLOCK_BYTES, BLOCKS_PER_REGION, DiskIndex, Epoch, Extent, REGION_BYTES, to_usize},
+    },
+    disk::{Content, Disk, DiskError},
+    track::{header::Slot, preserve::Held},
+};
+
+const _: () = assert!(
+    FRAME_BYTES_MAX <= REGION_BYTES,
+    "a piece lies in one region"
+);
+
+/// Which of the two epochs something belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The epoch that is cut: content as of the cut.
+    Closing,
+    /// The epoch that is still open: content as of now. What is rewritten later is owed again.
+    Open,
+}
+
+/// A run of one disk for a delta log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The disk.
+    pub disk: DiskIndex,
+    /// The run: whole blocks, or up to the end of the disk; at most [`FRAME_BYTES_MAX`] bytes.
+    pub run: Extent,
+    /// What it holds.
+    pub content: PieceContent,
+}
+
+/// What a run holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PieceContent {
+    /// These bytes, as many as the run has.
+    Data(Vec<u8>),
+    /// Zeros.
+    Zero,
+}
+
+/// The answer to [`Machine::take`](super::Machine::take).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// The next run. Pieces go into the log in the order in which they are taken: of a block the last one wins.
+    Piece(Piece),
+    /// Nothing is owed to that epoch now. For a closing epoch that is final: its log is complete.
+    Drained,
+    /// That epoch is not there any more: it was merged into the next one, or cut, or the connection was reset. A piece
+    /// that was being read was thrown away. After a merge the log of the closing epoch goes on as that of
+    /// [`Machine::open_epoch`](super::Machine::open_epoch), and a second log of that epoch is dropped.
+    Superseded,
+}
+
+/// A run that is owed cannot be read. It stays owed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read disk {disk} for epoch {epoch}")]
+pub struct TakeError {
+    /// The disk.
+    pub disk: Name,
+    /// The epoch the run belongs to.
+    pub epoch: Epoch,
+    /// What the disk said, with the offset.
+    #[source]
+    pub source: DiskError,
+}
+
+/// Where the search for owed blocks goes on, for each slot.
+#[derive(Debug, Default)]
+pub(super) struct Cursors([Cursor; 2]);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Cursor {
+    disk: usize,
+    block: u64,
+}
+
+impl Core {
+    /// See [`Machine::take`](super::Machine::take).
+    pub(super) fn take(&self, side: Side, epoch: Epoch, max: u64) -> Result<Taken, TakeError> {
+        let max = max.clamp(BLOCK_BYTES, FRAME_BYTES_MAX);
+        let mut cursors = self.takes.lock();
+        loop {
+            let Some(slot) = slot_of(&self.epochs.read(), side, epoch) else {
+                return Ok(Taken::Superseded);
+            };
+            if side == Side::Closing
+                && let Some(taken) = self.take_preserved(epoch, max)
+            {
+                return Ok(taken);
+            }
+            let cursor = &mut cursors.0[slot.index()];
+            let Some((disk, block)) = self.find_owed(slot, *cursor) else {
+                if let Some(end) = self.check_end(side, epoch) {
+                    return Ok(end);
+                }
+                continue;
+            };
+            *cursor = Cursor {
+                disk: disk.index.index(),
+                block,
+            };
+            let taken = match side {
+                Side::Closing => self.take_closing(disk, block, epoch, max),
+                Side::Open => self.take_open(disk, block, epoch, max),
+            };
+            match taken {
+                Ok(Some(taken)) => return Ok(taken),
+                Ok(None) => {}
+                Err(source) => {
+                    return Err(TakeError {
+                        disk: disk.name.clone(),
+                        epoch,
+                        source,
+                    });
+                }
+            }
+        }
+    }
+
+    /// The next preserved run: they come first because they hold memory and their blocks are hot.
+    fn take_preserved(&self, epoch: Epoch, max: u64) -> Option<Taken> {
+        let epochs = self.epochs.read();
+        if slot_of(&epochs, Side::Closing, epoch).is_none() {
+            return Some(Taken::Superseded);
+        }
+        let (disk, run, held) = self.preserve.lock().pop(max)?;
+        let content = match held {
+            Held::Data(bytes) => PieceContent::Data(bytes.into()),
+            Held::Zero(_) => PieceContent::Zero,
+        };
+        Some(Taken::Piece(Piece { disk, run, content }))
+    }
+
+    /// Whether really nothing is owed. The maps are looked at before the side store: a block moves from there to here.
+    fn check_end(&self, side: Side, epoch: Epoch) -> Option<Taken> {
+        let epochs = self.epochs.read();
+        let Some(slot) = slot_of(&epochs, side, epoch) else {
+            return Some(Taken::Superseded);
+        };
+        let owed = self.disks.iter().any(|disk| disk.owed(slot).count() > 0);
+        let preserved = side == Side::Closing && !self.preserve.lock().is_empty();
+        (!owed && !preserved).then_some(Taken::Drained)
+    }
+
+    /// An owed block at or after the cursor, or else before it.
+    fn find_owed(&self, slot: Slot, from: Cursor) -> Option<(&Tracked, u64)> {
+        let count = self.disks.len();
+        (0..=count).find_map(|step| {
+            let disk = &self.disks[(from.disk + step) % count];
+            if disk.owed(slot).count() == 0 {
+                return None;
+            }
+            let start = if step == 0 { from.block } else { 0 };
+            let found = disk.owed(slot).next(start..disk.blocks().end)?;
+            Some((disk, found))
+        })
+    }
+
+    /// Reads a run of the closing epoch that starts at or after `block` in its region; nothing if it is gone.
+    fn take_closing(
+        &self,
+        disk: &Tracked,
+        block: u64,
+        epoch: Epoch,
+        max: u64,
+    ) -> Result<Option<Taken>, DiskError> {
+        let region = block / BLOCKS_PER_REGION;
+        let alone = disk.locks.exclusive(region..region + 1);
+        let (slot, run, breaks, kind) = {
+            let epochs = self.epochs.read();
+            let Some(slot) = slot_of(&epochs, Side::Closing, epoch) else {
+                return Ok(Some(Taken::Superseded));
+            };
+            let Some(run) = owed_run(disk, slot, block, max) else {
+                return Ok(None);
+            };
+            let kind = epochs.closing.map(|closing| closing.kind);
+            (slot, run, epochs.breaks, kind)
+        };
+        let (mut held, mut shared) = (Some(alone), None);
+        if kind == Some(ClosingKind::Delta) {
+            // Writers of other blocks of the region go on; writers of these find them owed and wait.
+            shared = held.take().map(crate::track::locks::Exclusive::downgrade);
+        }
+        let (extent, content) = read_content(&*disk.inner, disk.extent(&run))?;
+        let epochs = self.epochs.read();
+        if epochs.breaks != breaks {
+            return Ok(Some(Taken::Superseded));
+        }
+        disk.owed(slot).clear(extent.blocks());
+        drop(epochs);
+        drop((held, shared));
+        Ok(Some(piece(disk, extent, content)))
+    }
+
+    /// Reads a run of the open epoch that starts at or after `block` in its region; nothing if it is gone.
+    fn take_open(
+        &self,
+        disk: &Tracked,
+        block: u64,
+        epoch: Epoch,
+        max: u64,
+    ) -> Result<Option<Taken>, DiskError> {
+        let region = block / BLOCKS_PER_REGION;
+        let _alone = disk.locks.exclusive(region..region + 1);
+        let (run, breaks) = {
+            let epochs = self.epochs.read();
+            let Some(slot) = slot_of(&epochs, Side::Open, epoch) else {
+                return Ok(Some(Taken::Superseded));
+            };
+            let Some(run) = owed_run(disk, slot, block, max) else {
+                return Ok(None);
+            };
+            // Before the read: what a cut finds cleared here has this content, because nobody writes it meanwhile.
+            disk.owed(slot).clear(run.clone());
+            (run, epochs.breaks)
+        };
+        let read = read_content(&*disk.inner, disk.extent(&run));
+        let epochs = self.epochs.read();
+        if epochs.breaks != breaks {
+            return Ok(Some(Taken::Superseded));
+        }
+        let done = read
+            .as_ref()
+            .map_or(run.start, |(extent, _)| extent.blocks().end);
+        let left = done..run.end;
+        if !left.is_empty() {
+            let side = if epochs.open == epoch {
+                Side::Open
+            } else {
+                Side::Closing
+            };
+            let slot = slot_of(&epochs, side, epoch).expect("without a break the epoch is there");
+            disk.owed(slot).set(left);
+        }
+        drop(epochs);
+        let (extent, content) = read?;
+        Ok(Some(piece(disk, extent, content)))
+    }
+}
+
+fn piece(disk: &Tracked, run: Extent, content: PieceContent) -> Taken {
+    Taken::Piece(Piece {
+        disk: disk.index,
+        run,
+        content,
+    })
+}
+
+/// The maps of `epoch`, if it is the one on that `side`.
+fn slot_of(epochs: &Epochs, side: Side, epoch: Epoch) -> Option<Slot> {
+    match side {
+        Side::Open => (epochs.open == epoch).then_some(epochs.slot),
+        Side::Closing => match epochs.closing {
+            Some(Closing { epoch: closing, .. }) if closing == epoch => Some(epochs.slot.other()),
+            _ => None,
+        },
+    }
+}
+
+/// The first run of owed blocks at or after `block` in its region, at most `max` bytes.
+fn owed_run(disk: &Tracked, slot: Slot, block: u64, max: u64) -> Option<Range<u64>> {
+    let region_end = (block / BLOCKS_PER_REGION + 1) * BLOCKS_PER_REGION;
+    let within = block..region_end.min(disk.blocks().end);
+    let run = disk.owed(slot).run(within)?;
+    Some(run.start..run.end.min(run.start + max / BLOCK_BYTES))
+}
+
+/// Reads the start of `run`, which is not empty: as much of it as is of one kind, in whole blocks or to its end.
+pub(super) fn read_content(
+    disk: &dyn Disk,
+    run: Extent,
+) -> Result<(Extent, PieceContent), DiskError> {
+    let (known, kind) = disk.run_at(run.offset)?;
+    let known = known.end().min(run.end()) - run.offset;
+    let whole = |len: u64| {
+        if len == run.len {
+            len
+        } else {
+            len / BLOCK_BYTES * BLOCK_BYTES
+        }
+    };
+    if kind == Content::Zero && whole(known) > 0 {
+        return Ok((Extent::new(run.offset, whole(known)), PieceContent::Zero));
+    }
+    let len = known.next_multiple_of(BLOCK_BYTES).min(run.len);
+    let mut bytes = vec![0; to_usize(len)];
+    disk.read_at(run.offset, &mut bytes)?;
+    Ok((Extent::new(run.offset, len), PieceContent::Data(bytes)))
+}
