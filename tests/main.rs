@@ -4,5 +4,5 @@
 mod delta;
 mod mount;
 mod net;
-mod tidy;
 mod support;
+mod tidy;

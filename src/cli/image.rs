@@ -70,34 +70,76 @@ struct Inspection {
 /// Runs the verb.
 pub fn run(args: &ImageArgs, out: &Output) -> anyhow::Result<()> {
     match &args.verb {
-        ImageVerb::Create { path, size, format, block_size, sector } => {
+        ImageVerb::Create {
+            path,
+            size,
+            format,
+            block_size,
+            sector,
+        } => {
             let config = ImageConfig::new(path.clone(), *format)?;
             create(&config, *size, *block_size, *sector)?;
-            out.line(&format!("made {} ({}, {})", path.display(), config.format, Bytes(*size)));
+            out.line(&format!(
+                "made {} ({}, {})",
+                path.display(),
+                config.format,
+                Bytes(*size)
+            ));
         }
         ImageVerb::Inspect { path, format, json } => {
             let inspection = inspect(&ImageConfig::new(path.clone(), *format)?)?;
             if *json {
                 return out.json(&inspection);
             }
-            let Geometry { size, logical_sector, physical_sector } = inspection.geometry;
+            let Geometry {
+                size,
+                logical_sector,
+                physical_sector,
+            } = inspection.geometry;
             out.line(&format!("image             {}", inspection.image));
             out.line(&format!("format            {}", inspection.format));
             out.line(&format!("size              {} ({size} bytes)", Bytes(size)));
-            out.line(&format!("sectors           {logical_sector} logical, {physical_sector} physical"));
-            out.line(&format!("allocated         {}", Bytes(inspection.data_bytes)));
-            out.line(&format!("file              {}", Bytes(inspection.file_bytes)));
+            out.line(&format!(
+                "sectors           {logical_sector} logical, {physical_sector} physical"
+            ));
+            out.line(&format!(
+                "allocated         {}",
+                Bytes(inspection.data_bytes)
+            ));
+            out.line(&format!(
+                "file              {}",
+                Bytes(inspection.file_bytes)
+            ));
         }
     }
     Ok(())
 }
 
-fn create(config: &ImageConfig, size: u64, block_size: Option<u64>, sector: u32) -> anyhow::Result<()> {
+fn create(
+    config: &ImageConfig,
+    size: u64,
+    block_size: Option<u64>,
+    sector: u32,
+) -> anyhow::Result<()> {
     let path = &config.path;
-    let block_size = block_size.map(u32::try_from).transpose().context("a VHDX block has at most 256 MiB")?;
-    let geometry = Geometry { size, logical_sector: sector, physical_sector: 4096 };
-    let storage = FileStorage::create_new(path).with_context(|| format!("cannot create {}", path.display()))?;
-    let made = image::create(&storage, config.format, geometry, block_size, &SystemIds::default());
+    let block_size = block_size
+        .map(u32::try_from)
+        .transpose()
+        .context("a VHDX block has at most 256 MiB")?;
+    let geometry = Geometry {
+        size,
+        logical_sector: sector,
+        physical_sector: 4096,
+    };
+    let storage = FileStorage::create_new(path)
+        .with_context(|| format!("cannot create {}", path.display()))?;
+    let made = image::create(
+        &storage,
+        config.format,
+        geometry,
+        block_size,
+        &SystemIds::default(),
+    );
     if made.is_err() {
         // A half-made image would be taken for a damaged one.
         let _ = fs::remove_file(path);
@@ -110,7 +152,13 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
     let at = || format!("cannot inspect {}", path.display());
     let storage = Arc::new(FileStorage::open(path, Access::ReadOnly).with_context(at)?);
     let file_bytes = crate::storage::Storage::len(&*storage)?;
-    let disk = image::open(storage, config.format, Access::ReadOnly, Arc::new(SystemIds::default())).with_context(at)?;
+    let disk = image::open(
+        storage,
+        config.format,
+        Access::ReadOnly,
+        Arc::new(SystemIds::default()),
+    )
+    .with_context(at)?;
     let geometry = disk.geometry();
     let mut data_bytes = 0;
     let mut offset = 0;
@@ -122,15 +170,27 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
         offset = run.end();
     }
     let (image, format) = (path.display().to_string(), config.format.to_string());
-    Ok(Inspection { image, format, geometry, file_bytes, data_bytes })
+    Ok(Inspection {
+        image,
+        format,
+        geometry,
+        file_bytes,
+        data_bytes,
+    })
 }
 
 /// Reads `512`, `64K`, `20M`, `100G`, `2T`: powers of 1024.
 fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is not a size: use a number with K, M, G or T");
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
-    let unit = match text[digits..].to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
+    let unit = match text[digits..]
+        .to_ascii_uppercase()
+        .trim_end_matches("IB")
+        .trim_end_matches('B')
+    {
         "" => 1,
         "K" => KIB,
         "M" => MIB,

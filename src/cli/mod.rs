@@ -4,7 +4,6 @@
 //! 2 wrong usage, 3 refused (fenced, not authorised, unsafe, no such thing here).
 #![forbid(unsafe_code)]
 
-pub mod bench;
 pub mod demo;
 pub mod image;
 pub mod mount;
@@ -21,7 +20,12 @@ use self::output::Output;
 
 /// Disaster recovery for the disks of virtual machines: mount VM disks, track every write, replicate, fail over.
 #[derive(Debug, Parser)]
-#[command(name = "understudy", version, propagate_version = true, max_term_width = 100)]
+#[command(
+    name = "understudy",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -41,8 +45,6 @@ enum Verb {
     Status(status::StatusArgs),
     /// Create and examine image files.
     Image(image::ImageArgs),
-    /// Measure throughput and latency of files and mounts, side by side.
-    Bench(bench::BenchArgs),
 }
 
 /// An operation that was refused rather than tried: exit code 3.
@@ -81,7 +83,6 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Demo(args) => demo::run(&args, out),
         Verb::Pki(args) => pki::run(&args, out),
         Verb::Image(args) => image::run(&args, out),
-        Verb::Bench(args) => bench::run(&args, out),
         Verb::Mount(args) => runtime()?.block_on(mount::run(args, out)),
         Verb::Replica(args) => runtime()?.block_on(replica::run(args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),
@@ -89,14 +90,20 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
 }
 
 /// `RUST_LOG` chooses what is logged, on standard error; by default what an operator should know.
 fn start_log() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
@@ -106,5 +113,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause.is::<Refused>()
         || cause.is::<crate::protocol::message::Refusal>()
-        || cause.downcast_ref::<crate::net::DialError>().is_some_and(|e| matches!(e, crate::net::DialError::Refused { .. }))
+        || cause
+            .downcast_ref::<crate::net::DialError>()
+            .is_some_and(|e| matches!(e, crate::net::DialError::Refused { .. }))
 }

@@ -68,15 +68,22 @@ pub struct MountArgs {
 /// Serves until SIGTERM, SIGINT or an unmount.
 pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
     let mut stop = node::stop_signals()?;
-    let socket = ControlSocket::bind(args.control.as_deref()).await.context("cannot open the control socket")?;
+    let socket = ControlSocket::bind(args.control.as_deref())
+        .await
+        .context("cannot open the control socket")?;
     let config = config(args)?;
-    let primary = tokio::task::spawn_blocking(move || Primary::start(config, tokio::runtime::Handle::current()));
+    let primary = tokio::task::spawn_blocking(move || {
+        Primary::start(config, tokio::runtime::Handle::current())
+    });
     let primary = Arc::new(primary.await??);
     for path in primary.paths() {
         out.note(&format!("serving {}", path.display()));
     }
     let server = tokio::spawn(socket.serve(Arc::clone(&primary) as Arc<dyn Operate>));
-    let shown = tokio::spawn(show_copy(Arc::clone(&primary), out.progress("initial copy")));
+    let shown = tokio::spawn(show_copy(
+        Arc::clone(&primary),
+        out.progress("initial copy"),
+    ));
 
     let ended = primary.ended();
     tokio::select! {
@@ -131,12 +138,18 @@ fn config(args: MountArgs) -> anyhow::Result<PrimaryConfig> {
         }),
         _ => None,
     };
-    let default_state = replication.is_some().then(|| PathBuf::from(node::STATE_FOLDER));
+    let default_state = replication
+        .is_some()
+        .then(|| PathBuf::from(node::STATE_FOLDER));
     Ok(PrimaryConfig {
         machine,
         images,
         at: args.at,
-        access: if args.read_only { Access::ReadOnly } else { Access::ReadWrite },
+        access: if args.read_only {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        },
         visibility: if args.all_users {
             crate::shim::Visibility::AllUsers
         } else {
@@ -150,15 +163,25 @@ fn config(args: MountArgs) -> anyhow::Result<PrimaryConfig> {
 
 fn parse_owner(text: &str) -> Result<crate::shim::Owner, String> {
     let (user, group) = text.split_once(':').unwrap_or((text, text));
-    let parse = |id: &str| id.parse::<u32>().map_err(|_| format!("{id:?} is not a numeric id"));
-    Ok(crate::shim::Owner { user: parse(user)?, group: parse(group)? })
+    let parse = |id: &str| {
+        id.parse::<u32>()
+            .map_err(|_| format!("{id:?} is not a numeric id"))
+    };
+    Ok(crate::shim::Owner {
+        user: parse(user)?,
+        group: parse(group)?,
+    })
 }
 
 /// Reads `500ms`, `1s`, `15m`.
 fn parse_interval(text: &str) -> Result<Duration, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a time: use 500ms, 1s or 5m"))?;
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("{text:?} is not a time: use 500ms, 1s or 5m"))?;
     let millis = match unit {
         "ms" => Some(number),
         "s" => number.checked_mul(1000),
@@ -179,7 +202,16 @@ mod tests {
     fn intervals_have_a_unit_and_a_range() {
         assert_eq!(parse_interval("100ms"), Ok(Duration::from_millis(100)));
         assert_eq!(parse_interval("15m"), Ok(Duration::from_mins(15)));
-        for bad in ["", "1", "s", "99ms", "16m", "1h", "-1s", "99999999999999999999s"] {
+        for bad in [
+            "",
+            "1",
+            "s",
+            "99ms",
+            "16m",
+            "1h",
+            "-1s",
+            "99999999999999999999s",
+        ] {
             assert!(parse_interval(bad).is_err(), "{bad}");
         }
     }

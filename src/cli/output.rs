@@ -1,6 +1,10 @@
 //! What a person reads: steps, lines and tables on standard output, problems on standard error. The only file that
 //! prints.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the program's voice")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this is the program's voice"
+)]
 
 use std::{fmt::Write as _, io::IsTerminal as _};
 
@@ -14,7 +18,9 @@ pub struct Output {
 
 impl Default for Output {
     fn default() -> Self {
-        Self { terminal: std::io::stderr().is_terminal() }
+        Self {
+            terminal: std::io::stderr().is_terminal(),
+        }
     }
 }
 
@@ -69,10 +75,18 @@ impl Output {
     pub fn progress(&self, what: &str) -> Progress {
         let bar = self.terminal.then(|| {
             let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
-            let style = ProgressStyle::with_template(template).expect("the template is right").progress_chars("=> ");
-            ProgressBar::new(0).with_style(style).with_message(what.to_owned())
+            let style = ProgressStyle::with_template(template)
+                .expect("the template is right")
+                .progress_chars("=> ");
+            ProgressBar::new(0)
+                .with_style(style)
+                .with_message(what.to_owned())
         });
-        Progress { what: what.to_owned(), bar, tenths: None }
+        Progress {
+            what: what.to_owned(),
+            bar,
+            tenths: None,
+        }
     }
 }
 
@@ -93,10 +107,17 @@ impl Progress {
             return;
         }
         // Without a terminal a line for every tenth: enough to see it move, not enough to fill a journal.
-        let tenths = if total == 0 { 10 } else { done.saturating_mul(10) / total };
+        let tenths = if total == 0 {
+            10
+        } else {
+            done.saturating_mul(10) / total
+        };
         if self.tenths.is_none_or(|before| tenths > before) {
             self.tenths = Some(tenths);
-            let (done, total) = (crate::base::units::Bytes(done), crate::base::units::Bytes(total));
+            let (done, total) = (
+                crate::base::units::Bytes(done),
+                crate::base::units::Bytes(total),
+            );
             eprintln!("{}: {}0 %, {done} of {total}", self.what, tenths.min(10));
         }
     }

@@ -46,12 +46,25 @@ pub fn run(args: &PkiArgs, out: &Output) -> anyhow::Result<()> {
     match &args.verb {
         PkiVerb::Init { dir } => {
             pki::init(dir, now)?;
-            out.line(&format!("made a certificate authority in {}", dir.display()));
+            out.line(&format!(
+                "made a certificate authority in {}",
+                dir.display()
+            ));
         }
-        PkiVerb::Issue { dir, name, san, out: target } => {
-            let target = target.clone().unwrap_or_else(|| PathBuf::from(name.as_str()));
+        PkiVerb::Issue {
+            dir,
+            name,
+            san,
+            out: target,
+        } => {
+            let target = target
+                .clone()
+                .unwrap_or_else(|| PathBuf::from(name.as_str()));
             pki::issue(dir, name, san, &target, now)?;
-            out.line(&format!("issued the identity of {name} in {}: copy the folder to that host", target.display()));
+            out.line(&format!(
+                "issued the identity of {name} in {}: copy the folder to that host",
+                target.display()
+            ));
         }
     }
     Ok(())

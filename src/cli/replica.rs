@@ -44,7 +44,9 @@ pub struct ReplicaArgs {
 /// Serves until SIGTERM or SIGINT.
 pub async fn run(args: ReplicaArgs, out: &Output) -> anyhow::Result<()> {
     let mut stop = node::stop_signals()?;
-    let socket = ControlSocket::bind(args.control.as_deref()).await.context("cannot open the control socket")?;
+    let socket = ControlSocket::bind(args.control.as_deref())
+        .await
+        .context("cannot open the control socket")?;
     let config = SecondaryConfig {
         store: args.store,
         listen: args.listen,

@@ -6,10 +6,7 @@ use anyhow::{Context, bail};
 
 use super::{output::Output, refused};
 use crate::{
-    base::{
-        ids::Name,
-        units::Bytes,
-    },
+    base::{ids::Name, units::Bytes},
     coord::state::Role,
     node::{
         control,
@@ -50,7 +47,11 @@ pub async fn run(args: &StatusArgs, out: &Output) -> anyhow::Result<()> {
 
 async fn ask(args: &StatusArgs) -> anyhow::Result<Vec<NodeStatus>> {
     if let Some(socket) = &args.control {
-        return Ok(vec![control::ask_status(socket).await.context("is the node running?")?]);
+        return Ok(vec![
+            control::ask_status(socket)
+                .await
+                .context("is the node running?")?,
+        ]);
     }
     let mut nodes = Vec::new();
     for socket in control::sockets() {
@@ -62,7 +63,9 @@ async fn ask(args: &StatusArgs) -> anyhow::Result<Vec<NodeStatus>> {
         }
     }
     if nodes.is_empty() {
-        bail!("no node runs on this host: start one with `understudy mount` or `understudy replica`");
+        bail!(
+            "no node runs on this host: start one with `understudy mount` or `understudy replica`"
+        );
     }
     Ok(nodes)
 }
@@ -70,10 +73,14 @@ async fn ask(args: &StatusArgs) -> anyhow::Result<Vec<NodeStatus>> {
 fn show(args: &StatusArgs, nodes: &[NodeStatus], out: &Output) -> anyhow::Result<()> {
     let mut nodes = nodes.to_vec();
     if let Some(machine) = &args.machine {
-        nodes.iter_mut().for_each(|node| node.machines.retain(|m| m.name == *machine));
+        nodes
+            .iter_mut()
+            .for_each(|node| node.machines.retain(|m| m.name == *machine));
         nodes.retain(|node| !node.machines.is_empty());
         if nodes.is_empty() {
-            return Err(refused(format!("no node of this host has a machine called {machine}")));
+            return Err(refused(format!(
+                "no node of this host has a machine called {machine}"
+            )));
         }
     }
     if args.json {
@@ -103,32 +110,90 @@ fn show_machine(machine: &MachineStatus, out: &Output) {
     }
     row("generation", machine.generation.to_string());
     if let Some(peer) = &machine.peer {
-        row(if machine.role == Role::Primary { "replica" } else { "primary" }, peer.clone());
+        row(
+            if machine.role == Role::Primary {
+                "replica"
+            } else {
+                "primary"
+            },
+            peer.clone(),
+        );
     }
-    let durable = machine.durable.map_or_else(|| "none yet".into(), |l| format!("{} ({:.12})", l.epoch, l.chain.to_string()));
+    let durable = machine.durable.map_or_else(
+        || "none yet".into(),
+        |l| format!("{} ({:.12})", l.epoch, l.chain.to_string()),
+    );
     row("durable epoch", durable);
     if let Some(base) = machine.base_epoch {
         row("image epoch", base.to_string());
     }
     if let Some(copy) = &machine.copy {
-        let percent = if copy.total == 0 { 100 } else { copy.done.saturating_mul(100) / copy.total };
+        let percent = if copy.total == 0 {
+            100
+        } else {
+            copy.done.saturating_mul(100) / copy.total
+        };
         let eta = copy.eta_s.map_or_else(|| "-".into(), |s| format!("{s} s"));
         let (done, total, rate) = (Bytes(copy.done), Bytes(copy.total), Bytes(copy.rate));
-        row("initial copy", format!("{done} of {total} ({percent} %), {rate}/s, ETA {eta}"));
+        row(
+            "initial copy",
+            format!("{done} of {total} ({percent} %), {rate}/s, ETA {eta}"),
+        );
     }
     let ms = |value: Option<u64>| value.map_or_else(|| "-".into(), |ms| format!("{ms} ms"));
     let rpo = &machine.rpo;
-    row("RPO", format!("now {}, p50 {}, p99 {}", ms(rpo.now_ms), ms(rpo.p50_ms), ms(rpo.p99_ms)));
+    row(
+        "RPO",
+        format!(
+            "now {}, p50 {}, p99 {}",
+            ms(rpo.now_ms),
+            ms(rpo.p50_ms),
+            ms(rpo.p99_ms)
+        ),
+    );
     let t = &machine.traffic;
     row("owed", Bytes(t.owed).to_string());
-    row("epochs", format!("{} durable, {} merged", t.epochs, t.merged));
-    let verb = if machine.role == Role::Primary { "sent" } else { "received" };
-    row(verb, format!("{} on the wire for {} of blocks, {} folded away", Bytes(t.sent), Bytes(t.raw), Bytes(t.folded)));
+    row(
+        "epochs",
+        format!("{} durable, {} merged", t.epochs, t.merged),
+    );
+    let verb = if machine.role == Role::Primary {
+        "sent"
+    } else {
+        "received"
+    };
+    row(
+        verb,
+        format!(
+            "{} on the wire for {} of blocks, {} folded away",
+            Bytes(t.sent),
+            Bytes(t.raw),
+            Bytes(t.folded)
+        ),
+    );
     if let Some(l) = &machine.write_latency {
-        row("write latency", format!("p50 {:.0} us, p99 {:.0} us, p99.9 {:.0} us", l.p50_us, l.p99_us, l.p999_us));
+        row(
+            "write latency",
+            format!(
+                "p50 {:.0} us, p99 {:.0} us, p99.9 {:.0} us",
+                l.p50_us, l.p99_us, l.p999_us
+            ),
+        );
     }
     for disk in &machine.disks {
-        let at = disk.path.as_ref().map_or_else(String::new, |path| format!(" at {path}"));
-        row("disk", format!("{} {} in {} ({}){at}", disk.name, Bytes(disk.size), disk.image, disk.format));
+        let at = disk
+            .path
+            .as_ref()
+            .map_or_else(String::new, |path| format!(" at {path}"));
+        row(
+            "disk",
+            format!(
+                "{} {} in {} ({}){at}",
+                disk.name,
+                Bytes(disk.size),
+                disk.image,
+                disk.format
+            ),
+        );
     }
 }

@@ -288,7 +288,8 @@ mod tests {
         fn status(&self) -> NodeStatus {
             NodeStatus {
                 version: "1".into(),
-                pid: 7, listening: None,
+                pid: 7,
+                listening: None,
                 at: Timestamp(9),
                 machines: vec![],
             }

@@ -27,7 +27,7 @@ use crate::{
         clock::Clock,
         ids::{Generation, Ids, Lineage, MachineId, Name},
         limits::FRAME_BYTES_MAX,
-        units::{BLOCK_BYTES, DiskIndex, Extent},
+        units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_u64},
     },
     delta::{DiskEntry, EncodedFrame, Encoder, Header, LogKind, policy::Setting},
     net::{self, Backoff, Control, Identity, Link, LogSender, Reason},
@@ -35,7 +35,9 @@ use crate::{
         message::{self, DiskSpec, Hello, ToPrimary, ToReplica, Version},
         sender::{Action, Agreement, Log, Pace, Sender, Side, StopReason},
     },
-    volume::{Cut, CutRefused, Machine, PieceContent, Reconcile, Take},
+    volume::{
+        self, CopyScope, Cut, CutRefused, Machine, PieceContent, Reconcile, ReplicaHead, Taken,
+    },
 };
 
 /// Owed bytes of the open epoch from which on they are sent ahead of the cut.
@@ -98,11 +100,23 @@ impl Replication {
         host: Host,
     ) -> std::io::Result<Self> {
         let (commands, receiver) = unbounded();
-        let thread = thread::Builder::new().name("replicate".into()).spawn(move || {
-            let driver = Driver { machine, subject, target, progress, host, commands: receiver };
-            driver.run();
-        })?;
-        Ok(Self { commands, thread: Some(thread) })
+        let thread = thread::Builder::new()
+            .name("replicate".into())
+            .spawn(move || {
+                let driver = Driver {
+                    machine,
+                    subject,
+                    target,
+                    progress,
+                    host,
+                    commands: receiver,
+                };
+                driver.run();
+            })?;
+        Ok(Self {
+            commands,
+            thread: Some(thread),
+        })
     }
 
     /// Asks for a cut now; the answer comes when the epoch is durable on the replica.
@@ -121,7 +135,9 @@ pub(super) struct PendingCut(Receiver<Result<Lineage, String>>);
 impl PendingCut {
     /// Waits until the epoch is durable on the replica.
     pub(super) fn wait(self) -> Result<Lineage, String> {
-        self.0.recv().unwrap_or_else(|_| Err("replication has stopped".into()))
+        self.0
+            .recv()
+            .unwrap_or_else(|_| Err("replication has stopped".into()))
     }
 }
 
@@ -199,7 +215,9 @@ impl Driver {
                 }
             };
             let random = self.host.ids.fresh();
-            let pause = backoff.next(u32::from_le_bytes([random[0], random[1], random[2], random[3]]));
+            let pause = backoff.next(u32::from_le_bytes([
+                random[0], random[1], random[2], random[3],
+            ]));
             tracing::warn!(machine = %self.subject.name, retry_in = ?pause, "not replicating: {why}");
             if self.rest(pause, &why) {
                 return;
@@ -226,16 +244,30 @@ impl Driver {
     /// One link, from greeting to loss; and whether it came to replicating.
     fn session(&self, link: Link, control: Control) -> (End, bool) {
         let (heard, ears) = unbounded();
-        let Control { sender: mouth, receiver } = control;
-        let listener = self.host.runtime.spawn(listen(receiver, link.clone(), heard));
+        let Control {
+            sender: mouth,
+            receiver,
+        } = control;
+        let listener = self
+            .host
+            .runtime
+            .spawn(listen(receiver, link.clone(), heard));
         let workers = thread::available_parallelism().map_or(1, |n| n.get().min(4));
         let workers = u16::try_from(workers).expect("at most four");
         let pipeline = match Pipeline::start(self.target.compression, workers, &self.host.clock) {
             Ok(pipeline) => pipeline,
-            Err(error) => return (End::Lost(format!("cannot start packing threads: {error}")), false),
+            Err(error) => {
+                return (
+                    End::Lost(format!("cannot start packing threads: {error}")),
+                    false,
+                );
+            }
         };
-        let pace =
-            Pace { interval: self.target.interval, ahead_bytes: AHEAD_BYTES, current_every: CURRENT_EVERY };
+        let pace = Pace {
+            interval: self.target.interval,
+            ahead_bytes: AHEAD_BYTES,
+            current_every: CURRENT_EVERY,
+        };
         let mut session = Session {
             driver: self,
             sender: Sender::new(pace),
@@ -258,8 +290,19 @@ impl Driver {
     }
 
     fn hello(&self) -> Hello {
-        let Subject { id, name, generation, disks } = self.subject.clone();
-        Hello { version: Version::CURRENT, machine: id, name, generation, disks }
+        let Subject {
+            id,
+            name,
+            generation,
+            disks,
+        } = self.subject.clone();
+        Hello {
+            version: Version::CURRENT,
+            machine: id,
+            name,
+            generation,
+            disks,
+        }
     }
 }
 
@@ -325,7 +368,8 @@ impl Session<'_> {
             }
             let counters = self.driver.machine.counters();
             let clock = &self.driver.host.clock;
-            self.sender.tick(clock.monotonic(), clock.wall(), counters.open_blocks > 0);
+            self.sender
+                .tick(clock.monotonic(), clock.wall(), counters.open_blocks > 0);
         }
     }
 
@@ -334,36 +378,57 @@ impl Session<'_> {
         let mut busy = false;
         let owed = self.driver.machine.counters().owed_open_blocks * BLOCK_BYTES;
         if let Some(side) = self.sender.side(owed).filter(|_| self.pipeline.has_room()) {
-            busy = true;
-            match self.driver.machine.take(side, FRAME_BYTES_MAX) {
-                Ok(Take::Piece(piece)) => {
-                    let raw = match piece.content {
-                        PieceContent::Data(bytes) => Raw::Data(bytes),
-                        PieceContent::Zero => Raw::Zero,
-                    };
-                    self.pipeline.submit(piece.disk, piece.run, raw);
-                }
-                Ok(Take::Nothing) => {
-                    self.sender.drained(side);
-                    busy = side == Side::Closing;
-                }
-                Ok(Take::Merged) => {
-                    self.cut = None;
-                    self.waiting.append(&mut self.answering);
-                    if !self.waiting.is_empty() {
-                        self.sender.want_cut();
-                    }
-                    self.sender.merged();
-                }
-                Err(error) => return Err(End::Lost(chain(&error))),
-            }
+            busy = self.take(side)?;
         }
         // Frames are sent as soon as they are packed; only a full pipeline is worth waiting for.
-        while let Some(frame) = if self.pipeline.has_room() { self.pipeline.ready() } else { self.pipeline.next() } {
+        while let Some(frame) = if self.pipeline.has_room() {
+            self.pipeline.ready()
+        } else {
+            self.pipeline.next()
+        } {
             self.send(frame)?;
             busy = true;
         }
         Ok(busy || !self.pipeline.is_empty())
+    }
+
+    /// Takes the next run owed to `side`; whether there was one.
+    fn take(&mut self, side: Side) -> Result<bool, End> {
+        let machine = &self.driver.machine;
+        let (side, epoch) = match side {
+            Side::Closing => (volume::Side::Closing, machine.closing_epoch()),
+            Side::Open => (volume::Side::Open, Some(machine.open_epoch())),
+        };
+        let taken = match epoch {
+            Some(epoch) => machine
+                .take(side, epoch, FRAME_BYTES_MAX)
+                .map_err(|error| End::Lost(chain(&error)))?,
+            None => Taken::Superseded,
+        };
+        match taken {
+            Taken::Piece(piece) => {
+                let raw = match piece.content {
+                    PieceContent::Data(bytes) => Raw::Data(bytes),
+                    PieceContent::Zero => Raw::Zero,
+                };
+                self.pipeline.submit(piece.disk, piece.run, raw);
+                return Ok(true);
+            }
+            Taken::Drained if side == volume::Side::Closing => self.sender.drained(Side::Closing),
+            Taken::Drained => {}
+            Taken::Superseded => self.superseded(),
+        }
+        Ok(false)
+    }
+
+    /// The closing epoch was merged into the open one: its log goes on, and whoever waits for its cut gets a later one.
+    fn superseded(&mut self) {
+        self.cut = None;
+        self.waiting.append(&mut self.answering);
+        if !self.waiting.is_empty() {
+            self.sender.want_cut();
+        }
+        self.sender.merged();
     }
 
     fn hear(&mut self, idle: bool) -> Option<End> {
@@ -401,26 +466,49 @@ impl Session<'_> {
 
     fn say(&mut self, message: &ToReplica) -> Result<(), End> {
         let bytes = message::encode(message).into();
-        self.driver.host.runtime.block_on(self.mouth.send(bytes)).map_err(|error| End::Lost(chain(&error)))
+        self.driver
+            .host
+            .runtime
+            .block_on(self.mouth.send(bytes))
+            .map_err(|error| End::Lost(chain(&error)))
     }
 
     fn compare(&mut self, head: message::Head) -> Result<(), End> {
         let machine = &self.driver.machine;
+        let lost = |error: volume::MachineError| End::Lost(chain(&error));
         let known = match head {
-            message::Head::Complete(lineage) => Some(lineage),
-            message::Head::Empty | message::Head::Copying => None,
+            message::Head::Complete(lineage) => ReplicaHead::At(lineage),
+            message::Head::Empty => ReplicaHead::Empty,
+            message::Head::Copying => ReplicaHead::Copying,
         };
-        let agreement = match machine.reconcile(known).map_err(|error| End::Lost(chain(&error)))? {
-            Reconcile::InStep => Agreement::InStep,
-            Reconcile::CopyNeeded => {
+        let reconciled = machine.reconcile(known).map_err(lost)?;
+        let agreement = match (reconciled, head) {
+            (Reconcile::InStep | Reconcile::AckLost, _) => Agreement::InStep,
+            (Reconcile::CopyResumes, _) => Agreement::CopyNeeded,
+            (Reconcile::CopyNeeded, message::Head::Complete(lineage)) => {
+                // The replica keeps the points it has: what this host holds becomes one epoch on top of them.
+                machine.begin_resync(lineage).map_err(lost)?;
+                Agreement::InStep
+            }
+            (Reconcile::CopyNeeded, message::Head::Empty) => {
                 machine
-                    .begin_initial_copy(head == message::Head::Copying)
-                    .map_err(|error| End::Lost(chain(&error)))?;
+                    .begin_initial_copy(CopyScope::Allocated)
+                    .map_err(lost)?;
+                Agreement::CopyNeeded
+            }
+            (Reconcile::CopyNeeded, message::Head::Copying) => {
+                // Half a copy of an unknown past lies there: holes have to be told as well.
+                machine
+                    .begin_initial_copy(CopyScope::Everything)
+                    .map_err(lost)?;
                 Agreement::CopyNeeded
             }
         };
-        tracing::info!(machine = %self.driver.subject.name, ?head, ?agreement, "connected to the replica");
-        self.driver.progress.lock().connected(agreement, machine, &*self.driver.host.clock);
+        tracing::info!(machine = %self.driver.subject.name, ?head, ?reconciled, "connected to the replica");
+        self.driver
+            .progress
+            .lock()
+            .connected(agreement, machine, &*self.driver.host.clock);
         self.sender.agreed(agreement);
         Ok(())
     }
@@ -445,10 +533,19 @@ impl Session<'_> {
             disks: disks.collect(),
         };
         let (encoder, bytes) = Encoder::new(&header);
-        let stream =
-            self.driver.host.runtime.block_on(self.link.open_log()).map_err(|error| End::Lost(chain(&error)))?;
+        let stream = self
+            .driver
+            .host
+            .runtime
+            .block_on(self.link.open_log())
+            .map_err(|error| End::Lost(chain(&error)))?;
         let runs = (kind == LogKind::Initial).then(VecDeque::new);
-        self.log = Some(OpenLog { encoder, stream, runs, copied: 0 });
+        self.log = Some(OpenLog {
+            encoder,
+            stream,
+            runs,
+            copied: 0,
+        });
         self.write(bytes)
     }
 
@@ -460,7 +557,7 @@ impl Session<'_> {
                 self.sender.was_cut(self.driver.host.clock.monotonic());
                 Ok(())
             }
-            Err(CutRefused::ClosingNotEmpty) => {
+            Err(CutRefused::Closing(_)) => {
                 self.sender.merged();
                 Ok(())
             }
@@ -469,7 +566,10 @@ impl Session<'_> {
     }
 
     fn send(&mut self, frame: EncodedFrame) -> Result<(), End> {
-        let log = self.log.as_mut().expect("frames are only taken while a log is open");
+        let log = self
+            .log
+            .as_mut()
+            .expect("frames are only taken while a log is open");
         log.encoder.frame(&frame);
         if let Some(runs) = &mut log.runs {
             runs.push_back((frame.header().disk, frame.header().run));
@@ -478,17 +578,24 @@ impl Session<'_> {
         let data = frame.header().payload_len > 0;
         let started = Instant::now();
         let bytes = frame.bytes().clone();
-        let len = crate::base::units::to_u64(bytes.len());
+        let len = to_u64(bytes.len());
         self.write(bytes)?;
         self.measure(len, started.elapsed());
-        self.driver.progress.lock().sent(if data { raw } else { 0 }, len);
+        self.driver
+            .progress
+            .lock()
+            .sent(if data { raw } else { 0 }, len);
         Ok(())
     }
 
     fn write(&mut self, bytes: bytes::Bytes) -> Result<(), End> {
-        self.sender.sent(crate::base::units::to_u64(bytes.len()));
+        self.sender.sent(to_u64(bytes.len()));
         let log = self.log.as_mut().expect("bytes belong to an open log");
-        self.driver.host.runtime.block_on(log.stream.write_chunk(bytes)).map_err(|error| End::Lost(chain(&error)))
+        self.driver
+            .host
+            .runtime
+            .block_on(log.stream.write_chunk(bytes))
+            .map_err(|error| End::Lost(chain(&error)))
     }
 
     fn measure(&mut self, bytes: u64, took: Duration) {
@@ -509,15 +616,25 @@ impl Session<'_> {
         let (epoch, time) = match &self.cut {
             Some(cut) => (cut.epoch, cut.time),
             // The initial copy has no cut: it is complete as of its end and consistent only with the next epoch.
-            None => (crate::base::units::Epoch::INITIAL, clock.wall()),
+            None => (Epoch::INITIAL, clock.wall()),
         };
-        let OpenLog { encoder, mut stream, runs, copied } = log;
+        let OpenLog {
+            encoder,
+            mut stream,
+            runs,
+            copied,
+        } = log;
         let (trailer, lineage) = encoder.finish(epoch, time);
         // A staged acknowledgement may get lost with the link. Whoever asks the replica then must know this lineage.
-        self.driver.machine.pending(lineage).map_err(|error| End::Lost(chain(&error)))?;
-        self.sender.sent(crate::base::units::to_u64(trailer.len()));
+        self.driver
+            .machine
+            .pending(lineage)
+            .map_err(|error| End::Lost(chain(&error)))?;
+        self.sender.sent(to_u64(trailer.len()));
         let runtime = &self.driver.host.runtime;
-        runtime.block_on(stream.write_chunk(trailer)).map_err(|error| End::Lost(chain(&error)))?;
+        runtime
+            .block_on(stream.write_chunk(trailer))
+            .map_err(|error| End::Lost(chain(&error)))?;
         stream.finish().map_err(|error| End::Lost(chain(&error)))?;
         drop((runs, copied));
         self.sender.sealed(lineage);
@@ -525,10 +642,19 @@ impl Session<'_> {
     }
 
     fn copied(&mut self, frames: u64) -> Result<(), End> {
-        let Some(OpenLog { runs: Some(runs), copied, .. }) = &mut self.log else { return Ok(()) };
+        let Some(OpenLog {
+            runs: Some(runs),
+            copied,
+            ..
+        }) = &mut self.log
+        else {
+            return Ok(());
+        };
         let count = usize::try_from(frames.saturating_sub(*copied)).unwrap_or(usize::MAX);
         if count > runs.len() {
-            return Err(End::Refused(StopReason::Protocol("more frames copied than were sent")));
+            return Err(End::Refused(StopReason::Protocol(
+                "more frames copied than were sent",
+            )));
         }
         let done: Vec<_> = runs.drain(..count).collect();
         *copied = frames.max(*copied);
@@ -537,9 +663,15 @@ impl Session<'_> {
     }
 
     fn acknowledge(&mut self, lineage: Lineage) -> Result<(), End> {
-        self.driver.machine.staged(lineage).map_err(|error| End::Lost(chain(&error)))?;
+        self.driver
+            .machine
+            .staged(lineage)
+            .map_err(|error| End::Lost(chain(&error)))?;
         let now = self.driver.host.clock.wall();
-        self.driver.progress.lock().durable(self.cut.take().map(|cut| cut.time), now);
+        self.driver
+            .progress
+            .lock()
+            .durable(self.cut.take().map(|cut| cut.time), now);
         for answer in self.answering.drain(..) {
             // Whoever asked may have gone away.
             let _ = answer.send(Ok(lineage));

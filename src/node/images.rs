@@ -3,7 +3,6 @@
 use std::{
     fs::{File, TryLockError},
     io,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -73,7 +72,10 @@ impl ImageConfig {
     /// The image at `path`, of `format` or of the one its suffix tells.
     pub fn new(path: PathBuf, format: Option<Format>) -> Result<Self, ImageError> {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        let name = Name::new(&stem).map_err(|source| ImageError::Name { path: path.clone(), source })?;
+        let name = Name::new(&stem).map_err(|source| ImageError::Name {
+            path: path.clone(),
+            source,
+        })?;
         let format = match format.or_else(|| suffix_format(&path)) {
             Some(format) => format,
             None => return Err(ImageError::Suffix(path)),
@@ -105,9 +107,16 @@ pub struct OpenImage {
 
 impl OpenImage {
     /// Locks and opens an image. A second writer is refused; readers share.
-    pub fn open(config: &ImageConfig, access: Access, ids: &Arc<dyn Ids>) -> Result<Self, ImageError> {
+    pub fn open(
+        config: &ImageConfig,
+        access: Access,
+        ids: &Arc<dyn Ids>,
+    ) -> Result<Self, ImageError> {
         let path = &config.path;
-        let failed = |source| ImageError::File { path: path.clone(), source };
+        let failed = |source| ImageError::File {
+            path: path.clone(),
+            source,
+        };
         let lock = File::open(path).map_err(failed)?;
         let locked = match access {
             Access::ReadOnly => lock.try_lock_shared(),
@@ -120,23 +129,25 @@ impl OpenImage {
         }
         let stamp = stamp(path).map_err(failed)?;
         let storage = FileStorage::open(path, access).map_err(failed)?;
-        let disk = image::open(Arc::new(storage), config.format, access, Arc::clone(ids)).map_err(|source| {
-            ImageError::Content { path: path.clone(), format: config.format, source: Box::new(source) }
-        })?;
-        Ok(Self { config: config.clone(), disk, stamp, _lock: lock })
+        let disk = image::open(Arc::new(storage), config.format, access, Arc::clone(ids)).map_err(
+            |source| ImageError::Content {
+                path: path.clone(),
+                format: config.format,
+                source: Box::new(source),
+            },
+        )?;
+        Ok(Self {
+            config: config.clone(),
+            disk,
+            stamp,
+            _lock: lock,
+        })
     }
 }
 
 /// Identity, size and time of last change of the file at `path`.
 pub(super) fn stamp(path: &Path) -> io::Result<ImageStamp> {
-    let metadata = std::fs::metadata(path)?;
-    Ok(ImageStamp {
-        device: metadata.dev(),
-        inode: metadata.ino(),
-        size: metadata.len(),
-        modified_s: metadata.mtime(),
-        modified_ns: metadata.mtime_nsec(),
-    })
+    Ok(ImageStamp::from(&std::fs::metadata(path)?))
 }
 
 #[cfg(test)]
@@ -146,10 +157,19 @@ mod tests {
     #[test]
     fn the_suffix_tells_the_format_and_the_stem_the_name() {
         let config = ImageConfig::new("/x/My Disk.VHDX".into(), None).unwrap();
-        assert_eq!((config.format, config.name.as_str()), (Format::Vhdx, "My Disk"));
-        assert!(matches!(ImageConfig::new("/x/disk".into(), None), Err(ImageError::Suffix(_))));
+        assert_eq!(
+            (config.format, config.name.as_str()),
+            (Format::Vhdx, "My Disk")
+        );
+        assert!(matches!(
+            ImageConfig::new("/x/disk".into(), None),
+            Err(ImageError::Suffix(_))
+        ));
         let forced = ImageConfig::new("/x/disk".into(), Some(Format::Raw)).unwrap();
         assert_eq!(forced.format, Format::Raw);
-        assert!(matches!(ImageConfig::new("/".into(), None), Err(ImageError::Name { .. })));
+        assert!(matches!(
+            ImageConfig::new("/".into(), None),
+            Err(ImageError::Name { .. })
+        ));
     }
 }

@@ -41,7 +41,10 @@ pub struct StopSignals {
 
 /// Catches SIGTERM and SIGINT from now on.
 pub fn stop_signals() -> io::Result<StopSignals> {
-    Ok(StopSignals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    Ok(StopSignals {
+        terminate: signal(SignalKind::terminate())?,
+        interrupt: signal(SignalKind::interrupt())?,
+    })
 }
 
 impl StopSignals {

@@ -51,16 +51,28 @@ pub(super) struct Pipeline {
 
 impl Pipeline {
     /// A pipeline with `workers` threads.
-    pub(super) fn start(setting: Setting, workers: u16, clock: &Arc<dyn Clock>) -> std::io::Result<Self> {
+    pub(super) fn start(
+        setting: Setting,
+        workers: u16,
+        clock: &Arc<dyn Clock>,
+    ) -> std::io::Result<Self> {
         let policy = Arc::new(Mutex::new(Policy::new(setting, workers)));
         let (sender, receiver) = bounded::<Job>(DEPTH);
         let workers = (0..workers)
             .map(|index| {
-                let (jobs, policy, clock) = (receiver.clone(), Arc::clone(&policy), Arc::clone(clock));
-                thread::Builder::new().name(format!("pack-{index}")).spawn(move || pack(&jobs, &policy, &*clock))
+                let (jobs, policy, clock) =
+                    (receiver.clone(), Arc::clone(&policy), Arc::clone(clock));
+                thread::Builder::new()
+                    .name(format!("pack-{index}"))
+                    .spawn(move || pack(&jobs, &policy, &*clock))
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { jobs: Some(sender), slots: VecDeque::new(), policy, workers })
+        Ok(Self {
+            jobs: Some(sender),
+            slots: VecDeque::new(),
+            policy,
+            workers,
+        })
     }
 
     /// Whether another piece may be submitted.
@@ -80,11 +92,21 @@ impl Pipeline {
         match raw {
             Raw::Zero => {
                 let frame = encode_zero(disk, run);
-                done.send(frame).expect("the slot has room for its one frame");
+                done.send(frame)
+                    .expect("the slot has room for its one frame");
             }
             Raw::Data(raw) => {
-                let jobs = self.jobs.as_ref().expect("the pipeline runs until it is dropped");
-                jobs.send(Job { disk, run, raw, done }).expect("workers run until the pipeline is dropped");
+                let jobs = self
+                    .jobs
+                    .as_ref()
+                    .expect("the pipeline runs until it is dropped");
+                jobs.send(Job {
+                    disk,
+                    run,
+                    raw,
+                    done,
+                })
+                .expect("workers run until the pipeline is dropped");
             }
         }
         self.slots.push_back(slot);
@@ -125,12 +147,20 @@ impl Drop for Pipeline {
 }
 
 fn pack(jobs: &Receiver<Job>, policy: &Mutex<Policy>, clock: &dyn Clock) {
-    for Job { disk, run, raw, done } in jobs {
+    for Job {
+        disk,
+        run,
+        raw,
+        done,
+    } in jobs
+    {
         let codec = policy.lock().choose(clock.monotonic());
         let started = clock.monotonic();
         let frame = encode_sampled(disk, run.offset, &raw, codec);
         let took = clock.monotonic().saturating_sub(started);
-        policy.lock().packed(codec, to_u64(raw.len()), to_u64(frame.bytes().len()), took);
+        policy
+            .lock()
+            .packed(codec, to_u64(raw.len()), to_u64(frame.bytes().len()), took);
         // The pipeline may have been dropped meanwhile; then nobody wants the frame.
         let _ = done.send(frame);
     }
@@ -157,7 +187,15 @@ mod tests {
             let len = if number % 2 == 0 { 1 << 20 } else { 4096 };
             let run = Extent::new(number << 20, len);
             let raw = vec![7; crate::base::units::to_usize(len)];
-            pipeline.submit(DiskIndex(0), run, if number % 5 == 0 { Raw::Zero } else { Raw::Data(raw) });
+            pipeline.submit(
+                DiskIndex(0),
+                run,
+                if number % 5 == 0 {
+                    Raw::Zero
+                } else {
+                    Raw::Data(raw)
+                },
+            );
             expected.push_back(run);
         }
         while let Some(frame) = pipeline.next() {

@@ -4,16 +4,12 @@
 //! the replica: a guest never waits for a replica. Stop: end the replication, unmount (no write can come any more),
 //! close the machine (flush, record that it was clean), and only then let go of the locks.
 
-use std::{
-    fs, io,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
+pub use super::images::ImageConfig;
 use super::{
     control::{Operate, OperateError},
     driver::{Host, Replication, Subject, Target},
@@ -21,26 +17,28 @@ use super::{
     progress::{Phase, Progress},
     status::{DiskStatus, LatencyStatus, MachineStatus, NodeStatus, RpoStatus, TrafficStatus},
 };
-pub use super::images::ImageConfig;
 use crate::{
     base::{
         clock::{Clock, SystemClock},
         ids::{Generation, Ids, Lineage, MachineId, Name, SystemIds},
         limits::PRESERVE_BYTES_MAX,
-        units::BLOCK_BYTES,
+        units::{BLOCK_BYTES, DiskIndex},
     },
     coord::state::{ReplicationState, Role, Signs},
     delta::policy::Setting,
-    disk::{Access, Disk, DiskError},
+    disk::{Access, Disk},
     net::{Identity, IdentityError},
     protocol::message::DiskSpec,
-    shim::{self, Mount, MountError, MountOptions, MountedDisk, Owner, Unmount, UnmountError, Visibility, Writability},
+    shim::{
+        self, Mount, MountError, MountOptions, MountedDisk, Owner, Unmount, UnmountError,
+        Visibility, Writability,
+    },
     storage::{
         file::FileFolder,
         ledger::{Ledger, LedgerError},
     },
-    track::StateDir,
-    volume::{self, DiskSource, Machine, MachineError, MachineOptions},
+    track::state::StateDir,
+    volume::{self, DiskSource, Machine, MachineOptions, MachineState},
 };
 
 /// The interval that health is judged by where none is configured.
@@ -128,7 +126,9 @@ pub enum PrimaryError {
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     /// The disks could not be closed cleanly.
-    #[error("machine {machine} could not be closed cleanly; what was acknowledged is safe and will be found at the next start")]
+    #[error(
+        "machine {machine} could not be closed cleanly; what was acknowledged is safe and will be found at the next start"
+    )]
     Close {
         /// Which.
         machine: Name,
@@ -142,7 +142,12 @@ pub enum PrimaryError {
 #[derive(Debug)]
 enum Tracking {
     Off,
-    On { machine: Arc<Machine>, id: MachineId, generation: Generation, _lock: fs::File },
+    On {
+        machine: Arc<Machine>,
+        id: MachineId,
+        generation: Generation,
+        _lock: fs::File,
+    },
 }
 
 /// A machine that is being served.
@@ -163,7 +168,10 @@ impl Primary {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
         let ids: Arc<dyn Ids> = Arc::new(SystemIds::default());
         for (index, image) in config.images.iter().enumerate() {
-            if config.images[..index].iter().any(|other| other.name == image.name) {
+            if config.images[..index]
+                .iter()
+                .any(|other| other.name == image.name)
+            {
                 return Err(PrimaryError::DuplicateDisk(image.name.clone()));
             }
         }
@@ -177,22 +185,43 @@ impl Primary {
         let mount = show(&config, &images, &tracking)?;
         let progress = Arc::new(Mutex::new(Progress::default()));
         let replication = match (&tracking, target) {
-            (Tracking::On { machine, id, generation, .. }, Some(target)) => {
+            (
+                Tracking::On {
+                    machine,
+                    id,
+                    generation,
+                    ..
+                },
+                Some(target),
+            ) => {
                 let subject = Subject {
                     id: *id,
                     name: config.machine.clone(),
                     generation: *generation,
                     disks: images.iter().map(spec).collect(),
                 };
-                let host = Host { clock: Arc::clone(&clock), ids, runtime };
+                let host = Host {
+                    clock: Arc::clone(&clock),
+                    ids,
+                    runtime,
+                };
                 let machine = Arc::clone(machine);
-                let started = Replication::start(machine, subject, target, Arc::clone(&progress), host);
+                let started =
+                    Replication::start(machine, subject, target, Arc::clone(&progress), host);
                 Some(started.map_err(PrimaryError::Thread)?)
             }
             _ => None,
         };
         let replication = Mutex::new(replication);
-        Ok(Self { config, clock, images, tracking, mount, replication, progress })
+        Ok(Self {
+            config,
+            clock,
+            images,
+            tracking,
+            mount,
+            replication,
+            progress,
+        })
     }
 
     /// The raw files in the mount.
@@ -218,10 +247,16 @@ impl Primary {
         };
         match &self.tracking {
             Tracking::On { machine, .. } => {
-                let stamps = || self.images.iter().map(|image| stamp(&image.config.path)).collect();
-                machine.close(stamps).map_err(|error| failed(Box::new(error)))
+                let mut stamps = |disk: DiskIndex| stamp(&self.images[disk.index()].config.path);
+                machine
+                    .close(&mut stamps)
+                    .map_err(|error| failed(Box::new(error)))
             }
-            Tracking::Off => self.images.iter().try_for_each(|image| image.disk.close()).map_err(|e| failed(Box::new(e))),
+            Tracking::Off => self
+                .images
+                .iter()
+                .try_for_each(|image| image.disk.close())
+                .map_err(|e| failed(Box::new(e))),
         }
     }
 
@@ -237,38 +272,72 @@ impl Primary {
             state: ReplicationState::Disabled,
             health: crate::coord::state::Health::NotApplicable,
             reasons: Vec::new(),
-            generation: Generation { number: 0, id: uuid::Uuid::nil() },
-            peer: self.config.replication.as_ref().map(|replication| replication.to.clone()),
+            generation: Generation {
+                number: 0,
+                id: uuid::Uuid::nil(),
+            },
+            peer: self
+                .config
+                .replication
+                .as_ref()
+                .map(|replication| replication.to.clone()),
             durable: None,
             base_epoch: None,
             rpo: RpoStatus::default(),
             copy: progress.copy_status(self.clock.monotonic()),
-            traffic: TrafficStatus { written: latency.bytes(), ..TrafficStatus::default() },
+            traffic: TrafficStatus {
+                written: latency.bytes(),
+                ..TrafficStatus::default()
+            },
             write_latency: Some(LatencyStatus::from(&latency)),
-            disks: self.images.iter().map(|image| self.disk_status(image)).collect(),
+            disks: self
+                .images
+                .iter()
+                .map(|image| self.disk_status(image))
+                .collect(),
         };
         let mut disk_problem = None;
         let mut stopped = None;
-        if let Tracking::On { machine, id, generation, .. } = &self.tracking {
+        if let Tracking::On {
+            machine,
+            id,
+            generation,
+            ..
+        } = &self.tracking
+        {
             let counters = machine.counters();
             status.id = *id;
             status.generation = *generation;
             status.durable = machine.lineage();
-            status.rpo = progress.rpo.status(now, counters.open_blocks == 0 && counters.closing_blocks == 0);
-            status.traffic.owed = (counters.owed_open_blocks + counters.owed_closing_blocks) * BLOCK_BYTES;
+            status.rpo = progress.rpo.status(
+                now,
+                counters.open_blocks == 0 && counters.closing_blocks == 0,
+            );
+            status.traffic.owed =
+                (counters.owed_open_blocks + counters.owed_closing_blocks) * BLOCK_BYTES;
             status.traffic.raw = progress.raw;
             status.traffic.sent = progress.sent;
             status.traffic.folded = counters.folded_blocks * BLOCK_BYTES;
             status.traffic.epochs = progress.epochs;
             status.traffic.merged = counters.merged_epochs;
-            disk_problem = machine.stopped();
+            disk_problem = problem(&machine.state());
             if self.config.replication.is_some() {
                 (status.state, stopped) = state_of(&progress.phase, status.durable.is_some());
             }
         }
-        let interval = self.config.replication.as_ref().map_or(INTERVAL_DEFAULT, |replication| replication.interval);
+        let interval = self
+            .config
+            .replication
+            .as_ref()
+            .map_or(INTERVAL_DEFAULT, |replication| replication.interval);
         let rpo = status.rpo.now_ms.map(Duration::from_millis);
-        let signs = Signs { state: status.state, stopped, disk: disk_problem, interval, rpo };
+        let signs = Signs {
+            state: status.state,
+            stopped,
+            disk: disk_problem,
+            interval,
+            rpo,
+        };
         (status.health, status.reasons) = signs.health();
         status
     }
@@ -305,7 +374,11 @@ impl Operate for Primary {
         }
         let answer = match &*self.replication.lock() {
             Some(replication) => replication.request_cut(),
-            None => return Err(OperateError::NotNow(format!("machine {machine} is not replicated"))),
+            None => {
+                return Err(OperateError::NotNow(format!(
+                    "machine {machine} is not replicated"
+                )));
+            }
         };
         // The lock is free again: a cut may take as long as the link does, and the node must be able to stop.
         answer.wait().map_err(OperateError::NotNow)
@@ -347,28 +420,47 @@ fn track(
     clock: &Arc<dyn Clock>,
     ids: &dyn Ids,
 ) -> Result<Tracking, PrimaryError> {
-    let Some(state) = &config.state else { return Ok(Tracking::Off) };
+    let Some(state) = &config.state else {
+        return Ok(Tracking::Off);
+    };
     let path = state.join(config.machine.as_str());
-    let failed = |source| PrimaryError::State { path: path.clone(), source };
+    let failed = |source| PrimaryError::State {
+        path: path.clone(),
+        source,
+    };
     let folder = FileFolder::open(&path).map_err(failed)?;
-    let lock = fs::File::options().create(true).truncate(false).write(true).open(path.join("lock")).map_err(failed)?;
+    let lock = fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path.join("lock"))
+        .map_err(failed)?;
     match lock.try_lock() {
         Ok(()) => {}
-        Err(fs::TryLockError::WouldBlock) => return Err(PrimaryError::StateInUse(config.machine.clone())),
+        Err(fs::TryLockError::WouldBlock) => {
+            return Err(PrimaryError::StateInUse(config.machine.clone()));
+        }
         Err(fs::TryLockError::Error(source)) => return Err(failed(source)),
     }
-    let store = crate::storage::Folder::open(&folder, "node.redb", crate::storage::Open::Create).map_err(failed)?;
+    let store = crate::storage::Folder::open(&folder, "node.redb", crate::storage::Open::Create)
+        .map_err(failed)?;
     let ledger = Arc::new(Ledger::open(store)?);
     let key = format!("name/{}", config.machine);
     let known = match ledger.get::<Known>(&key)? {
         Some(known) => known,
         None => {
-            let known = Known { id: MachineId(ids.uuid()), generation: Generation::first(ids) };
+            let known = Known {
+                id: MachineId(ids.uuid()),
+                generation: Generation::first(ids),
+            };
             ledger.put(&key, &known)?;
             known
         }
     };
-    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(failed)?.trim().to_owned();
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map_err(failed)?
+        .trim()
+        .to_owned();
     let options = MachineOptions {
         id: known.id,
         name: config.machine.clone(),
@@ -379,15 +471,29 @@ fn track(
     let sources = images.iter().map(|image| DiskSource {
         name: image.config.name.clone(),
         disk: Arc::clone(&image.disk),
-        stamp: image.stamp.clone(),
+        stamp: image.stamp,
     });
     let state_dir = StateDir::open(&path).map_err(failed)?;
-    let machine = Machine::open(options, sources.collect(), state_dir, ledger)
-        .map_err(|source| PrimaryError::Track { machine: config.machine.clone(), source })?;
-    Ok(Tracking::On { machine, id: known.id, generation: known.generation, _lock: lock })
+    let machine =
+        Machine::open(options, sources.collect(), &state_dir, ledger).map_err(|source| {
+            PrimaryError::Track {
+                machine: config.machine.clone(),
+                source,
+            }
+        })?;
+    Ok(Tracking::On {
+        machine,
+        id: known.id,
+        generation: known.generation,
+        _lock: lock,
+    })
 }
 
-fn show(config: &PrimaryConfig, images: &[OpenImage], tracking: &Tracking) -> Result<Mount, PrimaryError> {
+fn show(
+    config: &PrimaryConfig,
+    images: &[OpenImage],
+    tracking: &Tracking,
+) -> Result<Mount, PrimaryError> {
     let mut options = MountOptions::new(&config.at);
     options.access = config.visibility;
     if let Some(owner) = config.owner {
@@ -395,7 +501,7 @@ fn show(config: &PrimaryConfig, images: &[OpenImage], tracking: &Tracking) -> Re
     }
     let writability = match config.access {
         Access::ReadOnly => Writability::Refused(shim::Refusal::ReadOnly),
-        Access::ReadWrite => Writability::Allowed,
+        Access::ReadWrite => Writability::Writable,
     };
     let disks = images.iter().enumerate().map(|(index, image)| MountedDisk {
         folder: None,
@@ -409,15 +515,35 @@ fn show(config: &PrimaryConfig, images: &[OpenImage], tracking: &Tracking) -> Re
     Ok(shim::mount(&options, disks.collect())?)
 }
 
+/// What is wrong with the machine's disks or their tracking, if anything is.
+fn problem(state: &MachineState) -> Option<String> {
+    let stopped = state
+        .stopped
+        .iter()
+        .map(|(disk, why)| format!("disk {disk} takes no more writes: {why}"));
+    let lost = state
+        .tracking_lost
+        .iter()
+        .map(|why| format!("tracking ended, a resync is needed: {why}"));
+    let problems: Vec<_> = stopped.chain(lost).collect();
+    (!problems.is_empty()).then(|| problems.join("; "))
+}
+
 /// The state a person sees, and why replication does not go on where it does not.
 fn state_of(phase: &Phase, complete: bool) -> (ReplicationState, Option<String>) {
     match phase {
-        Phase::Connecting if complete => (ReplicationState::Suspended, Some("connecting to the replica".into())),
+        Phase::Connecting if complete => (
+            ReplicationState::Suspended,
+            Some("connecting to the replica".into()),
+        ),
         Phase::Connecting => (ReplicationState::ReadyForInitialReplication, None),
         Phase::Copying => (ReplicationState::InitialReplicationInProgress, None),
         Phase::Replicating => (ReplicationState::Replicating, None),
         Phase::Unreachable(why) if complete => (ReplicationState::Suspended, Some(why.clone())),
-        Phase::Unreachable(why) => (ReplicationState::ReadyForInitialReplication, Some(why.clone())),
+        Phase::Unreachable(why) => (
+            ReplicationState::ReadyForInitialReplication,
+            Some(why.clone()),
+        ),
         Phase::Refused(why) => (ReplicationState::Error, Some(why.clone())),
     }
 }

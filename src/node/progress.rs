@@ -51,7 +51,14 @@ pub(super) struct Progress {
 
 impl Default for Progress {
     fn default() -> Self {
-        Self { phase: Phase::Connecting, rpo: RpoRecord::default(), copy: None, raw: 0, sent: 0, epochs: 0 }
+        Self {
+            phase: Phase::Connecting,
+            rpo: RpoRecord::default(),
+            copy: None,
+            raw: 0,
+            sent: 0,
+            epochs: 0,
+        }
     }
 }
 
@@ -65,7 +72,11 @@ impl Progress {
             Agreement::CopyNeeded => {
                 self.phase = Phase::Copying;
                 let total = machine.counters().closing_blocks * BLOCK_BYTES;
-                self.copy = Some(Copy { began: clock.monotonic(), total, done: 0 });
+                self.copy = Some(Copy {
+                    began: clock.monotonic(),
+                    total,
+                    done: 0,
+                });
             }
         }
     }
@@ -96,6 +107,11 @@ impl Progress {
         let rate = u64::try_from(u128::from(copy.done) * 1000 / elapsed).unwrap_or(u64::MAX);
         let left = copy.total.saturating_sub(copy.done);
         let eta_s = left.checked_div(rate);
-        Some(CopyStatus { done: copy.done.min(copy.total), total: copy.total, rate, eta_s })
+        Some(CopyStatus {
+            done: copy.done.min(copy.total),
+            total: copy.total,
+            rate,
+            eta_s,
+        })
     }
 }

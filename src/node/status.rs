@@ -12,6 +12,7 @@ use crate::{
         units::Epoch,
     },
     coord::state::{Health, ReplicationState, Role},
+    shim::OperationLatency,
 };
 
 /// One node and its machines.
@@ -118,6 +119,18 @@ pub struct LatencyStatus {
     pub p99_us: f64,
     /// 99.9th percentile.
     pub p999_us: f64,
+}
+
+impl From<&OperationLatency> for LatencyStatus {
+    fn from(latency: &OperationLatency) -> Self {
+        let micros = |ns| Duration::from_nanos(ns).as_secs_f64() * 1e6;
+        Self {
+            count: latency.count(),
+            p50_us: micros(latency.p50_ns()),
+            p99_us: micros(latency.p99_ns()),
+            p999_us: micros(latency.p999_ns()),
+        }
+    }
 }
 
 /// One disk of a machine.

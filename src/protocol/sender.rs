@@ -426,17 +426,31 @@ mod tests {
 
     #[test]
     fn the_initial_copy_is_followed_by_a_cut_although_nothing_changed() {
-        let mut sender = Sender::new(Pace { interval: SECOND, ahead_bytes: 0, current_every: SECOND });
+        let mut sender = Sender::new(Pace {
+            interval: SECOND,
+            ahead_bytes: 0,
+            current_every: SECOND,
+        });
         sender.connected(hello());
-        sender.message(ToPrimary::Welcome { version: Version::CURRENT, head: Head::Empty, granted: 64 << 20 });
+        sender.message(ToPrimary::Welcome {
+            version: Version::CURRENT,
+            head: Head::Empty,
+            granted: 64 << 20,
+        });
         sender.agreed(Agreement::CopyNeeded);
         assert_eq!(sender.side(0), Some(Side::Closing));
         sender.drained(Side::Closing);
         sender.sealed(lineage(0));
         actions(&mut sender);
-        sender.message(ToPrimary::Staged { lineage: lineage(0) });
+        sender.message(ToPrimary::Staged {
+            lineage: lineage(0),
+        });
         sender.tick(SECOND / 10, Timestamp(0), false);
-        let cut = [Action::Acknowledge(lineage(0)), Action::OpenLog(Log::Delta), Action::Cut];
+        let cut = [
+            Action::Acknowledge(lineage(0)),
+            Action::OpenLog(Log::Delta),
+            Action::Cut,
+        ];
         assert_eq!(actions(&mut sender), cut);
     }
 

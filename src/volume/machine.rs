@@ -300,6 +300,42 @@ impl Machine {
         Ok(())
     }
 
+    /// Begins to bring a replica back in step that is complete at `head`, a point this machine knows nothing of: the
+    /// whole disks, holes as zeros, become part of the open epoch, which follows that point. The replica keeps what it
+    /// has until that epoch is complete.
+    pub fn begin_resync(&self, head: Lineage) -> Result<(), MachineError> {
+        let mut control = self.control()?;
+        let mut takes = self.core.takes.lock();
+        let held = self.allocated(CopyScope::Everything)?;
+        self.abort_closing();
+        self.clear_stale(&mut control)?;
+        let open = self.core.epochs.read().slot;
+        // Marked and durable before the record says what they are changes to.
+        for (disk, held) in self.core.disks.iter().zip(&held) {
+            disk.map(open).add(held);
+            if let Err(source) = disk.map(open).sync() {
+                return Err(self.sync_failed(&mut control, disk, source));
+            }
+        }
+        self.record(&mut control, "the resync", |record| {
+            record.copying = false;
+            record.lineage = Some(head);
+            record.pending = None;
+            record.resync = Some(ResyncReason::HistoriesDiffer);
+        })?;
+        let mut epochs = self.core.epochs.write();
+        epochs.open = head.epoch.next();
+        epochs.breaks += 1;
+        for disk in &self.core.disks {
+            disk.owed(open).add(disk.map(open));
+        }
+        drop(epochs);
+        *takes = Cursors::default();
+        drop(takes);
+        info!(machine = %self.name(), epoch = %head.epoch, "resync of a replica with another history begins");
+        Ok(())
+    }
+
     /// Closes the open epoch on all disks at one instant.
     pub fn cut(&self) -> Result<Cut, CutRefused> {
         let mut control = self.core.control.lock();

@@ -42,6 +42,8 @@ pub enum ResyncReason {
     MapsLost(DiskIndex),
     /// After a power cut the intent log of the disk could not be read.
     IntentLost(DiskIndex),
+    /// The replica is complete at a point this machine knows nothing of.
+    HistoriesDiffer,
     /// Names, sizes or order of the disks are not the ones that were replicated: a new initial copy is needed.
     DisksChanged,
     /// The node's store could not be written or read while the machine ran, so that tracking ended.

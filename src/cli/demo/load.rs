@@ -40,7 +40,16 @@ pub(super) struct Files {
 impl Files {
     pub(super) fn new(root: PathBuf) -> Self {
         let random = SeededIds::new(0x5EED);
-        Self { root, random, kept: BTreeMap::new(), made: 0, removed: 0, patched: 0, verified: 0, bytes: 0 }
+        Self {
+            root,
+            random,
+            kept: BTreeMap::new(),
+            made: 0,
+            removed: 0,
+            patched: 0,
+            verified: 0,
+            bytes: 0,
+        }
     }
 
     /// Where the file system is mounted.
@@ -80,7 +89,10 @@ impl Files {
     pub(super) fn verify_all(&self, root: &Path) -> anyhow::Result<usize> {
         for (name, expected) in &self.kept {
             let found = digest_of(&root.join(name))?;
-            ensure!(found == *expected, "{name} holds {found}, it was written as {expected}");
+            ensure!(
+                found == *expected,
+                "{name} holds {found}, it was written as {expected}"
+            );
         }
         Ok(self.kept.len())
     }
@@ -116,9 +128,12 @@ impl Files {
         }
         let name = format!("file-{:06}", self.made);
         let content = self.fill(size);
-        let mut file = File::create(self.root.join(&name)).with_context(|| format!("cannot create {name}"))?;
-        file.write_all(&content).with_context(|| format!("cannot write {name}"))?;
-        file.sync_all().with_context(|| format!("cannot fsync {name}"))?;
+        let mut file =
+            File::create(self.root.join(&name)).with_context(|| format!("cannot create {name}"))?;
+        file.write_all(&content)
+            .with_context(|| format!("cannot write {name}"))?;
+        file.sync_all()
+            .with_context(|| format!("cannot fsync {name}"))?;
         let mut digest = Sha256::default();
         digest.update(&content);
         self.kept.insert(name, digest.finish());
@@ -128,15 +143,19 @@ impl Files {
     }
 
     fn patch(&mut self) -> anyhow::Result<()> {
-        let Some(name) = self.some_file() else { return Ok(()) };
+        let Some(name) = self.some_file() else {
+            return Ok(());
+        };
         let path = self.root.join(&name);
         let mut file = File::options().read(true).write(true).open(&path)?;
         let len = file.metadata()?.len();
         let at = self.pick(len);
         let patch = self.fill(PATCH_BYTES.min(len - at));
         file.seek(SeekFrom::Start(at))?;
-        file.write_all(&patch).with_context(|| format!("cannot patch {name}"))?;
-        file.sync_data().with_context(|| format!("cannot fsync {name}"))?;
+        file.write_all(&patch)
+            .with_context(|| format!("cannot patch {name}"))?;
+        file.sync_data()
+            .with_context(|| format!("cannot fsync {name}"))?;
         drop(file);
         self.kept.insert(name, digest_of(&path)?);
         self.patched += 1;
@@ -145,15 +164,22 @@ impl Files {
     }
 
     fn verify_one(&mut self) -> anyhow::Result<()> {
-        let Some(name) = self.some_file() else { return Ok(()) };
+        let Some(name) = self.some_file() else {
+            return Ok(());
+        };
         let found = digest_of(&self.root.join(&name))?;
-        ensure!(found == self.kept[&name], "{name} does not read as it was written");
+        ensure!(
+            found == self.kept[&name],
+            "{name} does not read as it was written"
+        );
         self.verified += 1;
         Ok(())
     }
 
     fn remove(&mut self) -> anyhow::Result<()> {
-        let Some(name) = self.some_file() else { return Ok(()) };
+        let Some(name) = self.some_file() else {
+            return Ok(());
+        };
         fs::remove_file(self.root.join(&name)).with_context(|| format!("cannot remove {name}"))?;
         self.kept.remove(&name);
         self.removed += 1;
@@ -163,8 +189,19 @@ impl Files {
 
 impl fmt::Display for Files {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { made, patched, removed, verified, bytes, .. } = self;
-        write!(f, "{made} files made, {patched} patched, {removed} removed, {verified} read back, {}", Bytes(*bytes))
+        let Self {
+            made,
+            patched,
+            removed,
+            verified,
+            bytes,
+            ..
+        } = self;
+        write!(
+            f,
+            "{made} files made, {patched} patched, {removed} removed, {verified} read back, {}",
+            Bytes(*bytes)
+        )
     }
 }
 
@@ -173,7 +210,9 @@ fn digest_of(path: &Path) -> anyhow::Result<Digest> {
     let mut digest = Sha256::default();
     let mut piece = vec![0; to_usize(MIB)];
     loop {
-        let count = file.read(&mut piece).with_context(|| format!("cannot read {}", path.display()))?;
+        let count = file
+            .read(&mut piece)
+            .with_context(|| format!("cannot read {}", path.display()))?;
         if count == 0 {
             return Ok(digest.finish());
         }

@@ -79,11 +79,16 @@ pub fn run(args: &DemoArgs, out: &Output) -> anyhow::Result<()> {
     let replica = Host::replica(dir)?;
     let primary = Host::primary(dir, &image, replica.listening()?)?;
     let copied = Instant::now();
-    primary.wait(PATIENCE, "the initial copy", |m| m.state == ReplicationState::Replicating)?;
+    primary.wait(PATIENCE, "the initial copy", |m| {
+        m.state == ReplicationState::Replicating
+    })?;
     let copy_time = copied.elapsed();
     let copy_bytes = primary.machine()?.traffic.raw;
 
-    out.step(&format!("write, rewrite, remove and verify files for {} s while epochs flow", args.load));
+    out.step(&format!(
+        "write, rewrite, remove and verify files for {} s while epochs flow",
+        args.load
+    ));
     let raw = dir.join("mnt/disk.raw");
     {
         let device = LoopDevice::attach(&tools, &raw)?;
@@ -94,7 +99,9 @@ pub fn run(args: &DemoArgs, out: &Output) -> anyhow::Result<()> {
     out.step("stop writing, cut, wait until the replica's image holds that epoch");
     let lineage = primary.cut()?;
     let before = primary.machine()?;
-    replica.wait(PATIENCE, "the merge", |m| m.base_epoch.is_some_and(|base| base >= lineage.epoch))?;
+    replica.wait(PATIENCE, "the merge", |m| {
+        m.base_epoch.is_some_and(|base| base >= lineage.epoch)
+    })?;
     primary.stop()?;
     replica.stop()?;
 
@@ -104,12 +111,24 @@ pub fn run(args: &DemoArgs, out: &Output) -> anyhow::Result<()> {
     verify::qemu_compare(&tools, &image, &replica_image)?;
     let verified = verify::file_system(&tools, dir, &replica_image, &files)?;
 
-    report(out, &before, &files, copy_bytes, copy_time, started.elapsed());
+    report(
+        out,
+        &before,
+        &files,
+        copy_bytes,
+        copy_time,
+        started.elapsed(),
+    );
     out.line(&format!("digest of both images      {digest}"));
     out.line("qemu-img compare           identical");
-    out.line(&format!("e2fsck on the replica      clean, {verified} files with the right SHA-256"));
+    out.line(&format!(
+        "e2fsck on the replica      clean, {verified} files with the right SHA-256"
+    ));
     scratch.close().context("cannot remove the demo's folder")?;
-    out.line(&format!("demo: replica identical at epoch {}", lineage.epoch));
+    out.line(&format!(
+        "demo: replica identical at epoch {}",
+        lineage.epoch
+    ));
     Ok(())
 }
 
@@ -119,15 +138,31 @@ fn certificates(dir: &Path) -> anyhow::Result<()> {
     pki::init(&ca, now)?;
     for host in ["primary", "replica"] {
         let name = Name::new(host)?;
-        pki::issue(&ca, &name, &stage::local_names(host), &dir.join(host).join("identity"), now)?;
+        pki::issue(
+            &ca,
+            &name,
+            &stage::local_names(host),
+            &dir.join(host).join("identity"),
+            now,
+        )?;
     }
     Ok(())
 }
 
 fn create_image(path: &Path, size: u64) -> anyhow::Result<()> {
     let storage = FileStorage::create_new(path).context("cannot create the demo's image")?;
-    let geometry = Geometry { size, logical_sector: 512, physical_sector: 4096 };
-    image::create(&storage, image::Format::Vhdx, geometry, None, &SystemIds::default())?;
+    let geometry = Geometry {
+        size,
+        logical_sector: 512,
+        physical_sector: 4096,
+    };
+    image::create(
+        &storage,
+        image::Format::Vhdx,
+        geometry,
+        None,
+        &SystemIds::default(),
+    )?;
     Ok(())
 }
 
@@ -135,7 +170,10 @@ fn create_image(path: &Path, size: u64) -> anyhow::Result<()> {
 fn seed(tools: &Tools, dir: &Path, image: &Path, files: &mut Files) -> anyhow::Result<()> {
     let host = Host::untracked(dir, image)?;
     let raw = dir.join("mnt/disk.raw");
-    tools.run("mkfs.ext4", &["-q", "-F", "-E", "lazy_itable_init=0", &stage::text(&raw)?])?;
+    tools.run(
+        "mkfs.ext4",
+        &["-q", "-F", "-E", "lazy_itable_init=0", &stage::text(&raw)?],
+    )?;
     {
         let device = LoopDevice::attach(tools, &raw)?;
         let _mounted = FileSystem::mount(tools, device.path(), files.root())?;
@@ -144,24 +182,58 @@ fn seed(tools: &Tools, dir: &Path, image: &Path, files: &mut Files) -> anyhow::R
     host.stop()
 }
 
-fn report(out: &Output, primary: &MachineStatus, files: &Files, copied: u64, copy_time: Duration, all: Duration) {
+fn report(
+    out: &Output,
+    primary: &MachineStatus,
+    files: &Files,
+    copied: u64,
+    copy_time: Duration,
+    all: Duration,
+) {
     let traffic = &primary.traffic;
     let ms = |value: Option<u64>| value.map_or_else(|| "-".into(), |ms| format!("{ms} ms"));
     let latency = primary.write_latency.unwrap_or_default();
     out.line("");
-    out.line(&format!("initial copy               {} in {:.1} s", Bytes(copied), copy_time.as_secs_f64()));
+    out.line(&format!(
+        "initial copy               {} in {:.1} s",
+        Bytes(copied),
+        copy_time.as_secs_f64()
+    ));
     out.line(&format!("load                       {files}"));
-    out.line(&format!("epochs                     {} durable, {} merged", traffic.epochs, traffic.merged));
-    let wire = format!("{} raw, {} on the wire", Bytes(traffic.raw), Bytes(traffic.sent));
-    out.line(&format!("sent                       {wire}, {} folded away", Bytes(traffic.folded)));
-    out.line(&format!("RPO as achieved            p50 {}, p99 {}", ms(primary.rpo.p50_ms), ms(primary.rpo.p99_ms)));
+    out.line(&format!(
+        "epochs                     {} durable, {} merged",
+        traffic.epochs, traffic.merged
+    ));
+    let wire = format!(
+        "{} raw, {} on the wire",
+        Bytes(traffic.raw),
+        Bytes(traffic.sent)
+    );
+    out.line(&format!(
+        "sent                       {wire}, {} folded away",
+        Bytes(traffic.folded)
+    ));
+    out.line(&format!(
+        "RPO as achieved            p50 {}, p99 {}",
+        ms(primary.rpo.p50_ms),
+        ms(primary.rpo.p99_ms)
+    ));
     let (p50, p99, p999) = (latency.p50_us, latency.p99_us, latency.p999_us);
-    out.line(&format!("guest write latency        p50 {p50:.0} us, p99 {p99:.0} us, p99.9 {p999:.0} us"));
-    out.line(&format!("whole demo                 {:.1} s", all.as_secs_f64()));
+    out.line(&format!(
+        "guest write latency        p50 {p50:.0} us, p99 {p99:.0} us, p99.9 {p999:.0} us"
+    ));
+    out.line(&format!(
+        "whole demo                 {:.1} s",
+        all.as_secs_f64()
+    ));
 }
 
 /// The check that a demo can fail: a wait that ran out, named.
 fn ensure_in_time(started: Instant, patience: Duration, what: &str) -> anyhow::Result<()> {
-    ensure!(started.elapsed() < patience, "{what} took longer than {} s", patience.as_secs());
+    ensure!(
+        started.elapsed() < patience,
+        "{what} took longer than {} s",
+        patience.as_secs()
+    );
     Ok(())
 }

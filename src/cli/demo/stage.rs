@@ -62,12 +62,18 @@ pub(super) fn scratch(parent: &Path) -> anyhow::Result<Scratch> {
 /// The names a host of the demo is reached by.
 pub(super) fn local_names(host: &str) -> Vec<San> {
     let names = [host, "localhost", "127.0.0.1"];
-    names.iter().map(|name| name.parse().expect("these are names and an address")).collect()
+    names
+        .iter()
+        .map(|name| name.parse().expect("these are names and an address"))
+        .collect()
 }
 
 /// A path as text, for a command line.
 pub(super) fn text(path: &Path) -> anyhow::Result<String> {
-    Ok(path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?.to_owned())
+    Ok(path
+        .to_str()
+        .with_context(|| format!("{} is not UTF-8", path.display()))?
+        .to_owned())
 }
 
 /// The programs the demo needs, found before anything is changed.
@@ -76,23 +82,47 @@ pub(super) struct Tools;
 
 impl Tools {
     pub(super) fn find() -> anyhow::Result<Self> {
-        ensure!(Uid::effective().is_root(), "the demo mounts file systems: run it as root");
-        ensure!(Path::new("/dev/fuse").exists(), "/dev/fuse is missing: load the fuse module (modprobe fuse)");
+        ensure!(
+            Uid::effective().is_root(),
+            "the demo mounts file systems: run it as root"
+        );
+        ensure!(
+            Path::new("/dev/fuse").exists(),
+            "/dev/fuse is missing: load the fuse module (modprobe fuse)"
+        );
         let missing: Vec<_> = ["mkfs.ext4", "e2fsck", "losetup", "qemu-img"]
             .into_iter()
-            .filter(|program| Command::new(program).arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err())
+            .filter(|program| {
+                Command::new(program)
+                    .arg("-V")
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::null())
+                    .status()
+                    .is_err()
+            })
             .collect();
-        ensure!(missing.is_empty(), "missing programs: {} (scripts/demo installs them)", missing.join(", "));
+        ensure!(
+            missing.is_empty(),
+            "missing programs: {} (scripts/demo installs them)",
+            missing.join(", ")
+        );
         Ok(Self)
     }
 
     /// Runs a program and returns what it printed; a failure carries its error output.
     pub(super) fn run(&self, program: &str, args: &[&str]) -> anyhow::Result<String> {
-        let done = Command::new(program).args(args).stdin(Stdio::null()).output();
+        let done = Command::new(program)
+            .args(args)
+            .stdin(Stdio::null())
+            .output();
         let done = done.with_context(|| format!("cannot run {program}"))?;
         if !done.status.success() {
             let said = [done.stdout, done.stderr].concat();
-            bail!("{program} {} failed: {}", args.join(" "), String::from_utf8_lossy(&said).trim());
+            bail!(
+                "{program} {} failed: {}",
+                args.join(" "),
+                String::from_utf8_lossy(&said).trim()
+            );
         }
         Ok(String::from_utf8_lossy(&done.stdout).into_owned())
     }
@@ -108,14 +138,18 @@ impl LoopDevice {
     pub(super) fn attach(tools: &Tools, file: &Path) -> anyhow::Result<Self> {
         let file = text(file)?;
         let said = tools.run("losetup", &["--find", "--show", "--direct-io=on", &file])?;
-        Ok(Self { path: said.trim().to_owned() })
+        Ok(Self {
+            path: said.trim().to_owned(),
+        })
     }
 
     /// The same, for reading only.
     pub(super) fn attach_read_only(tools: &Tools, file: &Path) -> anyhow::Result<Self> {
         let file = text(file)?;
         let said = tools.run("losetup", &["--find", "--show", "--read-only", &file])?;
-        Ok(Self { path: said.trim().to_owned() })
+        Ok(Self {
+            path: said.trim().to_owned(),
+        })
     }
 
     pub(super) fn path(&self) -> &str {
@@ -125,11 +159,16 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.path]).status();
+        let _ = Command::new("losetup")
+            .args(["--detach", &self.path])
+            .status();
         // Detaching is asynchronous; the mount below cannot go before the device is free.
         let started = Instant::now();
         while started.elapsed() < Duration::from_secs(5) {
-            let backing = format!("/sys/block/{}/loop/backing_file", self.path.trim_start_matches("/dev/"));
+            let backing = format!(
+                "/sys/block/{}/loop/backing_file",
+                self.path.trim_start_matches("/dev/")
+            );
             if !Path::new(&backing).exists() {
                 break;
             }
@@ -181,17 +220,36 @@ pub(super) struct Host {
 impl Host {
     /// A receiver with a store of its own.
     pub(super) fn replica(dir: &Path) -> anyhow::Result<Self> {
-        let (store, identity) = (text(&dir.join("replica/store"))?, text(&dir.join("replica/identity"))?);
+        let (store, identity) = (
+            text(&dir.join("replica/store"))?,
+            text(&dir.join("replica/identity"))?,
+        );
         let allow = ["--listen", "127.0.0.1:0", "--allow", "primary"];
-        let args = [&["replica", "--store", &store, "--identity", &identity], &allow[..]].concat();
+        let args = [
+            &["replica", "--store", &store, "--identity", &identity],
+            &allow[..],
+        ]
+        .concat();
         Self::start("replica", dir, &args)
     }
 
     /// The machine, mounted, tracked and replicated.
     pub(super) fn primary(dir: &Path, image: &Path, replica: SocketAddr) -> anyhow::Result<Self> {
-        let (state, identity) = (text(&dir.join("primary/state"))?, text(&dir.join("primary/identity"))?);
+        let (state, identity) = (
+            text(&dir.join("primary/state"))?,
+            text(&dir.join("primary/identity"))?,
+        );
         let replica = format!("localhost:{}", replica.port());
-        let more = ["--state", &state, "--replicate-to", &replica, "--identity", &identity, "--interval", "500ms"];
+        let more = [
+            "--state",
+            &state,
+            "--replicate-to",
+            &replica,
+            "--identity",
+            &identity,
+            "--interval",
+            "500ms",
+        ];
         Self::mounted("primary", dir, image, &more)
     }
 
@@ -203,10 +261,27 @@ impl Host {
     /// An image for looking at, at `<dir>/look`.
     pub(super) fn look(dir: &Path, image: &Path) -> anyhow::Result<Self> {
         let (image, at) = (text(image)?, text(&dir.join("look"))?);
-        Self::start("look", dir, &["mount", &image, "--at", &at, "--machine", MACHINE, "--read-only"])
+        Self::start(
+            "look",
+            dir,
+            &[
+                "mount",
+                &image,
+                "--at",
+                &at,
+                "--machine",
+                MACHINE,
+                "--read-only",
+            ],
+        )
     }
 
-    fn mounted(what: &'static str, dir: &Path, image: &Path, more: &[&str]) -> anyhow::Result<Self> {
+    fn mounted(
+        what: &'static str,
+        dir: &Path,
+        image: &Path,
+        more: &[&str],
+    ) -> anyhow::Result<Self> {
         let (image, at) = (text(image)?, text(&dir.join("mnt"))?);
         let args = [&["mount", &image, "--at", &at, "--machine", MACHINE], more].concat();
         Self::start(what, dir, &args)
@@ -224,7 +299,12 @@ impl Host {
             .stderr(fs::File::create(&log)?)
             .spawn()
             .with_context(|| format!("cannot start the {what} node"))?;
-        let mut host = Self { what, child: Some(child), socket, log };
+        let mut host = Self {
+            what,
+            child: Some(child),
+            socket,
+            log,
+        };
         let started = Instant::now();
         while host.ask().is_err() {
             let child = host.child.as_mut().expect("it was just started");
@@ -238,7 +318,10 @@ impl Host {
     }
 
     fn last_words(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default().trim().to_owned()
+        fs::read_to_string(&self.log)
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
     }
 
     fn ask(&self) -> anyhow::Result<crate::node::status::NodeStatus> {
@@ -247,12 +330,18 @@ impl Host {
 
     /// Where it accepts primaries.
     pub(super) fn listening(&self) -> anyhow::Result<SocketAddr> {
-        self.ask()?.listening.context("the replica does not say where it listens")
+        self.ask()?
+            .listening
+            .context("the replica does not say where it listens")
     }
 
     /// Its one machine.
     pub(super) fn machine(&self) -> anyhow::Result<MachineStatus> {
-        self.ask()?.machines.into_iter().next().with_context(|| format!("the {} node has no machine", self.what))
+        self.ask()?
+            .machines
+            .into_iter()
+            .next()
+            .with_context(|| format!("the {} node has no machine", self.what))
     }
 
     /// Waits until its machine is as wished.
@@ -288,10 +377,19 @@ impl Host {
         let started = Instant::now();
         loop {
             if let Some(status) = child.try_wait()? {
-                ensure!(status.success(), "the {} node ended with {status}: {}", self.what, self.last_words());
+                ensure!(
+                    status.success(),
+                    "the {} node ended with {status}: {}",
+                    self.what,
+                    self.last_words()
+                );
                 return Ok(());
             }
-            if let Err(late) = ensure_in_time(started, START_WITHIN, &format!("stopping the {} node", self.what)) {
+            if let Err(late) = ensure_in_time(
+                started,
+                START_WITHIN,
+                &format!("stopping the {} node", self.what),
+            ) {
                 self.child = Some(child);
                 return Err(late);
             }
@@ -321,5 +419,7 @@ impl Drop for Host {
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+    Ok(tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?)
 }

@@ -29,7 +29,10 @@ pub(super) fn replica_image(dir: &Path) -> anyhow::Result<PathBuf> {
             let path = entry?.path();
             if path.is_dir() {
                 pending.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "vhdx") {
+            } else if path
+                .extension()
+                .is_some_and(|extension| extension == "vhdx")
+            {
                 return Ok(path);
             }
         }
@@ -40,14 +43,23 @@ pub(super) fn replica_image(dir: &Path) -> anyhow::Result<PathBuf> {
 /// The content digest of both images, if it is the same: SHA-256 over index and bytes of every block that is not zero.
 pub(super) fn digests(primary: &Path, replica: &Path) -> anyhow::Result<Digest> {
     let (source, target) = (digest(primary)?, digest(replica)?);
-    ensure!(source == target, "the images differ: primary {source}, replica {target}");
+    ensure!(
+        source == target,
+        "the images differ: primary {source}, replica {target}"
+    );
     Ok(source)
 }
 
 fn digest(path: &Path) -> anyhow::Result<Digest> {
-    let storage = FileStorage::open(path, Access::ReadOnly).with_context(|| format!("cannot open {}", path.display()))?;
-    let disk = image::open(Arc::new(storage), image::Format::Vhdx, Access::ReadOnly, Arc::new(SystemIds::default()))
+    let storage = FileStorage::open(path, Access::ReadOnly)
         .with_context(|| format!("cannot open {}", path.display()))?;
+    let disk = image::open(
+        Arc::new(storage),
+        image::Format::Vhdx,
+        Access::ReadOnly,
+        Arc::new(SystemIds::default()),
+    )
+    .with_context(|| format!("cannot open {}", path.display()))?;
     let size = disk.geometry().size;
     let mut digest = Sha256::default();
     let mut piece = vec![0; to_usize(MIB)];
@@ -56,7 +68,8 @@ fn digest(path: &Path) -> anyhow::Result<Digest> {
         let (run, content) = disk.run_at(offset)?;
         if content == Content::Zero {
             // The next run starts at a block: a block with any data is read whole below.
-            offset = (run.end() / BLOCK_BYTES * BLOCK_BYTES).max(offset / BLOCK_BYTES * BLOCK_BYTES);
+            offset =
+                (run.end() / BLOCK_BYTES * BLOCK_BYTES).max(offset / BLOCK_BYTES * BLOCK_BYTES);
             if run.end() >= size {
                 break;
             }
@@ -67,7 +80,9 @@ fn digest(path: &Path) -> anyhow::Result<Digest> {
         let start = offset / BLOCK_BYTES * BLOCK_BYTES;
         let len = to_usize(MIB.min(size - start));
         disk.read_at(start, &mut piece[..len])?;
-        for (block, bytes) in (start / BLOCK_BYTES..).zip(piece[..len].chunks(to_usize(BLOCK_BYTES))) {
+        for (block, bytes) in
+            (start / BLOCK_BYTES..).zip(piece[..len].chunks(to_usize(BLOCK_BYTES)))
+        {
             if !is_zero(bytes) {
                 digest.update(&block.to_le_bytes());
                 digest.update(bytes);
@@ -81,15 +96,26 @@ fn digest(path: &Path) -> anyhow::Result<Digest> {
 /// `qemu-img compare` of both images.
 pub(super) fn qemu_compare(tools: &Tools, primary: &Path, replica: &Path) -> anyhow::Result<()> {
     let (source, target) = (text(primary)?, text(replica)?);
-    let said = tools.run("qemu-img", &["compare", "-f", "vhdx", "-F", "vhdx", &source, &target])?;
+    let said = tools.run(
+        "qemu-img",
+        &["compare", "-f", "vhdx", "-F", "vhdx", &source, &target],
+    )?;
     ensure!(said.contains("identical"), "qemu-img compare: {said}");
     Ok(())
 }
 
 /// Checks the file system on the replica's image and every file on it; returns how many there are.
-pub(super) fn file_system(tools: &Tools, dir: &Path, replica: &Path, files: &Files) -> anyhow::Result<usize> {
+pub(super) fn file_system(
+    tools: &Tools,
+    dir: &Path,
+    replica: &Path,
+    files: &Files,
+) -> anyhow::Result<usize> {
     let host = Host::look(dir, replica)?;
-    let name = replica.file_stem().context("an image has a name")?.to_string_lossy();
+    let name = replica
+        .file_stem()
+        .context("an image has a name")?
+        .to_string_lossy();
     let raw = dir.join("look").join(format!("{name}.raw"));
     tools.run("e2fsck", &["-f", "-n", &text(&raw)?])?;
     let verified = {

@@ -1,0 +1,254 @@
+//! One primary's connection to the replica of one machine.
+//!
+//! ```text
+//!   link ── tasks: messages, log bytes ──> channel ──> session thread: Ingest + Receiver ── answers ──> link
+//! ```
+//! The thread owns what is being received; when the link is lost, the log under way is given up and the store is as if
+//! it had never begun. Nothing is said that is not durable: every answer follows the store's word.
+
+use std::{sync::Arc, thread};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::mpsc::{self, Receiver as EventReceiver, Sender as EventSender, UnboundedSender};
+
+use super::{driver::chain, secondary::Served};
+use crate::{
+    base::{ids::Generation, units::to_u64},
+    net::{ControlReceiver, ControlSender, Link, LinkError, LogReceiver, Reason},
+    protocol::{
+        message::{self, Refusal, ToPrimary, ToReplica},
+        receiver::Receiver,
+    },
+    replica::{Head, Ingest, IngestError, IngestEvent},
+};
+
+/// Pieces of a log that are read from the connection at once.
+const PIECES: usize = 64;
+/// Batches of pieces between the connection and the thread: about 6 MiB at an MTU of 1.5 KiB.
+const BATCHES: usize = 64;
+
+enum Event {
+    Begin,
+    Bytes(Vec<Bytes>),
+    End,
+    Broken(String),
+    Message(ToReplica),
+    Lost(String),
+}
+
+/// Serves one greeted connection until it ends. Answers through `control` from now on.
+pub(super) async fn serve(
+    served: Arc<Served>,
+    generation: Generation,
+    link: Link,
+    sender: ControlSender,
+    receiver: ControlReceiver,
+) {
+    let (events, inbox) = mpsc::channel(BATCHES);
+    let (answers, outbox) = mpsc::unbounded_channel();
+    let ears = tokio::spawn(hear(receiver, link.clone(), events.clone()));
+    let logs = tokio::spawn(receive_logs(link.clone(), events));
+    let mouth = tokio::spawn(speak(sender, outbox));
+    let session = Session {
+        served,
+        generation,
+        answers,
+        receiver: Receiver::default(),
+        ingest: None,
+    };
+    let closing = link.clone();
+    let (ended, end) = tokio::sync::oneshot::channel();
+    let spawned = thread::Builder::new()
+        .name("receive".into())
+        .spawn(move || {
+            // Whoever waits may be gone; then nobody wants to know.
+            let _ = ended.send(session.run(inbox));
+        });
+    let why = match spawned {
+        Ok(_) => end
+            .await
+            .unwrap_or_else(|_| "the receiving thread failed".into()),
+        Err(error) => format!("cannot start a receiving thread: {error}"),
+    };
+    ears.abort();
+    logs.abort();
+    // Everything that was said is on its way before the link is closed.
+    let _ = mouth.await;
+    closing.close(Reason::Done, &why);
+}
+
+async fn hear(mut receiver: ControlReceiver, link: Link, events: EventSender<Event>) {
+    loop {
+        let event = match receiver.receive().await {
+            Ok(Some(bytes)) => match message::decode_to_replica(&bytes) {
+                Ok(message) => Event::Message(message),
+                Err(error) => Event::Lost(chain(&error)),
+            },
+            Ok(None) => Event::Lost(chain(&link.closed().await)),
+            Err(error) => Event::Lost(chain(&error)),
+        };
+        let last = matches!(event, Event::Lost(_));
+        if events.send(event).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+async fn receive_logs(link: Link, events: EventSender<Event>) {
+    while let Ok(log) = link.accept_log().await {
+        if events.send(Event::Begin).await.is_err() {
+            return;
+        }
+        let end = match receive_log(log, &events).await {
+            Ok(()) => Event::End,
+            Err(error) => Event::Broken(chain(&error)),
+        };
+        if events.send(end).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn receive_log(mut log: LogReceiver, events: &EventSender<Event>) -> Result<(), LinkError> {
+    let mut pieces = vec![Bytes::new(); PIECES];
+    while let Some(count) = log.read_chunks(&mut pieces).await? {
+        let batch = pieces[..count].iter_mut().map(std::mem::take).collect();
+        if events.send(Event::Bytes(batch)).await.is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+async fn speak(mut sender: ControlSender, mut outbox: mpsc::UnboundedReceiver<ToPrimary>) {
+    while let Some(message) = outbox.recv().await {
+        if let Err(error) = sender.send(message::encode(&message).into()).await {
+            tracing::debug!("an answer to a primary was not sent: {error}");
+            return;
+        }
+    }
+    sender.finish();
+}
+
+struct Session {
+    served: Arc<Served>,
+    generation: Generation,
+    answers: UnboundedSender<ToPrimary>,
+    receiver: Receiver,
+    ingest: Option<Ingest>,
+}
+
+impl Session {
+    /// Receives until the link is lost; why it ended.
+    fn run(mut self, mut inbox: EventReceiver<Event>) -> String {
+        let head = self.served.store.head();
+        let welcome = self.receiver.welcome(head_message(head));
+        self.say(welcome);
+        while let Some(event) = inbox.blocking_recv() {
+            let done = match event {
+                Event::Lost(why) => return why,
+                Event::Begin => self.begin(),
+                Event::Bytes(pieces) => pieces.iter().try_for_each(|piece| self.take(piece)),
+                Event::End => self.ingest.take().map_or(Ok(()), Ingest::finish),
+                Event::Broken(why) => {
+                    tracing::info!(machine = %self.served.name, "a delta log was given up: {why}");
+                    self.ingest = None;
+                    Ok(())
+                }
+                Event::Message(message) => {
+                    self.hear(&message);
+                    Ok(())
+                }
+            };
+            if let Err(error) = done {
+                let detail = chain(&error);
+                tracing::error!(machine = %self.served.name, "cannot take changes: {detail}");
+                self.served.progress.lock().problem = Some(detail.clone());
+                self.say(ToPrimary::Refused(Refusal::Failed {
+                    detail: detail.clone(),
+                }));
+                return detail;
+            }
+        }
+        "the link ended".into()
+    }
+
+    fn say(&self, message: ToPrimary) {
+        // The writer ends only with the link, which ends this session too.
+        let _ = self.answers.send(message);
+    }
+
+    fn hear(&self, message: &ToReplica) {
+        if let ToReplica::Current { at } = message {
+            self.served.progress.lock().rpo.current(*at);
+        }
+    }
+
+    fn begin(&mut self) -> Result<(), IngestError> {
+        self.ingest = None;
+        self.ingest = Some(self.served.store.begin(self.generation)?);
+        Ok(())
+    }
+
+    fn take(&mut self, piece: &Bytes) -> Result<(), IngestError> {
+        let Some(ingest) = &mut self.ingest else {
+            return Ok(());
+        };
+        let events = ingest.push(piece)?;
+        match self.receiver.received(to_u64(piece.len())) {
+            Ok(Some(grant)) => self.say(grant),
+            Ok(None) => {}
+            Err(overrun) => tracing::warn!(machine = %self.served.name, "{overrun}"),
+        }
+        for event in events {
+            self.report(event);
+        }
+        Ok(())
+    }
+
+    fn report(&self, event: IngestEvent) {
+        match event {
+            IngestEvent::Durable { frames, .. } => {
+                if matches!(self.served.store.head(), Head::Empty | Head::Copying) {
+                    self.say(ToPrimary::Copied { frames });
+                }
+            }
+            IngestEvent::Staged { lineage, cut } => {
+                self.say(ToPrimary::Staged { lineage });
+                let mut progress = self.served.progress.lock();
+                progress.problem = None;
+                progress.epochs += 1;
+                if lineage.epoch > crate::base::units::Epoch::INITIAL {
+                    progress.rpo.durable(cut, self.served.clock.wall());
+                }
+                drop(progress);
+                self.served.wake_merge();
+            }
+        }
+    }
+}
+
+/// What the primary is told about a store.
+pub(super) fn head_message(head: Head) -> message::Head {
+    match head {
+        Head::Empty => message::Head::Empty,
+        Head::Copying => message::Head::Copying,
+        Head::Copied(lineage) | Head::Complete(lineage) => message::Head::Complete(lineage),
+    }
+}
+
+/// What a session tells the status.
+#[derive(Debug, Default)]
+pub(super) struct ReceiveProgress {
+    pub(super) rpo: super::status::RpoRecord,
+    /// Epochs staged since the node started.
+    pub(super) epochs: u64,
+    /// Why changes cannot be taken, until one was.
+    pub(super) problem: Option<String>,
+    /// The primary's name, while it is connected.
+    pub(super) connected: Option<String>,
+}
+
+/// Shared between the session, the merge thread and the status.
+pub(super) type SharedProgress = Mutex<ReceiveProgress>;
