@@ -83,7 +83,9 @@ fn discards_and_writes_of_many_threads_do_not_meet() {
                         0 => {
                             let run = Extent::new(block << 20, 1 << 20);
                             disk.zero(run, Space::Release, Fua::No).unwrap();
-                            held.iter_mut().for_each(|pages| pages[column] = 0);
+                            for pages in &mut held {
+                                pages[column] = 0;
+                            }
                         }
                         1 => disk.flush().unwrap(),
                         _ => {
