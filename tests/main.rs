@@ -2,7 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 mod delta;
+mod formats;
 mod mount;
 mod net;
-mod support;
 mod tidy;
+mod support;

@@ -118,7 +118,7 @@ fn create_raw(
         what,
     };
     let size = geometry.size;
-    if size == 0 || size > DISK_BYTES_MAX || size % SECTOR_BYTES != 0 {
+    if size == 0 || size > DISK_BYTES_MAX || !size.is_multiple_of(SECTOR_BYTES) {
         return Err(refuse(format!("a size of {size} bytes")));
     }
     if let Some(block_size) = block_size {

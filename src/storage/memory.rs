@@ -167,6 +167,7 @@ impl Bytes {
                     }
                 }
             }
+            Change::Forced(offset, data) => self.write(*offset, data),
             Change::Zero(run, space) => {
                 if kept() {
                     self.zero(*run);
@@ -204,6 +205,8 @@ fn pieces(
 #[derive(Clone, Debug)]
 enum Change {
     Write(u64, Vec<u8>),
+    /// A write with forced unit access: durable already, and again after any unsynced change that came before it.
+    Forced(u64, Vec<u8>),
     Zero(Extent, Space),
     SetLen(u64),
 }
@@ -287,14 +290,11 @@ impl Storage for MemoryStorage {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
-        self.change(Change::Write(offset, buf.to_vec()))?;
-        if fua == Fua::Yes {
-            // Only this run: what else is unsynced stays so.
-            let mut state = self.state.lock();
-            state.unsynced.pop();
-            state.durable.write(offset, buf);
-        }
-        Ok(())
+        // Forced unit access is for this run only: what else is unsynced stays so, and must not come over it later.
+        self.change(match fua {
+            Fua::No => Change::Write(offset, buf.to_vec()),
+            Fua::Yes => Change::Forced(offset, buf.to_vec()),
+        })
     }
 
     fn zero(&self, run: Extent, space: Space) -> io::Result<()> {
@@ -507,6 +507,23 @@ impl Folder for MemoryFolder {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_forced_write_is_not_undone_by_an_older_one() {
+        for keep in [false, true] {
+            let power = Power::new();
+            let file = MemoryStorage::new(&power);
+            file.write_at(0, &[1; 1024], Fua::No).unwrap();
+            file.write_at(0, &[2; 512], Fua::Yes).unwrap();
+            power.restore(&mut || keep);
+            assert_eq!(file.bytes()[..512], [2; 512]);
+            file.write_at(0, &[3; 512], Fua::No).unwrap();
+            file.write_at(0, &[4; 512], Fua::Yes).unwrap();
+            file.sync().unwrap();
+            power.restore(&mut || keep);
+            assert_eq!(file.bytes()[..512], [4; 512]);
+        }
+    }
 
     #[test]
     fn a_power_cut_keeps_what_was_synced_and_any_subset_of_the_rest() {

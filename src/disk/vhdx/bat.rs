@@ -347,7 +347,7 @@ mod tests {
     fn only_present_blocks_have_a_location() {
         assert_eq!(Entry::present(5 * MIB).location(), Some(5 * MIB));
         assert_eq!(Entry::ZERO.location(), None);
-        assert_eq!(Entry(5 * MIB | 3).location(), None);
+        assert_eq!(Entry((5 * MIB) | 3).location(), None);
         assert_eq!(Entry(4).state(), None);
         assert_eq!(Entry(5).state(), None);
     }

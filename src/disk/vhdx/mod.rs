@@ -79,3 +79,6 @@ pub struct CreateOptions {
     /// 512 or 4096 bytes.
     pub physical_sector: u32,
 }
+
+#[cfg(test)]
+mod tests;

@@ -69,10 +69,10 @@ impl Regions {
                 id, offset, len, ..
             } = *entry;
             let run = Extent::new(offset, u64::from(len));
-            if offset % MIB != 0
+            if !offset.is_multiple_of(MIB)
                 || offset < MIB
                 || len == 0
-                || run.len % MIB != 0
+                || !run.len.is_multiple_of(MIB)
                 || run.checked_end().is_none()
             {
                 return Err(corrupt(format!(
@@ -156,6 +156,8 @@ mod tests {
         assert_eq!(decode(&bytes).unwrap().len(), 2);
     }
 
+    type Break = fn(&mut Vec<RegionEntry>);
+
     #[test]
     fn bad_tables_are_refused() {
         let good = decode(&encode(
@@ -164,7 +166,6 @@ mod tests {
         ))
         .unwrap();
         Regions::check(&good, 0).unwrap();
-        type Break = fn(&mut Vec<RegionEntry>);
         let breaks: [(&str, Break); 7] = [
             ("no BAT", |t| {
                 t.remove(0);

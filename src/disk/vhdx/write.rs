@@ -36,7 +36,7 @@ impl VhdxDisk {
             .space
             .take(self.storage.as_ref())
             .map_err(failed("write", offset))?;
-        let committed = self.commit(vec![(block, Entry::present(place))], offset);
+        let committed = self.commit(&[(block, Entry::present(place))], offset);
         if committed.is_err() {
             self.space.give_back(place);
         }
@@ -92,8 +92,11 @@ impl VhdxDisk {
         if given_up.is_empty() {
             return Ok(());
         }
-        let changes = given_up.iter().map(|&(block, _)| (block, Entry::ZERO));
-        self.commit(changes.collect(), first * self.parameters.block_size)?;
+        let changes: Vec<BlockChange> = given_up
+            .iter()
+            .map(|&(block, _)| (block, Entry::ZERO))
+            .collect();
+        self.commit(&changes, first * self.parameters.block_size)?;
         let position = self.journal.head();
         for (_, place) in given_up {
             self.space.discard(place, position);
@@ -102,13 +105,16 @@ impl VhdxDisk {
     }
 
     /// Writes changes of the table, making room in the log if need be.
-    fn commit(&self, changes: Vec<BlockChange>, offset: u64) -> Result<(), DiskError> {
+    fn commit(&self, changes: &[BlockChange], offset: u64) -> Result<(), DiskError> {
         assert!(to_u64(changes.len()) <= CHANGES_PER_REQUEST_MAX);
         loop {
             if self.journal.is_low() {
                 self.make_room()?;
             }
-            match self.journal.commit(changes.clone(), &self.bat, &self.space) {
+            match self
+                .journal
+                .commit(changes.to_vec(), &self.bat, &self.space)
+            {
                 Ok(()) => return Ok(()),
                 Err(CommitError::Full) => self.make_room()?,
                 Err(CommitError::Failed(error)) => {
