@@ -109,8 +109,9 @@ impl Hot {
             }
             let cold = wanted
                 .clone()
-                .filter(|&region| !self.is_hot(region..region + 1));
-            table.waiting.extend(cold);
+                .filter(|&ahead| !self.is_hot(ahead..ahead + 1));
+            // All of its own regions, so that none that is hot makes room for another.
+            table.waiting.extend(cold.chain(regions.clone()));
             if table.writing {
                 self.turned.wait(&mut table);
             } else {
@@ -181,7 +182,7 @@ impl Hot {
     ) -> io::Result<()> {
         table.writing = true;
         let waiting = std::mem::take(&mut table.waiting);
-        // A region whose cooling failed is cold and still in the log.
+        // Known are those that are hot, and those that are cold because cooling them failed.
         let (known, fresh): (Vec<u64>, Vec<u64>) = waiting
             .into_iter()
             .partition(|region| table.logged.contains(region));
