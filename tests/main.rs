@@ -1,8 +1,10 @@
 //! The integration tests: one binary, a module for each behaviour.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+mod crash;
 mod delta;
 mod formats;
+mod model;
 mod mount;
 mod net;
 mod tidy;

@@ -66,13 +66,11 @@ struct Table {
 }
 
 impl Hot {
-    /// The table over `log`, which holds no regions, for a disk of `size` bytes.
-    pub fn new(log: IntentLog, size: u64) -> Self {
-        Self::with_limit(log, size, HOT_REGIONS_MAX)
-    }
-
-    fn with_limit(log: IntentLog, size: u64, regions_max: usize) -> Self {
+    /// The table over `log`, which holds no regions, for a disk of `size` bytes. Above `regions_max`, at most
+    /// [`HOT_REGIONS_MAX`], regions are cooled; a single call that needs more may exceed it for a while.
+    pub fn new(log: IntentLog, size: u64, regions_max: usize) -> Self {
         let regions = size.div_ceil(REGION_BYTES);
+        let regions_max = regions_max.clamp(1, HOT_REGIONS_MAX);
         Self {
             states: (0..regions).map(|_| AtomicU8::new(COLD)).collect(),
             table: Mutex::default(),
@@ -111,8 +109,9 @@ impl Hot {
             }
             let cold = wanted
                 .clone()
-                .filter(|&region| !self.is_hot(region..region + 1));
-            table.waiting.extend(cold);
+                .filter(|&ahead| !self.is_hot(ahead..ahead + 1));
+            // All of its own regions, so that none that is hot makes room for another.
+            table.waiting.extend(cold.chain(regions.clone()));
             if table.writing {
                 self.turned.wait(&mut table);
             } else {
@@ -137,7 +136,7 @@ impl Hot {
                 _ => idle.push(region),
             }
         }
-        if idle.len() < COOL_IDLE_MIN {
+        if idle.len() < COOL_IDLE_MIN.min(self.regions_max.div_ceil(2)) {
             return Ok(());
         }
         table.writing = true;
@@ -166,7 +165,11 @@ impl Hot {
         let before = regions.start.checked_sub(1);
         let streaming = before
             .is_some_and(|before| self.states[to_usize(before)].load(Ordering::Acquire) != COLD);
-        let ahead = if streaming { REGIONS_AHEAD } else { 0 };
+        let ahead = if streaming {
+            REGIONS_AHEAD.min(to_u64(self.regions_max / 4))
+        } else {
+            0
+        };
         regions.start..(regions.end + ahead).min(to_u64(self.states.len()))
     }
 
@@ -179,7 +182,7 @@ impl Hot {
     ) -> io::Result<()> {
         table.writing = true;
         let waiting = std::mem::take(&mut table.waiting);
-        // A region whose cooling failed is cold and still in the log.
+        // Known are those that are hot, and those that are cold because cooling them failed.
         let (known, fresh): (Vec<u64>, Vec<u64>) = waiting
             .into_iter()
             .partition(|region| table.logged.contains(region));

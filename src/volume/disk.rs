@@ -55,6 +55,9 @@ impl Volume {
     fn enter(&self, run: Extent) -> Result<Shared<'_>, DiskError> {
         let disk = self.disk();
         let (regions, blocks) = (run.regions(), run.blocks());
+        if let Some(reason) = disk.stopped.get() {
+            return Err(DiskError::Stopped(reason.clone()));
+        }
         loop {
             // Without any lock, because making room in the log takes region locks.
             if !self.is_hot(regions.clone()) {

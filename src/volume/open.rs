@@ -68,6 +68,8 @@ pub struct MachineOptions {
     pub boot_id: String,
     /// Most memory for preserved blocks, in bytes; see [`PRESERVE_BYTES_MAX`](crate::base::limits::PRESERVE_BYTES_MAX).
     pub preserve_bytes_max: u64,
+    /// Most hot regions of a disk; see [`HOT_REGIONS_MAX`](crate::track::intent::HOT_REGIONS_MAX).
+    pub hot_regions_max: usize,
 }
 
 /// A disk to track.
@@ -154,7 +156,7 @@ pub(super) fn open_core(
             disk: index,
             size: source.disk.geometry().size,
         };
-        let (disk, reason) = open_disk(state, owner, source, &past)?;
+        let (disk, reason) = open_disk(state, owner, source, &past, options.hot_regions_max)?;
         past.record.resync = past.record.resync.or(reason);
         disks.push(disk);
     }
@@ -279,6 +281,7 @@ fn open_disk(
     owner: Owner,
     source: DiskSource,
     past: &Past,
+    hot_regions_max: usize,
 ) -> Result<(Tracked, Option<ResyncReason>), OpenError> {
     let failed = |what| {
         let disk = source.name.clone();
@@ -348,7 +351,7 @@ fn open_disk(
         size: owner.size,
         owed: [owed()?, owed()?],
         locks: RegionLocks::new(owner.size),
-        hot: Hot::new(intent, owner.size),
+        hot: Hot::new(intent, owner.size, hot_regions_max),
         stopped: OnceLock::new(),
         maps,
         name: source.name,
