@@ -813,6 +813,27 @@ fn a_full_disk_at_any_step_is_an_error_and_no_more() {
     );
 }
 
+/// A process that dies between the rename and the sync of the folder leaves a name that is not durable. The next one
+/// tells the primary that it has the epoch: from then on a power cut must not take it away.
+#[test]
+fn what_a_reopened_replica_claims_survives_a_power_cut() {
+    let (model, logs) = story();
+    for steps in 0.. {
+        let host = Host::new();
+        host.power.fail_after(steps, io::ErrorKind::Other);
+        let mut told = Told::default();
+        let end = tell(&host, &logs, &mut told);
+        if end.is_ok() && host.power.steps() <= steps {
+            break;
+        }
+        let claimed = head_epoch(&host.open(1).unwrap());
+        host.power.restore(&mut || false);
+        let replica = host.open(1).unwrap();
+        assert_eq!(head_epoch(&replica), claimed, "failed at step {steps}");
+        check_points(&replica, &model);
+    }
+}
+
 /// Without reopening: what failed for space is repeated on the same store.
 #[test]
 fn an_epoch_that_found_the_disk_full_is_taken_later() {
