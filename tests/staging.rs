@@ -5,7 +5,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
-use std::{collections::BTreeMap, io, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use understudy::{
     base::{
@@ -14,7 +21,12 @@ use understudy::{
         ids::{Generation, Lineage, MachineId, Name},
         units::{DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
-    delta::{Codec, DiskEntry, EncodedFrame, Encoder, Header, LogKind, encode_data, encode_zero},
+    delta::{
+        Codec, DiskEntry, EncodedFrame, Encoder, Header, LogKind, chain_of, encode_data,
+        encode_zero,
+        layout::{FRAME_HEADER_BYTES, PREAMBLE_BYTES, header_len},
+        trailer::{FOOT_BYTES, Foot, TrailerHead},
+    },
     disk::{Content, Disk, Fua, Geometry, Space},
     replica::{
         DiskSpec, Head, ImageFormat, IngestError, IngestEvent, MachineReplica, RawImages,
@@ -22,6 +34,7 @@ use understudy::{
     },
     storage::{
         Folder, Open,
+        file::FileFolder,
         ledger::Ledger,
         memory::{MemoryFolder, Power},
     },
@@ -832,6 +845,208 @@ fn what_a_reopened_replica_claims_survives_a_power_cut() {
         assert_eq!(head_epoch(&replica), claimed, "failed at step {steps}");
         check_points(&replica, &model);
     }
+}
+
+/// Frames of an initial copy that were reported as durable are in the images after any cut: the primary does not send
+/// them again.
+#[test]
+fn durable_frames_of_an_initial_copy_survive_a_power_cut() {
+    let frames: Vec<EncodedFrame> = (0..20)
+        .map(|block: u8| {
+            let raw = [block + 1; 4096];
+            encode_data(DiskIndex(0), u64::from(block) * 4096, &raw, Codec::None)
+        })
+        .collect();
+    let header = Header {
+        machine: MACHINE,
+        generation: GENERATION,
+        kind: LogKind::Initial,
+        parent: None,
+        disks: entries(),
+    };
+    let (log, _) = log_of(&header, &frames, Epoch::INITIAL);
+    let mut most = 0;
+    for steps in 0..60 {
+        let host = Host::new();
+        let replica = host.open(1).unwrap();
+        replica.prepare(&specs()).unwrap();
+        host.power.cut_after(steps);
+        let mut durable = 0;
+        let mut ingest = replica.begin(GENERATION).unwrap();
+        for piece in log.chunks(3000) {
+            for event in ingest.push(piece).unwrap_or_default() {
+                if let IngestEvent::Durable { frames, .. } = event {
+                    durable = frames;
+                }
+            }
+        }
+        drop(ingest);
+        drop(replica);
+        host.power.restore(&mut || false);
+        let image = host.folder.open("disk-0.raw", Open::Read).unwrap();
+        for block in 0..durable {
+            let mut bytes = [0; 4096];
+            image.read_at(block * 4096, &mut bytes).unwrap();
+            assert_eq!(u64::from(bytes[4095]), block + 1, "cut after step {steps}");
+        }
+        most = most.max(durable);
+    }
+    assert!(most > 10, "the cuts reach into the copy: {most}");
+}
+
+/// A commit of a failover that is cut at any step, and then repeated, ends where it should; before that, the replica is
+/// at the old head or at the chosen point.
+#[test]
+fn settling_survives_a_power_cut_at_any_step() {
+    let chosen = Epoch(2);
+    for steps in 0.. {
+        let mut done = false;
+        for variant in 0..3 {
+            let host = Host::new();
+            let mut model = Model::new();
+            let replica = host.open(9).unwrap();
+            grow(&replica, &mut model, 4);
+            host.power.cut_after(steps);
+            done = replica.settle(chosen).is_ok();
+            drop(replica);
+            host.power.restore(&mut keeps(variant));
+            let replica = host.open(9).unwrap();
+            let head = head_epoch(&replica).unwrap();
+            assert!(
+                head == chosen || (head == Epoch(4) && !done),
+                "step {steps}: {head}"
+            );
+            check_points(&replica, &model);
+            replica.settle(chosen).unwrap();
+            assert_eq!(replica.points().len(), 1);
+            check_points(&replica, &model);
+            assert_eq!(host.files().len(), 2, "step {steps}");
+        }
+        if done {
+            assert!(steps > 10, "the cuts reach into the settling: {steps}");
+            break;
+        }
+    }
+}
+
+/// A log too long for an index is scanned, and proved all the same.
+#[test]
+fn a_log_without_an_index_is_scanned() {
+    let host = Host::new();
+    let mut model = Model::new();
+    let replica = host.open(9).unwrap();
+    grow(&replica, &mut model, 2);
+    let log = strip_index(&model.epoch(3, Some(2)));
+    send(&replica, &log.0).unwrap();
+    model.lineages.insert(Epoch(3), log.1);
+    check_points(&replica, &model);
+    send(&replica, &model.epoch(4, Some(3))).unwrap();
+    drop(replica);
+    let replica = host.open(0).unwrap();
+    check_points(&replica, &model);
+    replica.merge().unwrap();
+    check_points(&replica, &model);
+}
+
+/// The same log without its index.
+fn strip_index(log: &[u8]) -> (Vec<u8>, Lineage) {
+    let foot_at = log.len() - FOOT_BYTES;
+    let mut foot = Foot::parse(log[foot_at..].try_into().unwrap(), to_u64(foot_at)).unwrap();
+    let (body, rest) = log.split_at(to_usize(foot.trailer_at));
+    let (head, rest) = rest.split_at(FRAME_HEADER_BYTES);
+    let mut head = TrailerHead::parse(head.try_into().unwrap(), foot.trailer_at).unwrap();
+    let index = &rest[..to_usize(head.index_len().unwrap())];
+    let header_len = header_len(log[..PREAMBLE_BYTES].try_into().unwrap()).unwrap();
+    let header = Header::parse(&log[..header_len]).unwrap();
+    head.index_entries = 0;
+    head.index_crc = 0;
+    foot.log_len = to_u64(body.len() + FRAME_HEADER_BYTES + FOOT_BYTES);
+    foot.chain = chain_of(&header, &log[..header_len], index, head, foot);
+    let bytes = [body, &head.to_bytes(), &foot.to_bytes()].concat();
+    let lineage = Lineage {
+        epoch: foot.epoch,
+        chain: foot.chain,
+    };
+    (bytes, lineage)
+}
+
+/// One thread receives, one merges, one looks at points: everything it sees is right.
+#[test]
+fn receiving_merging_and_reading_at_once() {
+    let host = Host::new();
+    let mut model = Model::new();
+    let replica = host.open(2).unwrap();
+    replica.prepare(&specs()).unwrap();
+    let logs: Vec<_> = (0..=60u64)
+        .map(|epoch| model.epoch(epoch, epoch.checked_sub(1)))
+        .collect();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for log in &logs {
+                send(&replica, log).unwrap();
+            }
+            done.store(true, Ordering::Release);
+        });
+        scope.spawn(|| {
+            while !done.load(Ordering::Acquire) {
+                replica.merge().unwrap();
+            }
+        });
+        let mut seen = BTreeSet::new();
+        while !done.load(Ordering::Acquire) {
+            for point in replica.points() {
+                let epoch = point.lineage.epoch;
+                // A merge may have passed it since it was listed.
+                let Ok(view) = replica.view(epoch) else {
+                    continue;
+                };
+                for (disk, expected) in view.disks.iter().zip(&model.history[&epoch]) {
+                    assert!(content(&**disk) == *expected, "epoch {epoch}");
+                }
+                seen.insert(epoch);
+            }
+        }
+        assert!(!seen.is_empty());
+    });
+    replica.merge().unwrap();
+    check_points(&replica, &model);
+    assert_eq!(head_epoch(&replica), Some(Epoch(60)));
+    assert_eq!(replica.status().logs, 2);
+}
+
+/// The same on the host's file system.
+#[test]
+fn a_replica_lives_in_real_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = |newest| {
+        let folder: Arc<dyn Folder> = Arc::new(FileFolder::open(dir.path()).unwrap());
+        let ledger = Arc::new(Ledger::open_in(&*folder, "store").unwrap());
+        let machine = folder.folder("machine").unwrap();
+        MachineReplica::open(
+            machine,
+            ledger,
+            Arc::new(RawImages),
+            MACHINE,
+            options(newest),
+        )
+        .unwrap()
+    };
+    let mut model = Model::new();
+    let replica = open(3);
+    grow(&replica, &mut model, 6);
+    check_points(&replica, &model);
+    drop(replica);
+    let replica = open(3);
+    check_points(&replica, &model);
+    replica.merge().unwrap();
+    let view = replica.view(Epoch(3)).unwrap();
+    assert!(content(&*view.disks[0]) == model.history[&Epoch(3)][0]);
+    drop(view);
+    check_points(&replica, &model);
+    replica.close().unwrap();
+    let image = std::fs::read(dir.path().join("machine/disk-1.raw")).unwrap();
+    assert!(image == model.history[&Epoch(3)][1]);
 }
 
 /// Without reopening: what failed for space is repeated on the same store.
