@@ -7,5 +7,6 @@ mod formats;
 mod model;
 mod mount;
 mod net;
+mod staging;
 mod tidy;
 mod support;

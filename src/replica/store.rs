@@ -427,30 +427,27 @@ impl MachineReplica {
         }
         // From here on the record says that the images are ours to remove.
         shared.ledger.put(&Record::key(shared.id), &creating)?;
-        let copying = Record {
-            base: Base::Copying,
-            ..creating.clone()
-        };
         let made = shared
             .create_images(&creating)
-            .and_then(|()| shared.open_images(&creating))
-            .and_then(|images| {
-                shared.record(&mut state, copying)?;
-                Ok(images)
-            });
-        match made {
-            Ok(images) => {
-                state.disks = images;
-                tracing::info!(machine = %shared.id, disks = disks.len(), "replica created");
-                Ok(())
-            }
+            .and_then(|()| shared.open_images(&creating));
+        let images = match made {
+            Ok(images) => images,
             Err(error) => {
                 if let Err(error) = shared.forget(&creating) {
                     tracing::warn!(machine = %shared.id, %error, "cannot remove unfinished base images now");
                 }
-                Err(error)
+                return Err(error);
             }
-        }
+        };
+        // Should this fail, nobody knows which record is the durable one: the images stay, the next open decides.
+        let copying = Record {
+            base: Base::Copying,
+            ..creating
+        };
+        shared.record(&mut state, copying)?;
+        state.disks = images;
+        tracing::info!(machine = %shared.id, disks = disks.len(), "replica created");
+        Ok(())
     }
 
     fn refuse_existing(&self, name: &str) -> Result<(), ReplicaError> {

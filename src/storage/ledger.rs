@@ -12,7 +12,7 @@ use std::{fmt, io, sync::Arc};
 use redb::{Database, ReadableDatabase, StorageBackend, TableDefinition};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Fua, Storage};
+use super::{Folder, Fua, Open, Storage};
 
 const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
 
@@ -51,6 +51,27 @@ impl Ledger {
         write.open_table(RECORDS)?;
         write.commit()?;
         Ok(Self(database))
+    }
+
+    /// Opens the store called `name`, or makes one. A store is made under another name first: one that a crash left
+    /// half made would have no magic and be refused for ever.
+    pub fn open_in(folder: &dyn Folder, name: &str) -> Result<Self, LedgerError> {
+        match folder.open(name, Open::Write) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            found => return Self::open(found.map_err(redb::StorageError::from)?),
+        }
+        let made = || {
+            let new = format!("{name}.new");
+            match folder.remove(&new) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+            drop(Self::open(folder.open(&new, Open::CreateNew)?)?);
+            folder.rename(&new, name)?;
+            folder.sync()?;
+            Self::open(folder.open(name, Open::Write)?)
+        };
+        made()
     }
 
     /// The record called `key`.
@@ -142,7 +163,7 @@ impl StorageBackend for Backend {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::memory::{MemoryStorage, Power};
+    use crate::storage::memory::{MemoryFolder, MemoryStorage, Power};
 
     /// Cuts the power after every number of steps of a fixed history, keeping half of what was not synced, and looks
     /// at what is left: the last acknowledged value or the one that was being written.
@@ -180,6 +201,34 @@ mod tests {
             }
         }
         assert!(cuts > 6, "the cuts reach into the history: {cuts}");
+    }
+
+    /// Cuts the power at every step of making a store; whatever is kept, it can be made afterwards.
+    #[test]
+    fn a_store_can_be_made_after_a_power_cut_while_it_was_made() {
+        for steps in 0.. {
+            let mut made = false;
+            for variant in 0..5u64 {
+                let power = Power::new();
+                let folder = MemoryFolder::new(&power);
+                power.cut_after(steps);
+                made = Ledger::open_in(&*folder, "store").is_ok();
+                let mut turn = variant;
+                power.restore(&mut || {
+                    turn += variant;
+                    variant == 1 || turn % 3 == 1
+                });
+                let ledger = Ledger::open_in(&*folder, "store").unwrap();
+                ledger.put("role", &1u32).unwrap();
+                drop(ledger);
+                let ledger = Ledger::open_in(&*folder, "store").unwrap();
+                assert_eq!(ledger.get::<u32>("role").unwrap(), Some(1), "{steps}");
+            }
+            if made {
+                assert!(steps > 6, "the cuts reach into the making: {steps}");
+                break;
+            }
+        }
     }
 
     #[test]
