@@ -31,7 +31,7 @@ pub use self::{
     engine::Round,
     plot::latency_svg,
     report::{Figures, Report},
-    target::{Content, Target, TargetError},
+    target::{Against, Content, Target, TargetError},
     workload::{CANONICAL, Direction, Pattern, Workload},
 };
 

@@ -4,16 +4,44 @@
 //! a disk would be the worst data loss this program could cause.
 
 use std::{
+    convert::Infallible,
     fs::{self, File, OpenOptions},
     io::{self, Seek, SeekFrom, Write},
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    str::FromStr,
 };
 
-use nix::fcntl::OFlag;
+use nix::{fcntl::OFlag, sys::stat};
 
 use super::{engine::Noise, workload::Workload};
 use crate::base::units::{Bytes, MIB, to_usize};
+
+/// A target as a user names it: `PATH`, or `LABEL=PATH` where the label has no `/`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Against {
+    /// What stands for it in the report.
+    pub label: Option<String>,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+impl FromStr for Against {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        let (label, path) = match text.split_once('=') {
+            Some((label, path)) if !label.is_empty() && !label.contains('/') => {
+                (Some(label.to_owned()), path)
+            }
+            _ => (None, text),
+        };
+        Ok(Self {
+            label,
+            path: path.into(),
+        })
+    }
+}
 
 /// What may happen to the content of a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,7 +219,13 @@ impl Drop for Target {
 
 fn open_direct(path: &Path, write: bool) -> Result<File, TargetError> {
     let mut flags = OFlag::O_DIRECT;
-    if write && fs::metadata(path).is_ok_and(|data| data.file_type().is_block_device()) {
+    if write
+        && let Ok(data) = fs::metadata(path)
+        && data.file_type().is_block_device()
+    {
+        if is_read_only(data.rdev()) {
+            return Err(TargetError::ReadOnly(path.to_owned()));
+        }
         // On a block device, and without O_CREAT, this fails while it is mounted (open(2)).
         flags |= OFlag::O_EXCL;
     }
@@ -208,6 +242,13 @@ fn open_direct(path: &Path, write: bool) -> Result<File, TargetError> {
         io::ErrorKind::InvalidInput => TargetError::NoDirect(path.to_owned()),
         _ => failed("open", path)(error),
     })
+}
+
+/// Linux opens a read-only device for writing and fails the writes, so it is asked before.
+fn is_read_only(device: u64) -> bool {
+    let (major, minor) = (stat::major(device), stat::minor(device));
+    fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
+        .is_ok_and(|answer| answer.trim() == "1")
 }
 
 fn fill(file: &mut File, len: u64) -> io::Result<()> {
@@ -229,5 +270,81 @@ fn failed(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TargetE
         doing,
         path,
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// A loop device over a file, detached when it is dropped.
+    struct Loop(String);
+
+    impl Loop {
+        /// Nothing without the right or the means to attach one.
+        fn attach(file: &Path, options: &[&str]) -> Option<Self> {
+            let mut losetup = Command::new("losetup");
+            losetup.args(["--find", "--show"]).args(options).arg(file);
+            match losetup.output() {
+                Ok(output) if output.status.success() => {
+                    let device = String::from_utf8(output.stdout).unwrap();
+                    Some(Self(device.trim().to_owned()))
+                }
+                other => {
+                    eprintln!("SKIPPED: no loop device: {other:?}");
+                    None
+                }
+            }
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup").args(["-d", &self.0]).status();
+        }
+    }
+
+    fn open(device: &Loop, content: Content) -> Result<Target, TargetError> {
+        Target::open(Path::new(&device.0), None, content, MIB)
+    }
+
+    #[test]
+    fn a_device_in_use_is_not_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("disk");
+        fs::write(&file, vec![0; 4 << 20]).unwrap();
+        let Some(device) = Loop::attach(&file, &[]) else {
+            return;
+        };
+        let target = open(&device, Content::Destroy).unwrap();
+        assert_eq!(target.len(), 4 << 20);
+        // Whoever claims a device as a mount does, that is with O_EXCL, is its user.
+        let refused = open(&device, Content::Destroy).unwrap_err();
+        assert!(matches!(refused, TargetError::InUse(_)), "{refused}");
+        assert!(!open(&device, Content::Keep).unwrap().writable());
+    }
+
+    #[test]
+    fn a_read_only_device_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("disk");
+        fs::write(&file, vec![0; 1 << 20]).unwrap();
+        let Some(device) = Loop::attach(&file, &["--read-only"]) else {
+            return;
+        };
+        let refused = open(&device, Content::Destroy).unwrap_err();
+        assert!(matches!(refused, TargetError::ReadOnly(_)), "{refused}");
+        open(&device, Content::Keep).unwrap();
+    }
+
+    #[test]
+    fn labels_stand_before_paths() {
+        let parse = |text: &str| text.parse::<Against>().unwrap();
+        assert_eq!(parse("host=/a/b=c").label.as_deref(), Some("host"));
+        assert_eq!(parse("host=/a/b=c").path, Path::new("/a/b=c"));
+        assert_eq!(parse("/a/b=c").label, None);
+        assert_eq!(parse("=x").path, Path::new("=x"));
     }
 }
