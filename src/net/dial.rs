@@ -3,12 +3,16 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use quinn::{Connection, ConnectionError, Endpoint};
 use rustls::pki_types::{CertificateDer, ServerName};
-use tokio::time::timeout;
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 
 use super::{
     identity::{self, Identity},
@@ -18,8 +22,11 @@ use super::{
 };
 use crate::base::ids::Name;
 
-/// Addresses of one name that are tried in turn.
-const ADDRESSES_MAX: usize = 4;
+/// Addresses of one name that are tried.
+const ADDRESSES_MAX: u32 = 4;
+/// Head start of one address over the next (RFC 8305 section 5): a host with an IPv6 address that leads nowhere must not
+/// cost a whole handshake's patience.
+const STAGGER: Duration = Duration::from_millis(250);
 
 /// Why a link could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -87,14 +94,23 @@ pub async fn dial(
         source,
     };
     let found = tokio::net::lookup_host(address).await.map_err(resolve)?;
+    let mut attempts = JoinSet::new();
+    for (turn, address) in (0..ADDRESSES_MAX).zip(found) {
+        let (name, identity) = (name.to_owned(), identity.clone());
+        attempts.spawn(async move {
+            sleep(STAGGER * turn).await;
+            timeout(HANDSHAKE_MAX, connect(address, &name, &identity))
+                .await
+                .unwrap_or(Err(DialError::Unanswered(address)))
+        });
+    }
     let mut last = resolve(io::ErrorKind::NotFound.into());
-    for address in found.take(ADDRESSES_MAX) {
-        match timeout(HANDSHAKE_MAX, connect(address, name, identity)).await {
-            Ok(Ok(link)) => return Ok(link),
+    while let Some(attempt) = attempts.join_next().await {
+        match attempt.expect("an attempt neither panics nor is aborted while it is awaited") {
+            Ok(link) => return Ok(link),
             // Whoever answered is the peer; its other addresses would say the same.
-            Ok(Err(error @ DialError::Refused { .. })) => return Err(error),
-            Ok(Err(error)) => last = error,
-            Err(_elapsed) => last = DialError::Unanswered(address),
+            Err(error @ DialError::Refused { .. }) => return Err(error),
+            Err(error) => last = error,
         }
     }
     Err(last)

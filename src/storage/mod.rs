@@ -1,6 +1,6 @@
 //! Floor 1: bytes that last. The only way the floors above touch a file.
 //!
-//! Two seams: [`Storage`] is one file, [`Folder`] the place it lives in. Each has a real implementation ([`file`]) and
+//! Two seams: [`Storage`] is one file, [`Folder`] the place it lives in. Each has a real implementation ([`mod@file`]) and
 //! one in memory ([`memory`]) that forgets, tears and fails on demand, so that every crash contract above can be cut
 //! at every sync boundary.
 //!
