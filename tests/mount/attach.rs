@@ -3,19 +3,25 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::fs::FileExt,
+    os::unix::{
+        fs::{FileExt, PermissionsExt},
+        process::CommandExt,
+    },
     path::Path,
     process::{Child, Command, Stdio},
 };
 
 use nix::mount::{MntFlags, umount2};
 use understudy::shim::{
-    FileIndex, MountError, MountOptions, Unmount, UnmountError, mount, recover_stale,
+    FileIndex, MountError, MountOptions, Owner, Unmount, UnmountError, Visibility, mount,
+    recover_stale,
 };
 
 use crate::support::{Mounted, can_mount, raw_disk, sparse_file};
 
 const MIB: u64 = 1 << 20;
+/// A user who is not root on any Linux.
+const NOBODY: u32 = 65_534;
 /// Set for a copy of this program that serves a mount until it is killed: the folder with `image` and `mnt`.
 const SERVE: &str = "UNDERSTUDY_TEST_SERVE";
 
@@ -165,6 +171,45 @@ fn many_machines_in_one_mount_and_many_mounts_at_once() {
             });
         }
     });
+}
+
+#[test]
+fn other_users_get_in_where_they_are_let_in() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (image, dir) = (scratch.path().join("image"), scratch.path().join("mnt"));
+    sparse_file(&image, MIB);
+    fs::create_dir(&dir).unwrap();
+    for (access, file_mode, owner, let_in) in [
+        (Visibility::Owner, 0o644, 0, false),
+        (Visibility::AllUsers, 0o600, 0, false),
+        (Visibility::AllUsers, 0o644, 0, true),
+        (Visibility::AllUsers, 0o600, NOBODY, true),
+    ] {
+        let mut options = MountOptions::new(&dir);
+        (options.access, options.file_mode) = (access, file_mode);
+        options.owner = Owner {
+            user: owner,
+            group: owner,
+        };
+        let mount = mount(&options, vec![raw_disk(&image, None, "disk")]).unwrap();
+        let read = Command::new("head")
+            .args(["-c", "512"])
+            .arg(dir.join("disk.raw"))
+            .uid(NOBODY)
+            .stderr(Stdio::null())
+            .output()
+            .unwrap();
+        assert_eq!(
+            read.status.success(),
+            let_in,
+            "{access:?} {file_mode:o} {owner}"
+        );
+        mount.unmount(Unmount::IfUnused).unwrap();
+    }
 }
 
 /// Not a test: what [`Server`] runs.
