@@ -18,7 +18,7 @@ use understudy::{
     shim::{FileIndex, MountedDisk, Refusal, Unmount, Writability},
 };
 
-use crate::support::{Mounted, can_mount, raw_disk};
+use crate::support::{Mounted, can_mount, have, must, raw_disk};
 
 const MIB: u64 = 1 << 20;
 /// How long a request waits for company before it gives up; only a failing test waits that long.
@@ -137,6 +137,26 @@ fn writes_to_one_disk_run_at_the_same_time() {
             });
         }
     });
+}
+
+#[test]
+fn one_submitter_keeps_many_requests_under_way() {
+    if !can_mount() || !have(&["fio"]) {
+        return;
+    }
+    let (mounted, _) = meet(8);
+    let file = format!("--filename={}", mounted.file().display());
+    let job = [
+        "--name=depth",
+        "--ioengine=libaio",
+        "--direct=1",
+        "--rw=write",
+        "--bs=4k",
+        "--size=32k",
+        "--iodepth=8",
+    ];
+    // Without asynchronous direct I/O the first request would keep the submitter from sending the second.
+    must("fio", job.into_iter().chain([file.as_str()]));
 }
 
 #[test]
