@@ -338,8 +338,16 @@ impl Place {
             dir: self.dir.clone(),
             source,
         };
+        let writers = files.files().iter().map(File::writers).sum();
+        let readers = files.files().iter().map(File::readers).sum();
+        let busy = UnmountError::Busy {
+            dir: self.dir.clone(),
+            writers,
+            readers,
+        };
         match mounted_at(&self.dir).map_err(kernel)? {
             // A person unmounted it lazily: only those who hold files open are left.
+            None if how == Unmount::IfUnused && writers + readers > 0 => return Err(busy),
             None => return Ok(()),
             Some(entry) if entry != self.entry => {
                 return Err(UnmountError::Covered(self.dir.clone()));
@@ -353,11 +361,7 @@ impl Place {
         match umount2(&self.dir, flags | MntFlags::UMOUNT_NOFOLLOW) {
             // EINVAL: somebody was faster.
             Ok(()) | Err(Errno::EINVAL) => Ok(()),
-            Err(Errno::EBUSY) => Err(UnmountError::Busy {
-                dir: self.dir.clone(),
-                writers: files.files().iter().map(File::writers).sum(),
-                readers: files.files().iter().map(File::readers).sum(),
-            }),
+            Err(Errno::EBUSY) => Err(busy),
             Err(errno) => Err(kernel(errno.into())),
         }
     }

@@ -17,13 +17,15 @@ use understudy::shim::{
     recover_stale,
 };
 
-use crate::support::{Mounted, can_mount, raw_disk, sparse_file};
+use crate::support::{Mounted, can_mount, raw_disk, skip, sparse_file};
 
 const MIB: u64 = 1 << 20;
 /// A user who is not root on any Linux.
 const NOBODY: u32 = 65_534;
 /// Set for a copy of this program that serves a mount until it is killed: the folder with `image` and `mnt`.
 const SERVE: &str = "UNDERSTUDY_TEST_SERVE";
+/// Set for a copy of this program that may not mount: the folder where it tries.
+const UNPRIVILEGED: &str = "UNDERSTUDY_TEST_UNPRIVILEGED";
 
 fn is_mounted(dir: &Path) -> bool {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -80,6 +82,64 @@ fn a_person_may_unmount() {
     mounted.mount.wait();
     assert!(*mounted.mount.ended().borrow());
     mounted.mount.unmount(Unmount::IfUnused).unwrap();
+}
+
+#[test]
+fn a_lazy_unmount_by_a_person_leaves_those_who_hold_files_open() {
+    if !can_mount() {
+        return;
+    }
+    let mounted = Mounted::new(MIB);
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(mounted.file())
+        .unwrap();
+    umount2(mounted.mount.dir(), MntFlags::MNT_DETACH).unwrap();
+    file.write_all_at(&[1; 512], 0).unwrap();
+    let refused = mounted.mount.unmount(Unmount::IfUnused);
+    assert!(
+        matches!(refused, Err(UnmountError::Busy { writers: 1, .. })),
+        "{refused:?}"
+    );
+    file.write_all_at(&[2; 512], 0).unwrap();
+    drop(file);
+    mounted.mount.wait();
+    mounted.mount.unmount(Unmount::IfUnused).unwrap();
+    assert_eq!(fs::read(mounted.image()).unwrap()[..512], [2; 512]);
+}
+
+#[test]
+fn without_the_right_to_mount_the_error_says_so() {
+    if !can_mount() {
+        return;
+    }
+    if let Some(dir) = std::env::var_os(UNPRIVILEGED) {
+        let refused = mount(&MountOptions::new(dir), Vec::new());
+        assert!(
+            matches!(refused, Err(MountError::NotPermitted(_))),
+            "{refused:?}"
+        );
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    // Root without a single capability: the device opens, since root owns it, and mount(2) is refused.
+    let attempt = Command::new("setpriv")
+        .args(["--bounding-set=-all", "--inh-caps=-all", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "mount::attach::without_the_right_to_mount_the_error_says_so",
+        ])
+        .env(UNPRIVILEGED, scratch.path())
+        .output();
+    match attempt {
+        Ok(output) => assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        ),
+        Err(error) => skip(&format!("setpriv: {error}")),
+    }
 }
 
 #[test]
