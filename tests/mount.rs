@@ -5,4 +5,5 @@
 mod attach;
 mod calls;
 mod guest;
+mod parallel;
 mod tools;

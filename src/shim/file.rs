@@ -598,4 +598,41 @@ mod tests {
         assert_eq!(fixture.write(0, 512, BUFFERED), Err(Errno::EIO));
         assert_eq!(fixture.recorders.snapshot().write.errors(), 1);
     }
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<parking_lot::Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            self.0.lock().write(buf)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn trouble_is_logged_once_and_so_is_its_end() {
+        let lines = Lines::default();
+        let sink = lines.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || sink.clone())
+            .finish();
+        tracing::subscriber::with_default(subscriber, || {
+            let fixture = Fixture::new();
+            for _ in 0..3 {
+                fixture.power.fail_after(0, io::ErrorKind::StorageFull);
+                assert_eq!(fixture.write(0, 512, BUFFERED), Err(Errno::ENOSPC));
+            }
+            assert_eq!(fixture.write(SIZE, 512, BUFFERED), Err(Errno::EFBIG));
+            for _ in 0..3 {
+                assert_eq!(fixture.write(0, 512, BUFFERED), Ok(()));
+            }
+        });
+        let logged = String::from_utf8(lines.0.lock().clone()).unwrap();
+        assert_eq!(logged.matches("a request failed").count(), 1, "{logged}");
+        assert_eq!(logged.matches("succeed again").count(), 1, "{logged}");
+        assert_eq!(logged.lines().count(), 2, "{logged}");
+    }
 }

@@ -180,6 +180,13 @@ impl Files {
         &self.disks
     }
 
+    /// Waits for all requests under way and lets go of every disk.
+    pub(super) fn withdraw(&self) {
+        for disk in &self.disks {
+            disk.withdraw();
+        }
+    }
+
     /// How long requests took so far.
     pub(super) fn recorders(&self) -> &Recorders {
         &self.recorders

@@ -3,21 +3,29 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::fs::FileExt,
+    os::unix::{
+        fs::{FileExt, PermissionsExt},
+        process::CommandExt,
+    },
     path::Path,
     process::{Child, Command, Stdio},
 };
 
 use nix::mount::{MntFlags, umount2};
 use understudy::shim::{
-    FileIndex, MountError, MountOptions, Unmount, UnmountError, mount, recover_stale,
+    FileIndex, MountError, MountOptions, Owner, Unmount, UnmountError, Visibility, mount,
+    recover_stale,
 };
 
-use crate::support::{Mounted, can_mount, raw_disk, sparse_file};
+use crate::support::{Mounted, can_mount, raw_disk, skip, sparse_file};
 
 const MIB: u64 = 1 << 20;
+/// A user who is not root on any Linux.
+const NOBODY: u32 = 65_534;
 /// Set for a copy of this program that serves a mount until it is killed: the folder with `image` and `mnt`.
 const SERVE: &str = "UNDERSTUDY_TEST_SERVE";
+/// Set for a copy of this program that may not mount: the folder where it tries.
+const UNPRIVILEGED: &str = "UNDERSTUDY_TEST_UNPRIVILEGED";
 
 fn is_mounted(dir: &Path) -> bool {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -74,6 +82,64 @@ fn a_person_may_unmount() {
     mounted.mount.wait();
     assert!(*mounted.mount.ended().borrow());
     mounted.mount.unmount(Unmount::IfUnused).unwrap();
+}
+
+#[test]
+fn a_lazy_unmount_by_a_person_leaves_those_who_hold_files_open() {
+    if !can_mount() {
+        return;
+    }
+    let mounted = Mounted::new(MIB);
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(mounted.file())
+        .unwrap();
+    umount2(mounted.mount.dir(), MntFlags::MNT_DETACH).unwrap();
+    file.write_all_at(&[1; 512], 0).unwrap();
+    let refused = mounted.mount.unmount(Unmount::IfUnused);
+    assert!(
+        matches!(refused, Err(UnmountError::Busy { writers: 1, .. })),
+        "{refused:?}"
+    );
+    file.write_all_at(&[2; 512], 0).unwrap();
+    drop(file);
+    mounted.mount.wait();
+    mounted.mount.unmount(Unmount::IfUnused).unwrap();
+    assert_eq!(fs::read(mounted.image()).unwrap()[..512], [2; 512]);
+}
+
+#[test]
+fn without_the_right_to_mount_the_error_says_so() {
+    if !can_mount() {
+        return;
+    }
+    if let Some(dir) = std::env::var_os(UNPRIVILEGED) {
+        let refused = mount(&MountOptions::new(dir), Vec::new());
+        assert!(
+            matches!(refused, Err(MountError::NotPermitted(_))),
+            "{refused:?}"
+        );
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    // Root without a single capability: the device opens, since root owns it, and mount(2) is refused.
+    let attempt = Command::new("setpriv")
+        .args(["--bounding-set=-all", "--inh-caps=-all", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "mount::attach::without_the_right_to_mount_the_error_says_so",
+        ])
+        .env(UNPRIVILEGED, scratch.path())
+        .output();
+    match attempt {
+        Ok(output) => assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        ),
+        Err(error) => skip(&format!("setpriv: {error}")),
+    }
 }
 
 #[test]
@@ -165,6 +231,45 @@ fn many_machines_in_one_mount_and_many_mounts_at_once() {
             });
         }
     });
+}
+
+#[test]
+fn other_users_get_in_where_they_are_let_in() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (image, dir) = (scratch.path().join("image"), scratch.path().join("mnt"));
+    sparse_file(&image, MIB);
+    fs::create_dir(&dir).unwrap();
+    for (access, file_mode, owner, let_in) in [
+        (Visibility::Owner, 0o644, 0, false),
+        (Visibility::AllUsers, 0o600, 0, false),
+        (Visibility::AllUsers, 0o644, 0, true),
+        (Visibility::AllUsers, 0o600, NOBODY, true),
+    ] {
+        let mut options = MountOptions::new(&dir);
+        (options.access, options.file_mode) = (access, file_mode);
+        options.owner = Owner {
+            user: owner,
+            group: owner,
+        };
+        let mount = mount(&options, vec![raw_disk(&image, None, "disk")]).unwrap();
+        let read = Command::new("head")
+            .args(["-c", "512"])
+            .arg(dir.join("disk.raw"))
+            .uid(NOBODY)
+            .stderr(Stdio::null())
+            .output()
+            .unwrap();
+        assert_eq!(
+            read.status.success(),
+            let_in,
+            "{access:?} {file_mode:o} {owner}"
+        );
+        mount.unmount(Unmount::IfUnused).unwrap();
+    }
 }
 
 /// Not a test: what [`Server`] runs.

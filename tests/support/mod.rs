@@ -112,13 +112,17 @@ pub(crate) struct Mounted {
 impl Mounted {
     /// A fresh image of `size` bytes.
     pub(crate) fn new(size: u64) -> Self {
+        Self::with(size, |image| raw_disk(image, None, "disk"))
+    }
+
+    /// A fresh image of `size` bytes, shown as whatever disk `make` makes of it, under the name `disk`.
+    pub(crate) fn with(size: u64, make: impl FnOnce(&Path) -> MountedDisk) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("image");
         sparse_file(&image, size);
         let dir = folder.path().join("mnt");
         fs::create_dir(&dir).unwrap();
-        let disks = vec![raw_disk(&image, None, "disk")];
-        let mount = mount(&MountOptions::new(dir), disks).unwrap();
+        let mount = mount(&MountOptions::new(dir), vec![make(&image)]).unwrap();
         Self { mount, folder }
     }
 
