@@ -37,7 +37,7 @@ use crate::{
         file::FileFolder,
         ledger::{Ledger, LedgerError},
     },
-    track::state::StateDir,
+    track::{intent::HOT_REGIONS_MAX, state::StateDir},
     volume::{self, DiskSource, Machine, MachineOptions, MachineState},
 };
 
@@ -467,6 +467,7 @@ fn track(
         clock: Arc::clone(clock),
         boot_id,
         preserve_bytes_max: PRESERVE_BYTES_MAX,
+        hot_regions_max: HOT_REGIONS_MAX,
     };
     let sources = images.iter().map(|image| DiskSource {
         name: image.config.name.clone(),
