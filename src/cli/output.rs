@@ -62,6 +62,13 @@ impl Output {
         eprintln!("{text}");
     }
 
+    /// What is being done now: on a terminal one line that the next one overwrites, elsewhere nothing.
+    pub fn progress_line(&self, text: &str) {
+        if self.terminal {
+            eprint!("\r\x1b[K{text}\r");
+        }
+    }
+
     /// Clears the terminal for a fresh picture; elsewhere a blank line.
     pub fn fresh(&self) {
         if std::io::stdout().is_terminal() {
