@@ -1,4 +1,5 @@
 //! The integration tests: one binary, a module for each behaviour.
 
 mod crash;
+mod cuts;
 mod model;
