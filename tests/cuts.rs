@@ -4,6 +4,10 @@
 //! when that is acknowledged, disk B. At any instant A is B or one more, so a replica in which it is not has mixed two
 //! instants. Blocks are filled with the number, so a torn block shows as well; the numbers acknowledged before a cut and
 //! submitted after it bound what the epoch may hold.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test panics on what it does not expect"
+)]
 
 use std::{
     sync::{
