@@ -4,6 +4,10 @@
 //! in between (merges, lost acknowledgements, kills, power cuts), a completed epoch applied to it must give exactly what
 //! the disks held at its cut. That covers write order across disks, preserved blocks, and that nothing that differs is
 //! ever forgotten: a block that tracking lost shows up as a difference at the next completed epoch.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test panics on what it does not expect"
+)]
 
 use std::{collections::BTreeMap, error::Error, sync::Arc};
 

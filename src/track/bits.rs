@@ -137,7 +137,7 @@ impl Bits {
         let mut at = within.start;
         let end = within.end.min(self.len);
         while at < end {
-            if set && at % PAGE_BITS == 0 && !self.touched(at / PAGE_BITS) {
+            if set && at.is_multiple_of(PAGE_BITS) && !self.touched(at / PAGE_BITS) {
                 at += PAGE_BITS;
                 continue;
             }

@@ -23,7 +23,7 @@ use super::{
     core::{Closing, ClosingKind, Control, Core, Tracked},
     disk::Volume,
     open::{DiskSource, MachineOptions, OpenError, open_core},
-    record::{ImageStamp, ResyncReason},
+    record::{ImageStamp, ResyncReason, Trust},
     take::{Cursors, Side, TakeError, Taken},
 };
 use crate::{
@@ -573,7 +573,10 @@ impl Machine {
             stamps.push(stamp(disk.index).map_err(state("stamp the image"))?);
         }
         self.record(&mut control, "the end", |record| {
-            record.clean = true;
+            // A disk that stopped, or maps that were lost, are not mended by closing them.
+            if record.trust == Trust::Open {
+                record.trust = Trust::Clean;
+            }
             for (disk, stamp) in record.disks.iter_mut().zip(stamps) {
                 disk.stamp = stamp;
             }

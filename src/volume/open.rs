@@ -31,7 +31,7 @@ use tracing::{info, warn};
 
 use super::{
     core::{Closing, ClosingKind, Control, Core, Epochs, Tracked},
-    record::{DiskRecord, ImageStamp, Record, ResyncReason},
+    record::{DiskRecord, ImageStamp, Record, ResyncReason, Trust},
     take::Cursors,
 };
 use crate::{
@@ -163,11 +163,9 @@ pub(super) fn open_core(
     let record = Record {
         mount: past.record.mount + 1,
         boot_id: options.boot_id.clone(),
-        clean: false,
+        // What could not be believed is marked by now.
+        trust: Trust::Open,
         disks: disk_records,
-        // From here on every disk that could not be trusted is marked as a whole.
-        lost: false,
-        suspect: false,
         ..past.record
     };
     ledger.put(&key, &record)?;
@@ -256,22 +254,26 @@ fn past(
     };
     let known = found.is_some();
     let mut record = found.unwrap_or_default();
-    let power_cut = known && (record.suspect || !record.clean && record.boot_id != boot_id);
+    let power_cut = match record.trust {
+        Trust::Clean => false,
+        Trust::Open | Trust::Lost => record.boot_id != boot_id,
+        Trust::Suspect => true,
+    };
     if known && !record.same_disks(disks) {
         record = Record {
             mount: record.mount,
             resync: Some(ResyncReason::DisksChanged),
-            lost: true,
+            trust: Trust::Lost,
             ..Record::default()
         };
     }
-    if record.lost {
+    if record.trust == Trust::Lost {
         record.resync = record.resync.or(Some(ResyncReason::TrackingLost));
     }
     Ok(Past {
         record,
         known,
-        power_cut,
+        power_cut: known && power_cut,
     })
 }
 
@@ -293,19 +295,8 @@ fn open_disk(
     };
     let (index, mount) = (owner.disk, past.record.mount);
     let mounts = [mount, mount + 1];
-    let mut reason = None;
-    let mut maps = Vec::with_capacity(2);
-    for slot in Slot::BOTH {
-        let found = Map::find(state, owner, slot, mounts).map_err(failed("open the maps"))?;
-        maps.push(match found {
-            Some(map) if past.known => map,
-            _ => {
-                reason = reason.or(Some(ResyncReason::MapsLost(index)));
-                Map::create(state, owner, slot, mount + 1).map_err(failed("create the maps"))?
-            }
-        });
-    }
-    let maps: [Map; 2] = maps.try_into().expect("one for each of the two slots");
+    let (maps, mut reason) =
+        open_maps(state, owner, past, mounts).map_err(failed("open the maps"))?;
     let intent = IntentLog::find(state, owner, mounts).map_err(failed("open the intent log"))?;
     let (all, other) = (maps[0].bits(), maps[1].bits());
     let intent = match intent {
@@ -324,7 +315,7 @@ fn open_disk(
         reason = reason.or(Some(ResyncReason::ImageChanged(index)));
     }
     let reason = reason.filter(|_| past.known);
-    if reason.is_some() || past.record.lost {
+    if reason.is_some() || past.record.trust == Trust::Lost {
         all.set_all();
     }
     all.add(other);
@@ -360,6 +351,25 @@ fn open_disk(
     Ok((disk, reason))
 }
 
+/// The two maps of a disk, made anew where they cannot be used; then the reason to send everything.
+fn open_maps(
+    state: &StateDir,
+    owner: Owner,
+    past: &Past,
+    mounts: [u64; 2],
+) -> io::Result<([Map; 2], Option<ResyncReason>)> {
+    let mut reason = None;
+    let mut open = |slot| match Map::find(state, owner, slot, mounts)? {
+        Some(map) if past.known => Ok::<_, io::Error>(map),
+        _ => {
+            reason = Some(ResyncReason::MapsLost(owner.disk));
+            Map::create(state, owner, slot, mounts[1])
+        }
+    };
+    let maps = [open(Slot::A)?, open(Slot::B)?];
+    Ok((maps, reason))
+}
+
 fn mark_regions(bits: &Bits, regions: &BTreeSet<u64>, size: u64) {
     let blocks = size.div_ceil(crate::base::units::BLOCK_BYTES);
     for region in regions {
@@ -373,7 +383,7 @@ fn image_changed(past: &Past, index: DiskIndex, stamp: ImageStamp) -> bool {
     let Some(disk) = past.record.disks.get(index.index()) else {
         return true;
     };
-    if past.record.clean {
+    if past.record.trust == Trust::Clean {
         disk.stamp != stamp
     } else {
         disk.stamp.inode != stamp.inode
