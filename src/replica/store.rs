@@ -307,6 +307,18 @@ impl Shared {
         }
     }
 
+    /// The state, if the replica is not closed and nobody uses it.
+    fn idle_state(&self) -> Result<MutexGuard<'_, State>, ReplicaError> {
+        let state = self.state()?;
+        if state.receiving {
+            return Err(ReplicaError::Receiving);
+        }
+        match self.pins.oldest() {
+            Some(epoch) => Err(ReplicaError::PointInUse(epoch)),
+            None => Ok(state),
+        }
+    }
+
     /// Makes `record` the durable one, then the one in memory.
     pub(super) fn record(&self, state: &mut State, record: Record) -> Result<(), ReplicaError> {
         self.ledger.put(&Record::key(self.id), &record)?;
@@ -499,13 +511,7 @@ impl MachineReplica {
     /// merge. Later calls fail.
     pub fn close(&self) -> Result<(), ReplicaError> {
         let _merging = self.shared.merging.lock();
-        let mut state = self.shared.state()?;
-        if state.receiving {
-            return Err(ReplicaError::Receiving);
-        }
-        if let Some(epoch) = self.shared.pins.oldest() {
-            return Err(ReplicaError::PointInUse(epoch));
-        }
+        let mut state = self.shared.idle_state()?;
         state.closed = true;
         let disks = std::mem::take(&mut state.disks);
         let names = state.record.iter().flat_map(|record| &record.disks);
@@ -513,6 +519,38 @@ impl MachineReplica {
             disk.close()
                 .map_err(|source| disk_failed(&record.name, source))?;
         }
+        Ok(())
+    }
+}
+
+impl MachineReplica {
+    /// Removes everything: images, logs and record. Refused while a view is open or a log is being received; waits for a
+    /// merge. Interrupted, it is finished by the next open. Later calls fail.
+    pub fn destroy(&self) -> Result<(), ReplicaError> {
+        let shared = &*self.shared;
+        let _merging = shared.merging.lock();
+        let mut state = shared.idle_state()?;
+        let Some(record) = state.record.clone() else {
+            state.closed = true;
+            return Ok(());
+        };
+        // From here on the next open removes what is left.
+        let gone = Record {
+            base: Base::Creating,
+            head: None,
+            ..record
+        };
+        shared.record(&mut state, gone.clone())?;
+        state.closed = true;
+        state.disks.clear();
+        state.logs.clear();
+        let names = shared
+            .folder
+            .names()
+            .map_err(ReplicaError::io("list", "."))?;
+        shared.remove_logs(&names)?;
+        shared.forget(&gone)?;
+        tracing::info!(machine = %shared.id, "replica removed");
         Ok(())
     }
 }
