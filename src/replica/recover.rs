@@ -9,8 +9,9 @@ use super::{
     images::Images,
     ingest::PART_SUFFIX,
     log::{LOG_SUFFIX, LogFile, log_name},
+    pins::Pins,
     record::{Base, Record},
-    store::{MachineReplica, Pins, ReplicaOptions, Shared, State, Tally},
+    store::{MachineReplica, ReplicaOptions, Shared, State, Tally},
 };
 use crate::{
     base::{ids::MachineId, units::Epoch},

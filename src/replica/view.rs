@@ -11,7 +11,8 @@ use parking_lot::Mutex;
 use super::{
     error::ReplicaError,
     index::LogIndex,
-    store::{MachineReplica, Pin, Point},
+    pins::Pin,
+    store::{MachineReplica, Point},
 };
 use crate::{
     base::units::{DiskIndex, Epoch, Extent, to_usize},
