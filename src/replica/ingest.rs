@@ -330,6 +330,7 @@ impl Ingest {
                     lineage: trailer.lineage,
                     cut: trailer.cut,
                     consistency: trailer.consistency,
+                    exact: false,
                 };
                 let record = self.next_record(&state, trailer, |_| Base::At(point))?;
                 self.shared.record(&mut state, record)?;
