@@ -114,11 +114,7 @@ impl Progress {
             return;
         }
         // Without a terminal a line for every tenth: enough to see it move, not enough to fill a journal.
-        let tenths = if total == 0 {
-            10
-        } else {
-            done.saturating_mul(10) / total
-        };
+        let tenths = done.saturating_mul(10).checked_div(total).unwrap_or(10);
         if self.tenths.is_none_or(|before| tenths > before) {
             self.tenths = Some(tenths);
             let (done, total) = (

@@ -55,7 +55,7 @@ pub async fn run(args: ReplicaArgs, out: &Output) -> anyhow::Result<()> {
         format: args.format,
         keep: args.keep,
     };
-    let secondary = Arc::new(Secondary::start(config)?);
+    let secondary = Arc::new(Secondary::start(&config)?);
     out.note(&format!("accepting primaries on {}", secondary.address()));
     let server = tokio::spawn(socket.serve(Arc::clone(&secondary) as Arc<dyn Operate>));
     tokio::select! {

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::{self, Receiver as EventReceiver, Sender as EventSender, UnboundedSender};
 
-use super::{driver::chain, secondary::Served};
+use super::{driver::chain, replicas::Served};
 use crate::{
     base::{ids::Generation, units::to_u64},
     net::{ControlReceiver, ControlSender, Link, LinkError, LogReceiver, Reason},

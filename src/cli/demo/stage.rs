@@ -77,8 +77,8 @@ pub(super) fn text(path: &Path) -> anyhow::Result<String> {
 }
 
 /// The programs the demo needs, found before anything is changed.
-#[derive(Debug)]
-pub(super) struct Tools;
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tools(());
 
 impl Tools {
     pub(super) fn find() -> anyhow::Result<Self> {
@@ -106,11 +106,11 @@ impl Tools {
             "missing programs: {} (scripts/demo installs them)",
             missing.join(", ")
         );
-        Ok(Self)
+        Ok(Self(()))
     }
 
     /// Runs a program and returns what it printed; a failure carries its error output.
-    pub(super) fn run(&self, program: &str, args: &[&str]) -> anyhow::Result<String> {
+    pub(super) fn run(self, program: &str, args: &[&str]) -> anyhow::Result<String> {
         let done = Command::new(program)
             .args(args)
             .stdin(Stdio::null())
@@ -135,7 +135,7 @@ pub(super) struct LoopDevice {
 }
 
 impl LoopDevice {
-    pub(super) fn attach(tools: &Tools, file: &Path) -> anyhow::Result<Self> {
+    pub(super) fn attach(tools: Tools, file: &Path) -> anyhow::Result<Self> {
         let file = text(file)?;
         let said = tools.run("losetup", &["--find", "--show", "--direct-io=on", &file])?;
         Ok(Self {
@@ -144,7 +144,7 @@ impl LoopDevice {
     }
 
     /// The same, for reading only.
-    pub(super) fn attach_read_only(tools: &Tools, file: &Path) -> anyhow::Result<Self> {
+    pub(super) fn attach_read_only(tools: Tools, file: &Path) -> anyhow::Result<Self> {
         let file = text(file)?;
         let said = tools.run("losetup", &["--find", "--show", "--read-only", &file])?;
         Ok(Self {
@@ -184,12 +184,12 @@ pub(super) struct FileSystem {
 }
 
 impl FileSystem {
-    pub(super) fn mount(_: &Tools, device: &str, at: &Path) -> anyhow::Result<Self> {
+    pub(super) fn mount(_: Tools, device: &str, at: &Path) -> anyhow::Result<Self> {
         Self::mount_with(device, at, MsFlags::empty())
     }
 
     /// Without replaying the journal or writing anything else.
-    pub(super) fn mount_read_only(_: &Tools, device: &str, at: &Path) -> anyhow::Result<Self> {
+    pub(super) fn mount_read_only(_: Tools, device: &str, at: &Path) -> anyhow::Result<Self> {
         Self::mount_with(device, at, MsFlags::MS_RDONLY)
     }
 
