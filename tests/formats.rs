@@ -162,6 +162,33 @@ fn samples_read_as_their_makers_meant() {
     assert!(read >= 14 && refused >= 5, "{read} read, {refused} refused");
 }
 
+#[test]
+fn our_own_samples_read_as_qemu_does() {
+    if !installed("qemu-io") {
+        return;
+    }
+    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("disks");
+    let dir = tempfile::tempdir().unwrap();
+    let (good, text) = run(Command::new(here.join("make.sh")).arg(dir.path()));
+    assert!(good, "{text}");
+    let catalog = fs::read_to_string(here.join("catalog.toml")).unwrap();
+    let catalog: Catalog = toml::from_str(&catalog).unwrap();
+    for sample in &catalog.disk {
+        let path = dir.path().join(&sample.file);
+        let storage = Arc::new(FileStorage::open(&path, Access::ReadOnly).unwrap());
+        let format = image::detect(storage.as_ref()).unwrap();
+        assert_eq!(format.is_none(), sample.file == "plain.raw");
+        let format = format.unwrap_or(Format::Raw);
+        let disk = image::open(storage, format, Access::ReadOnly, ids()).unwrap();
+        assert_eq!(
+            Some(digest(disk.as_ref())),
+            sample.raw_sha256,
+            "{}",
+            sample.file
+        );
+    }
+}
+
 /// What is opened for writing, written to and closed is sound to everybody and holds what it held.
 fn reopen_for_writing(path: &Path, sample: &Sample) {
     let disk = open_file(path, Access::ReadWrite).unwrap();
