@@ -245,3 +245,65 @@ fn a_cut_is_one_instant_also_when_the_side_store_overflows() {
     let counters = run(6 * (BLOCK + 128), 30, PAIRS / 2);
     assert!(counters.merged_epochs >= 10, "{counters:?}");
 }
+
+/// What tracking costs: 4 KiB random and 1 MiB sequential writes to a real file, with real maps and intent log. Prints;
+/// asserts nothing. Run with `cargo test --release -- --ignored --nocapture tracked_and_untracked`.
+#[test]
+#[ignore = "a measurement"]
+fn tracked_and_untracked_writes() {
+    use understudy::storage::file::FileStorage;
+    let dir = tempfile::tempdir().unwrap();
+    let size = 1_u64 << 30;
+    let raw = |name: &str| -> Arc<dyn Disk> {
+        let storage = FileStorage::create_new(&dir.path().join(name)).unwrap();
+        for at in (0..size).step_by(1 << 20) {
+            storage.write_at(at, &vec![1; 1 << 20], Fua::No).unwrap();
+        }
+        storage.sync().unwrap();
+        Arc::new(RawDisk::open(Arc::new(storage), Access::ReadWrite).unwrap())
+    };
+    let untracked = raw("untracked");
+    let disk = DiskSource {
+        name: Name::new("d").unwrap(),
+        disk: raw("tracked"),
+        stamp: ImageStamp {
+            inode: 1,
+            bytes: size,
+            modified: (0, 0),
+        },
+    };
+    let options = MachineOptions {
+        id: MachineId(uuid::Uuid::from_u128(1)),
+        name: Name::new("m").unwrap(),
+        clock: Arc::new(SystemClock::default()),
+        boot_id: "boot".into(),
+        preserve_bytes_max: 1 << 28,
+        hot_regions_max: 16384,
+    };
+    let state = StateDir::open(&dir.path().join("state")).unwrap();
+    let ledger = Ledger::open(MemoryStorage::new(&Power::new())).unwrap();
+    let machine = Machine::open(options, vec![disk], &state, Arc::new(ledger)).unwrap();
+    let tracked = Arc::clone(&machine.volumes()[0]) as Arc<dyn Disk>;
+    for round in 0..4 {
+        for (name, disk) in [("untracked", &untracked), ("tracked", &tracked)] {
+            let start = std::time::Instant::now();
+            for at in (0..size).step_by(1 << 20) {
+                disk.write_at(at, &vec![round; 1 << 20], Fua::No).unwrap();
+            }
+            let sequential = start.elapsed();
+            let start = std::time::Instant::now();
+            let (count, mut seed) = (200_000_u64, 1_u64);
+            for _ in 0..count {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let at = (seed >> 33) % (size / BLOCK) * BLOCK;
+                disk.write_at(at, &[round; 4096], Fua::No).unwrap();
+            }
+            let random = start.elapsed();
+            println!(
+                "{name}: 1 MiB sequential {sequential:?} a GiB, 4 KiB random {:?} a write",
+                random / u32::try_from(count).unwrap()
+            );
+            disk.flush().unwrap();
+        }
+    }
+}
