@@ -253,7 +253,7 @@ fn a_cut_is_one_instant_also_when_the_side_store_overflows() {
 fn tracked_and_untracked_writes() {
     use understudy::storage::file::FileStorage;
     let dir = tempfile::tempdir().unwrap();
-    let size = 1_u64 << 30;
+    let size = 128_u64 << 20;
     let raw = |name: &str| -> Arc<dyn Disk> {
         let storage = FileStorage::create_new(&dir.path().join(name)).unwrap();
         for at in (0..size).step_by(1 << 20) {
@@ -300,7 +300,7 @@ fn tracked_and_untracked_writes() {
             }
             let random = start.elapsed();
             println!(
-                "{name}: 1 MiB sequential {sequential:?} a GiB, 4 KiB random {:?} a write",
+                "{name}: 1 MiB sequential {sequential:?} for 128 MiB, 4 KiB random {:?} a write",
                 random / u32::try_from(count).unwrap()
             );
             disk.flush().unwrap();
