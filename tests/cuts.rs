@@ -167,7 +167,13 @@ fn numbers(counts: &[AtomicU64]) -> Vec<u64> {
     counts.iter().map(|n| n.load(Ordering::SeqCst)).collect()
 }
 
-fn replicate(machine: &Machine, progress: &Progress, epochs: u64, pause: u64) -> Counters {
+fn replicate(
+    machine: &Machine,
+    progress: &Progress,
+    epochs: u64,
+    merges: u64,
+    pause: u64,
+) -> Counters {
     let mut replica = Replica {
         disks: [vec![0; to_usize(SIZE)], vec![0; to_usize(SIZE)]],
         log: Vec::new(),
@@ -187,7 +193,7 @@ fn replicate(machine: &Machine, progress: &Progress, epochs: u64, pause: u64) ->
     };
     machine.staged(lineage(Epoch::INITIAL)).unwrap();
     let (mut complete, mut attempts) = (0, 0_u64);
-    while complete < epochs {
+    while complete < epochs || machine.counters().merged_epochs < merges {
         // The log of an epoch begins while it is open.
         send(machine, &mut replica, Side::Open, machine.open_epoch(), 10);
         let before = numbers(&progress.done);
@@ -210,7 +216,7 @@ fn replicate(machine: &Machine, progress: &Progress, epochs: u64, pause: u64) ->
     machine.counters()
 }
 
-fn run(preserve_bytes_max: u64, epochs: u64, pause: u64) -> Counters {
+fn run(preserve_bytes_max: u64, epochs: u64, merges: u64, pause: u64) -> Counters {
     let machine = machine(preserve_bytes_max);
     let counts = || (0..PAIRS).map(|_| AtomicU64::new(0)).collect();
     let progress = Progress {
@@ -225,7 +231,7 @@ fn run(preserve_bytes_max: u64, epochs: u64, pause: u64) -> Counters {
         }
         // A panic of the sender must not leave the writers running for ever.
         let result = scope
-            .spawn(|| replicate(&machine, &progress, epochs, pause))
+            .spawn(|| replicate(&machine, &progress, epochs, merges, pause))
             .join();
         progress.stop.store(true, Ordering::SeqCst);
         result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -234,7 +240,7 @@ fn run(preserve_bytes_max: u64, epochs: u64, pause: u64) -> Counters {
 
 #[test]
 fn a_cut_is_one_instant_of_all_disks() {
-    let counters = run(1 << 20, 150, PAIRS);
+    let counters = run(1 << 20, 150, 0, PAIRS);
     assert_eq!(counters.merged_epochs, 0, "all blocks fit the side store");
     assert!(counters.preserved_blocks > 100, "{counters:?}");
 }
@@ -242,7 +248,7 @@ fn a_cut_is_one_instant_of_all_disks() {
 #[test]
 fn a_cut_is_one_instant_also_when_the_side_store_overflows() {
     // Room for a few blocks. What is merged goes on in the same log, and every third attempt gets through.
-    let counters = run(6 * (BLOCK + 128), 30, PAIRS / 2);
+    let counters = run(6 * (BLOCK + 128), 30, 10, PAIRS / 2);
     assert!(counters.merged_epochs >= 10, "{counters:?}");
 }
 
