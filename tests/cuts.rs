@@ -167,7 +167,13 @@ fn numbers(counts: &[AtomicU64]) -> Vec<u64> {
     counts.iter().map(|n| n.load(Ordering::SeqCst)).collect()
 }
 
-fn replicate(machine: &Machine, progress: &Progress, epochs: u64, pause: u64) -> Counters {
+fn replicate(
+    machine: &Machine,
+    progress: &Progress,
+    epochs: u64,
+    merges: u64,
+    pause: u64,
+) -> Counters {
     let mut replica = Replica {
         disks: [vec![0; to_usize(SIZE)], vec![0; to_usize(SIZE)]],
         log: Vec::new(),
@@ -187,7 +193,7 @@ fn replicate(machine: &Machine, progress: &Progress, epochs: u64, pause: u64) ->
     };
     machine.staged(lineage(Epoch::INITIAL)).unwrap();
     let (mut complete, mut attempts) = (0, 0_u64);
-    while complete < epochs {
+    while complete < epochs || machine.counters().merged_epochs < merges {
         // The log of an epoch begins while it is open.
         send(machine, &mut replica, Side::Open, machine.open_epoch(), 10);
         let before = numbers(&progress.done);
@@ -210,7 +216,7 @@ fn replicate(machine: &Machine, progress: &Progress, epochs: u64, pause: u64) ->
     machine.counters()
 }
 
-fn run(preserve_bytes_max: u64, epochs: u64, pause: u64) -> Counters {
+fn run(preserve_bytes_max: u64, epochs: u64, merges: u64, pause: u64) -> Counters {
     let machine = machine(preserve_bytes_max);
     let counts = || (0..PAIRS).map(|_| AtomicU64::new(0)).collect();
     let progress = Progress {
@@ -225,7 +231,7 @@ fn run(preserve_bytes_max: u64, epochs: u64, pause: u64) -> Counters {
         }
         // A panic of the sender must not leave the writers running for ever.
         let result = scope
-            .spawn(|| replicate(&machine, &progress, epochs, pause))
+            .spawn(|| replicate(&machine, &progress, epochs, merges, pause))
             .join();
         progress.stop.store(true, Ordering::SeqCst);
         result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -234,7 +240,7 @@ fn run(preserve_bytes_max: u64, epochs: u64, pause: u64) -> Counters {
 
 #[test]
 fn a_cut_is_one_instant_of_all_disks() {
-    let counters = run(1 << 20, 150, PAIRS);
+    let counters = run(1 << 20, 150, 0, PAIRS);
     assert_eq!(counters.merged_epochs, 0, "all blocks fit the side store");
     assert!(counters.preserved_blocks > 100, "{counters:?}");
 }
@@ -242,6 +248,68 @@ fn a_cut_is_one_instant_of_all_disks() {
 #[test]
 fn a_cut_is_one_instant_also_when_the_side_store_overflows() {
     // Room for a few blocks. What is merged goes on in the same log, and every third attempt gets through.
-    let counters = run(6 * (BLOCK + 128), 30, PAIRS / 2);
+    let counters = run(6 * (BLOCK + 128), 30, 10, PAIRS / 2);
     assert!(counters.merged_epochs >= 10, "{counters:?}");
+}
+
+/// What tracking costs: 4 KiB random and 1 MiB sequential writes to a real file, with real maps and intent log. Prints;
+/// asserts nothing. Run with `cargo test --release -- --ignored --nocapture tracked_and_untracked`.
+#[test]
+#[ignore = "a measurement"]
+fn tracked_and_untracked_writes() {
+    use understudy::storage::file::FileStorage;
+    let dir = tempfile::tempdir().unwrap();
+    let size = 128_u64 << 20;
+    let raw = |name: &str| -> Arc<dyn Disk> {
+        let storage = FileStorage::create_new(&dir.path().join(name)).unwrap();
+        for at in (0..size).step_by(1 << 20) {
+            storage.write_at(at, &vec![1; 1 << 20], Fua::No).unwrap();
+        }
+        storage.sync().unwrap();
+        Arc::new(RawDisk::open(Arc::new(storage), Access::ReadWrite).unwrap())
+    };
+    let untracked = raw("untracked");
+    let disk = DiskSource {
+        name: Name::new("d").unwrap(),
+        disk: raw("tracked"),
+        stamp: ImageStamp {
+            inode: 1,
+            bytes: size,
+            modified: (0, 0),
+        },
+    };
+    let options = MachineOptions {
+        id: MachineId(uuid::Uuid::from_u128(1)),
+        name: Name::new("m").unwrap(),
+        clock: Arc::new(SystemClock::default()),
+        boot_id: "boot".into(),
+        preserve_bytes_max: 1 << 28,
+        hot_regions_max: 16384,
+    };
+    let state = StateDir::open(&dir.path().join("state")).unwrap();
+    let ledger = Ledger::open(MemoryStorage::new(&Power::new())).unwrap();
+    let machine = Machine::open(options, vec![disk], &state, Arc::new(ledger)).unwrap();
+    let tracked = Arc::clone(&machine.volumes()[0]) as Arc<dyn Disk>;
+    for round in 0..4 {
+        for (name, disk) in [("untracked", &untracked), ("tracked", &tracked)] {
+            let start = std::time::Instant::now();
+            for at in (0..size).step_by(1 << 20) {
+                disk.write_at(at, &vec![round; 1 << 20], Fua::No).unwrap();
+            }
+            let sequential = start.elapsed();
+            let start = std::time::Instant::now();
+            let (count, mut seed) = (200_000_u64, 1_u64);
+            for _ in 0..count {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let at = (seed >> 33) % (size / BLOCK) * BLOCK;
+                disk.write_at(at, &[round; 4096], Fua::No).unwrap();
+            }
+            let random = start.elapsed();
+            println!(
+                "{name}: 1 MiB sequential {sequential:?} for 128 MiB, 4 KiB random {:?} a write",
+                random / u32::try_from(count).unwrap()
+            );
+            disk.flush().unwrap();
+        }
+    }
 }

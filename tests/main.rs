@@ -9,5 +9,5 @@ mod model;
 mod mount;
 mod net;
 mod staging;
-mod tidy;
 mod support;
+mod tidy;

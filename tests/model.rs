@@ -272,14 +272,18 @@ impl World {
     }
 
     pub(crate) fn power_on(&mut self, kept: u64) -> Outcome {
-        self.machine = None;
         let mut turn = 0;
-        let mut choice = || {
+        self.power_on_with(&mut || {
             turn += 1;
             kept > 0 && turn % kept == 0
-        };
-        self.power.restore(&mut choice);
-        self.state.lose(&mut choice)?;
+        })
+    }
+
+    /// Power on again; `choice` says of each change that was not synced whether it lasts.
+    pub(crate) fn power_on_with(&mut self, choice: &mut dyn FnMut() -> bool) -> Outcome {
+        self.machine = None;
+        self.power.restore(choice);
+        self.state.lose(choice)?;
         self.boot += 1;
         self.armed = false;
         self.start()

@@ -117,6 +117,7 @@ impl Bits {
 
     /// The first run of blocks of the set that lies in `within`.
     pub fn run(&self, within: Range<u64>) -> Option<Range<u64>> {
+        let within = within.start..within.end.min(self.len);
         let first = self.first(within.clone(), true)?;
         let end = self.first(first..within.end, false).unwrap_or(within.end);
         Some(first..end)
