@@ -113,7 +113,10 @@ impl Tools {
     }
 
     /// Runs one of [`PROGRAMS`] and returns what it printed; a failure carries its error output.
-    #[expect(clippy::unused_self, reason = "having a value of this type proves that the programs are there")]
+    #[expect(
+        clippy::unused_self,
+        reason = "having a value of this type proves that the programs are there"
+    )]
     pub(super) fn run(self, program: &str, args: &[&str]) -> anyhow::Result<String> {
         let done = Command::new(program)
             .args(args)
@@ -383,11 +386,20 @@ impl Host {
             if let Some(status) = child.try_wait()? {
                 break status;
             }
-            ensure_in_time(started, START_WITHIN, &format!("stopping the {} node", self.what))?;
+            ensure_in_time(
+                started,
+                START_WITHIN,
+                &format!("stopping the {} node", self.what),
+            )?;
             std::thread::sleep(LOOK_EVERY);
         };
         self.child = None;
-        ensure!(status.success(), "the {} node ended with {status}: {}", self.what, self.last_words());
+        ensure!(
+            status.success(),
+            "the {} node ended with {status}: {}",
+            self.what,
+            self.last_words()
+        );
         Ok(())
     }
 }
