@@ -55,6 +55,8 @@ pub struct PrimaryConfig {
     pub visibility: Visibility,
     /// Whom the files belong to, if not this process's user.
     pub owner: Option<Owner>,
+    /// Threads that serve the mount.
+    pub threads: usize,
     /// Folder of the tracking state; nothing is tracked without it.
     pub state: Option<PathBuf>,
     /// Where to replicate to.
@@ -366,6 +368,7 @@ fn show(
 ) -> Result<Mount, PrimaryError> {
     let mut options = MountOptions::new(&config.at);
     options.access = config.visibility;
+    options.threads = config.threads;
     if let Some(owner) = config.owner {
         options.owner = owner;
     }
