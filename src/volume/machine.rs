@@ -26,7 +26,7 @@ use super::{
     core::{Closing, ClosingKind, Control, Core, Tracked},
     disk::Volume,
     open::{DiskSource, MachineOptions, OpenError, open_core},
-    record::{ImageStamp, Trust},
+    record::{ImageStamp, ResyncReason, Trust},
     take::{Cursors, Side, TakeError, Taken},
 };
 use crate::{
