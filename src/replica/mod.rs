@@ -38,7 +38,7 @@ mod view;
 pub use error::{IngestError, ReplicaError};
 pub use handover::Adoption;
 pub use images::{ImageError, ImageFormat, Images, RawImages};
-pub use ingest::{Ingest, IngestEvent};
+pub use ingest::{Ingest, IngestEvent, SyncTask};
 pub use merge::MergeReport;
 pub use store::{
     Counters, DiskSpec, Head, ImageStatus, MachineReplica, Point, ReplicaOptions, ReplicaStatus,
