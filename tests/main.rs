@@ -1,12 +1,14 @@
 //! The integration tests: one binary, a module for each behaviour.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+mod cli;
 mod crash;
 mod delta;
 mod formats;
 mod model;
 mod mount;
 mod net;
+mod replicate;
 mod staging;
-mod tidy;
 mod support;
+mod tidy;
