@@ -1,6 +1,7 @@
 //! The integration tests: one binary, a module for each behaviour.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+mod cli;
 mod crash;
 mod cuts;
 mod delta;
@@ -8,6 +9,7 @@ mod formats;
 mod model;
 mod mount;
 mod net;
+mod replicate;
 mod staging;
 mod support;
 mod tidy;

@@ -13,7 +13,7 @@ pub mod pki;
 pub mod replica;
 pub mod status;
 
-use std::{fmt, process::ExitCode};
+use std::{fmt, io::IsTerminal as _, process::ExitCode};
 
 use clap::Parser;
 
@@ -106,6 +106,7 @@ fn start_log() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
 }

@@ -143,7 +143,8 @@ async fn connect(
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    let endpoint = transport::endpoint(SocketAddr::new(unspecified, 0), None)
+    let local = SocketAddr::new(unspecified, 0);
+    let endpoint = transport::endpoint(local, identity.reset(), None)
         .map_err(|source| DialError::Socket { address, source })?;
     let config = transport::client_config(identity.client());
     let connecting = endpoint

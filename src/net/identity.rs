@@ -21,7 +21,7 @@ use rustls::{
 };
 use x509_parser::prelude::{GeneralName, X509Certificate};
 
-use super::transport;
+use super::transport::{self, ResetKey};
 use crate::base::{
     clock::{Clock, SystemClock, Timestamp},
     ids::Name,
@@ -41,6 +41,7 @@ const EXPIRY_NEAR: Duration = Duration::from_hours(30 * 24);
 pub struct Identity {
     name: Name,
     valid_until: Timestamp,
+    reset: ResetKey,
     server: Arc<QuicServerConfig>,
     client: Arc<QuicClientConfig>,
 }
@@ -132,11 +133,13 @@ impl Identity {
                 source,
             },
         };
+        let reset = ResetKey::of(&key);
         let server = transport::server_crypto(&roots, chain.clone(), key.clone_key());
         let client = transport::client_crypto(&roots, chain, key);
         Ok(Self {
             name: facts.name,
             valid_until: facts.not_after,
+            reset,
             server: Arc::new(server.map_err(refused)?),
             client: Arc::new(client.map_err(refused)?),
         })
@@ -150,6 +153,10 @@ impl Identity {
     /// When the certificate ends.
     pub fn valid_until(&self) -> Timestamp {
         self.valid_until
+    }
+
+    pub(super) fn reset(&self) -> ResetKey {
+        self.reset
     }
 
     pub(super) fn server(&self) -> Arc<QuicServerConfig> {

@@ -112,10 +112,12 @@ impl Listener {
     pub fn bind(address: SocketAddr, identity: &Identity, allow: Allow) -> Result<Self, BindError> {
         let server = transport::server_config(identity.server());
         let endpoint =
-            transport::endpoint(address, Some(server)).map_err(|source| match source.kind() {
-                io::ErrorKind::AddrInUse => BindError::Busy(address),
-                io::ErrorKind::AddrNotAvailable => BindError::NotOurs(address),
-                _ => BindError::Io { address, source },
+            transport::endpoint(address, identity.reset(), Some(server)).map_err(|source| {
+                match source.kind() {
+                    io::ErrorKind::AddrInUse => BindError::Busy(address),
+                    io::ErrorKind::AddrNotAvailable => BindError::NotOurs(address),
+                    _ => BindError::Io { address, source },
+                }
             })?;
         let (sender, outcomes) = mpsc::channel(OUTCOMES_MAX);
         let accepting = tokio::spawn(accept_all(endpoint.clone(), allow, sender));

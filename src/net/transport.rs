@@ -12,14 +12,24 @@
 //! # Why no tickets
 //! A resumed session would skip the certificate: a host whose certificate was withdrawn could come back with a ticket.
 //! Early data could be replayed. Both save one round trip per outage, which is worth neither.
+//!
+//! # Why a lasting reset key
+//! A listener that was killed and started again knows nothing of its old links, and their dialers would wait for
+//! [`IDLE_MAX`] before they dial anew. With a key that outlives the process it can tell them so with the token they were
+//! given (RFC 9000 section 10.3), and they are back after one round trip. The key follows from the host's private key, so
+//! nobody else can break a link with it.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use quinn::{
-    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
-    TokioRuntime, TransportConfig, VarInt,
+    ClientConfig, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout,
+    MtuDiscoveryConfig, ServerConfig, TokioRuntime, TransportConfig, VarInt,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
     udp::{UdpSockRef, UdpSocketState},
+};
+use ring::{
+    hmac,
+    rand::{self, SystemRandom},
 };
 use rustls::{
     RootCertStore,
@@ -52,6 +62,8 @@ pub const HANDSHAKES_MAX: usize = 64;
 pub const HANDSHAKES_UNPROVED_MAX: usize = 16;
 /// Links of one listener at once.
 pub const LINKS_MAX: usize = 256;
+/// Length of the connection ids this host hands out, in bytes.
+const CONNECTION_ID_BYTES: usize = 8;
 /// Buffer asked of the kernel for each direction of a socket, in bytes; the kernel gives up to `net.core.rmem_max`.
 const SOCKET_BYTES: usize = 8 << 20;
 /// A receive buffer below this loses packets at 1 Gbit/s whenever the process is not scheduled for 8 ms.
@@ -139,11 +151,53 @@ fn transport(control_streams: u32) -> TransportConfig {
     config
 }
 
+/// What lets a host disown the links of its former life: the same for every process with the same private key.
+#[derive(Clone, Copy)]
+pub(super) struct ResetKey([u8; 32]);
+
+impl ResetKey {
+    pub(super) fn of(key: &PrivateKeyDer<'_>) -> Self {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, key.secret_der());
+        let tag = hmac::sign(&key, b"understudy stateless reset");
+        Self(tag.as_ref().try_into().expect("SHA-256 has 32 bytes"))
+    }
+
+    fn config(self) -> EndpointConfig {
+        let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &self.0)));
+        config.cid_generator(|| Box::new(AnyConnectionId));
+        config
+    }
+}
+
+/// Random connection ids, of which every one is taken for an own one: quinn's default answers no packets of a former
+/// life. Its resets are never longer than what they answer, and fifty a second at most.
+struct AnyConnectionId;
+
+impl ConnectionIdGenerator for AnyConnectionId {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let random = rand::generate::<[u8; CONNECTION_ID_BYTES]>(&SystemRandom::new())
+            .expect("the system has random numbers");
+        ConnectionId::new(&random.expose())
+    }
+
+    fn cid_len(&self) -> usize {
+        CONNECTION_ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}
+
 /// An endpoint on a socket bound to `address`, listening if `server` is given.
-pub(super) fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Endpoint> {
+pub(super) fn endpoint(
+    address: SocketAddr,
+    reset: ResetKey,
+    server: Option<ServerConfig>,
+) -> io::Result<Endpoint> {
     let socket = std::net::UdpSocket::bind(address)?;
     widen(&socket)?;
-    let mut config = EndpointConfig::default();
+    let mut config = reset.config();
     config
         .max_udp_payload_size(PACKET_BYTES_MAX)
         .expect("the largest packet is one that QUIC allows");

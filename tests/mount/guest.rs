@@ -1,23 +1,8 @@
 //! A whole guest on a file of the mount: kernel, virtio-blk, QEMU with `cache=none`, shim, image.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::support::{Mounted, can_mount, have, must, skip};
-
-/// The script that boots guests, if its downloads are there or are asked for.
-fn guest_lab() -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let asked = std::env::var_os("UNDERSTUDY_GUEST_LAB").is_some_and(|value| value == "1");
-    let cached = std::env::var_os("UNDERSTUDY_GUEST_CACHE")
-        .map_or_else(|| root.join("target/guest-lab"), PathBuf::from)
-        .join("ready")
-        .is_file();
-    if asked || cached {
-        return Some(root.join("scripts/guest-lab"));
-    }
-    skip("no guest: run scripts/guest-lab once, or set UNDERSTUDY_GUEST_LAB=1");
-    None
-}
+use crate::support::{Mounted, can_mount, guest_lab, have, must};
 
 /// Boots the guest, which must be content, and returns the lines about files.
 fn boot(lab: &Path, mounted: &Mounted, mode: &str, aio: &str) -> Vec<String> {

@@ -1,5 +1,8 @@
 //! What the tests of the kernel's side share: mounts that clean up after themselves, programs, loud skips.
 
+mod hosts;
+mod load;
+
 use std::{
     ffi::OsStr,
     fs,
@@ -16,6 +19,8 @@ use understudy::{
     shim::{Mount, MountOptions, MountedDisk, Writability, mount},
     storage::file::FileStorage,
 };
+
+pub(crate) use self::{hosts::*, load::*};
 
 /// Says that a test did not run. Written past the harness's capture, so that it is seen in a green run as well.
 pub(crate) fn skip(reason: &str) {
@@ -140,4 +145,19 @@ impl Mounted {
     pub(crate) fn scratch(&self) -> &Path {
         self.folder.path()
     }
+}
+
+/// The script that boots guests, if its downloads are there or are asked for.
+pub(crate) fn guest_lab() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let asked = std::env::var_os("UNDERSTUDY_GUEST_LAB").is_some_and(|value| value == "1");
+    let cached = std::env::var_os("UNDERSTUDY_GUEST_CACHE")
+        .map_or_else(|| root.join("target/guest-lab"), PathBuf::from)
+        .join("ready")
+        .is_file();
+    if asked || cached {
+        return Some(root.join("scripts/guest-lab"));
+    }
+    skip("no guest: run scripts/guest-lab once, or set UNDERSTUDY_GUEST_LAB=1");
+    None
 }

@@ -1,0 +1,130 @@
+//! Running nodes: what a second one may not have, who is let in, what `status` shows.
+
+use std::fs;
+
+use understudy::{
+    base::{
+        clock::{Clock, SystemClock},
+        ids::Name,
+    },
+    coord::state::{Health, ReplicationState},
+    net::pki,
+    node::status::NodeStatus,
+};
+
+use super::{assert_said, understudy};
+use crate::support::{Hosts, can_mount};
+
+#[test]
+fn what_one_node_uses_no_other_gets() {
+    if !can_mount() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let image = hosts.image("disk.vhdx", 64);
+    let replica = hosts.replica(&[]);
+    let primary = hosts.primary(&[&image], &[]);
+    primary.wait_replicating();
+
+    let elsewhere = hosts.path("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let (image_text, at) = (image.to_str().unwrap(), elsewhere.to_str().unwrap());
+    for more in [&[][..], &["--read-only"]] {
+        let called = understudy(&[&["mount", image_text, "--at", at], more].concat());
+        assert_eq!(called.code, 1, "{}", called.err);
+        assert_said(&called.err, &["disk.vhdx", "in use"]);
+    }
+    let mut taken = hosts.primary_command(&[&hosts.image("other.raw", 1)], &[]);
+    taken.rename("taken");
+    let (code, said) = taken.fails();
+    assert_eq!(code, 1, "{said}");
+    assert_said(&said, &["in use"]);
+
+    let mut same_store = hosts.replica_command(&hosts.path("store"), &[]);
+    same_store.rename("same-store");
+    let (code, said) = same_store.fails();
+    assert_eq!(code, 1, "{said}");
+    assert_said(&said, &["store", "in use"]);
+    let mut same_port = hosts.replica_command(&hosts.path("store-2"), &[]);
+    same_port.rename("same-port");
+    let (code, said) = same_port.fails();
+    assert_eq!(code, 1, "{said}");
+    assert_said(&said, &["port", "in use"]);
+    let (code, said) = hosts.primary_command(&[&image], &[]).fails();
+    assert_eq!(code, 1, "{said}");
+    assert_said(&said, &["control socket"]);
+
+    primary.cut();
+    primary.stop();
+    replica.stop();
+}
+
+#[test]
+fn status_is_for_people_and_for_programs() {
+    if !can_mount() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let image = hosts.image("disk.vhdx", 64);
+    let replica = hosts.replica(&[]);
+    let primary = hosts.primary(&[&image], &[]);
+    primary.wait_replicating();
+    let lineage = primary.cut();
+    for node in [&primary, &replica] {
+        let socket = node.socket().to_str().unwrap();
+        let json = understudy(&["status", "vm", "--json", "--control", socket]);
+        assert_eq!((json.code, json.err.as_str()), (0, ""));
+        let nodes: Vec<NodeStatus> = serde_json::from_str(&json.out).unwrap();
+        assert_eq!(nodes[0].machines[0].durable, Some(lineage));
+        let text = understudy(&["status", "--control", socket]);
+        assert_eq!(text.code, 0);
+        for word in ["Replicating", "durable epoch", "RPO", "owed", "disk.vhdx"] {
+            assert!(text.out.contains(word), "{word}: {}", text.out);
+        }
+        let unknown = understudy(&["status", "unknown", "--control", socket]);
+        assert_eq!(unknown.code, 3);
+        assert_said(&unknown.err, &["unknown"]);
+    }
+    primary.stop();
+    replica.stop();
+}
+
+#[test]
+fn hosts_that_do_not_trust_each_other_say_what_to_do() {
+    if !can_mount() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let image = hosts.image("disk.raw", 16);
+    let replica = hosts.replica(&[]);
+    let now = SystemClock::default().wall();
+    pki::init(&hosts.path("foreign-ca"), now).unwrap();
+    let (foreign, name) = (hosts.path("foreign"), Name::new("alpha").unwrap());
+    pki::issue(&hosts.path("foreign-ca"), &name, &[], &foreign, now).unwrap();
+    hosts.issue("gamma");
+    for (identity, words) in [("foreign", "ca.crt"), ("gamma", "gamma")] {
+        let identity = hosts.path(identity).to_str().unwrap().to_owned();
+        let primary = hosts.primary_as(&identity, &[&image], &[]);
+        let refused = primary.wait("a refusal", |m| m.state == ReplicationState::Error);
+        assert_eq!(refused.health, Health::Critical);
+        let reasons = refused.reasons.join(" ");
+        assert!(reasons.contains(words), "{reasons}");
+        primary.stop();
+    }
+    assert!(replica.status().machines.is_empty(), "nothing was begun");
+    replica.stop();
+}
+
+#[test]
+fn an_identity_that_is_none_is_named() {
+    if !can_mount() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let image = hosts.image("disk.raw", 16);
+    let nowhere = hosts.path("nowhere").to_str().unwrap().to_owned();
+    let (code, said) = hosts.primary_command_as(&nowhere, &[&image], &[]).fails();
+    assert_eq!(code, 1, "{said}");
+    assert_said(&said, &["nowhere", "pki issue"]);
+    assert!(!hosts.path("state").exists(), "nothing was begun");
+}

@@ -1,0 +1,7 @@
+//! The whole program: two nodes as processes, real certificates, QUIC on the loopback, FUSE mounts, other people's
+//! tools. What is promised to a guest and to an operator, under load, through deaths and outages.
+
+mod deaths;
+mod flow;
+mod guest;
+mod troubles;
