@@ -11,5 +11,5 @@ mod mount;
 mod net;
 mod replicate;
 mod staging;
-mod support;
 mod tidy;
+mod support;
