@@ -11,5 +11,5 @@ mod mount;
 mod net;
 mod replicate;
 mod staging;
-mod tidy;
 mod support;
+mod tidy;

@@ -168,7 +168,9 @@ impl Syncer {
 
     /// Whether a sync could begin at once.
     fn is_idle(&self) -> bool {
-        self.tasks.as_ref().is_some_and(|tasks| tasks.is_empty())
+        self.tasks
+            .as_ref()
+            .is_some_and(crossbeam_channel::Sender::is_empty)
     }
 
     fn run(&self, log: u64, task: SyncTask) {
