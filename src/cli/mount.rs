@@ -22,7 +22,7 @@ const THREADS_DEFAULT: u16 = 16;
 /// Options of `mount`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct MountArgs {
-    /// Image files of the machine's disks; each is shown as `<name>.raw`.
+    /// Image files of the machine's disks; each is shown as `NAME.raw`.
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
     /// The folder to mount at: existing and empty.
@@ -65,7 +65,7 @@ pub struct MountArgs {
     /// Threads that serve the mount: the queue depth that the images see.
     #[arg(long, value_name = "N", default_value_t = THREADS_DEFAULT, value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: u16,
-    /// Path of the control socket [default: /run/understudy/<pid>.sock].
+    /// Path of the control socket [default: PID.sock in /run/understudy].
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 }

@@ -36,7 +36,7 @@ pub struct ReplicaArgs {
     /// Recovery points to keep as delta logs beside the images; 0 keeps only the latest state.
     #[arg(long, value_name = "N", default_value_t = 0)]
     keep: u32,
-    /// Path of the control socket [default: /run/understudy/<pid>.sock].
+    /// Path of the control socket [default: PID.sock in /run/understudy].
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 }

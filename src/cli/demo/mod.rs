@@ -9,7 +9,7 @@
 //!    file back from it.
 //!
 //! Everything lives in one temporary folder that is removed, and every mount, loop device and process is taken down
-//! again, also when a step fails: [`stage`] holds the guards.
+//! again, also when a step fails: `stage` holds the guards.
 
 mod load;
 mod stage;
