@@ -27,8 +27,8 @@ pub(super) async fn greet(replicas: Arc<Replicas>, link: Link, control: Control)
     let generation = hello.generation;
     let machine = hello.name.clone();
     let admitted = tokio::task::spawn_blocking(move || replicas.admit(&hello)).await;
-    let (served, fresh) = match admitted {
-        Ok(Ok(admitted)) => admitted,
+    let served = match admitted {
+        Ok(Ok(served)) => served,
         Ok(Err(refusal)) => {
             tracing::warn!(%machine, primary = %peer, "refused: {refusal}");
             return refuse(sender, link, refusal).await;
@@ -53,15 +53,7 @@ pub(super) async fn greet(replicas: Arc<Replicas>, link: Link, control: Control)
     };
     tracing::info!(%machine, primary = %peer, "receiving");
     served.progress.lock().connected = Some(peer.to_string());
-    session::serve(
-        Arc::clone(&served),
-        generation,
-        fresh,
-        link,
-        sender,
-        receiver,
-    )
-    .await;
+    session::serve(Arc::clone(&served), generation, link, sender, receiver).await;
     served.progress.lock().connected = None;
     tracing::info!(%machine, primary = %peer, "no longer receiving");
 }

@@ -302,9 +302,8 @@ impl Replicas {
         Ok(served)
     }
 
-    /// The replica a greeting is about, opened or begun, if this primary may feed it; and whether nothing was ever
-    /// prepared for it before.
-    pub(super) fn admit(&self, hello: &Hello) -> Result<(Arc<Served>, bool), Refusal> {
+    /// The replica a greeting is about, opened or begun, if this primary may feed it.
+    pub(super) fn admit(&self, hello: &Hello) -> Result<Arc<Served>, Refusal> {
         let failed = |error: &dyn std::error::Error| Refusal::Failed {
             detail: chain(error),
         };
@@ -341,14 +340,13 @@ impl Replicas {
             served
         };
         drop(machines);
-        let fresh = served.store.head() == Head::Empty;
         served
             .store
             .prepare(&disks)
             .map_err(|error| Refusal::Disks {
                 detail: chain(&error),
             })?;
-        Ok((served, fresh))
+        Ok(served)
     }
 }
 

@@ -43,7 +43,6 @@ enum Event {
 pub(super) async fn serve(
     served: Arc<Served>,
     generation: Generation,
-    fresh: bool,
     link: Link,
     sender: ControlSender,
     receiver: ControlReceiver,
@@ -57,7 +56,6 @@ pub(super) async fn serve(
     let session = Session {
         served,
         generation,
-        fresh,
         answers,
         receiver: Receiver::default(),
         ingest: None,
@@ -193,8 +191,6 @@ impl Drop for Syncer {
 struct Session {
     served: Arc<Served>,
     generation: Generation,
-    /// Whether nothing was ever received for this machine: its images are new and empty.
-    fresh: bool,
     answers: UnboundedSender<ToPrimary>,
     receiver: Receiver,
     ingest: Option<Ingest>,
@@ -206,12 +202,8 @@ struct Session {
 impl Session {
     /// Receives until the link is lost; why it ended.
     fn run(mut self, mut inbox: EventReceiver<Event>) -> String {
-        let head = if self.fresh {
-            message::Head::Empty
-        } else {
-            head_message(self.served.store.head())
-        };
-        let welcome = self.receiver.welcome(head);
+        let head = self.served.store.head();
+        let welcome = self.receiver.welcome(head_message(head));
         self.say(welcome);
         while let Some(event) = inbox.blocking_recv() {
             let done = match event {
