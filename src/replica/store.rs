@@ -75,9 +75,9 @@ pub struct DiskSpec {
 /// How far a replica is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Head {
-    /// No disks yet.
+    /// Nothing was ever received; the images, if they are made yet, read as zeros.
     Empty,
-    /// The initial copy is not complete.
+    /// The initial copy is not complete. Also said when nobody remembers whether it began.
     Copying,
     /// The initial copy is complete; the next epoch makes the first recovery point.
     Copied(Lineage),
@@ -185,6 +185,8 @@ pub(super) struct State {
     /// Logs from the base to the head, each the parent of the next.
     pub(super) logs: Vec<Arc<LogFile>>,
     pub(super) receiving: bool,
+    /// The images were made in this life and no log was begun since: they read as zeros.
+    pub(super) blank: bool,
     /// A complete log in the folder of which nobody knows whether it was recorded.
     pub(super) unsure: Option<String>,
     pub(super) closed: bool,
@@ -248,6 +250,7 @@ impl State {
             return Head::Empty;
         };
         match record.head {
+            None if self.blank => Head::Empty,
             None => Head::Copying,
             Some(lineage) if lineage.epoch == Epoch::INITIAL => Head::Copied(lineage),
             Some(lineage) => Head::Complete(lineage),
@@ -446,6 +449,7 @@ impl MachineReplica {
         };
         shared.record(&mut state, copying)?;
         state.disks = images;
+        state.blank = true;
         tracing::info!(machine = %shared.id, disks = disks.len(), "replica created");
         Ok(())
     }
