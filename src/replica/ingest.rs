@@ -102,6 +102,7 @@ impl MachineReplica {
         }
         check_generation(&state, generation)?;
         state.receiving = true;
+        state.blank = false;
         Ok(Ingest {
             shared: Arc::clone(&self.shared),
             generation,

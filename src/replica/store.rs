@@ -76,9 +76,9 @@ pub struct DiskSpec {
 /// How far a replica is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Head {
-    /// No disks yet.
+    /// Nothing was ever received; the images, if they are made yet, read as zeros.
     Empty,
-    /// The initial copy is not complete.
+    /// The initial copy is not complete. Also said when nobody remembers whether it began.
     Copying,
     /// The initial copy is complete, or the images of a former primary were adopted; the next epoch makes the first
     /// recovery point.
@@ -187,6 +187,8 @@ pub(super) struct State {
     /// Logs from the base to the head, each the parent of the next.
     pub(super) logs: Vec<Arc<LogFile>>,
     pub(super) receiving: bool,
+    /// The images were made in this life and no log was begun since: they read as zeros.
+    pub(super) blank: bool,
     /// A complete log in the folder of which nobody knows whether it was recorded.
     pub(super) unsure: Option<String>,
     pub(super) closed: bool,
@@ -207,6 +209,7 @@ impl State {
             return Head::Empty;
         };
         match (record.head, record.base) {
+            (None, _) if self.blank => Head::Empty,
             (None, _) => Head::Copying,
             (Some(head), Base::At(base)) if base.lineage == head && !base.exact => {
                 Head::Copied(head)
@@ -414,6 +417,7 @@ impl MachineReplica {
         };
         shared.record(&mut state, copying)?;
         state.disks = images;
+        state.blank = true;
         tracing::info!(machine = %shared.id, disks = disks.len(), "replica created");
         Ok(())
     }
