@@ -132,19 +132,22 @@ impl<'a> Conversation<'a> {
         if let Some(side) = self.sender.side(owed).filter(|_| self.pipeline.has_room()) {
             busy = self.take(side)?;
         }
-        // Frames are sent as soon as they are packed; only a full pipeline is worth waiting for.
-        while let Some(frame) = if self.pipeline.has_room() {
-            self.pipeline.ready()
-        } else {
-            self.pipeline.next()
-        } {
+        // Frames are sent as soon as they are packed. The oldest one is waited for where there is nothing else to do, or
+        // no room for more.
+        while let Some(frame) = self.pipeline.ready() {
             self.send(&frame)?;
             busy = true;
         }
-        Ok(busy || !self.pipeline.is_empty())
+        if !busy || !self.pipeline.has_room() {
+            if let Some(frame) = self.pipeline.next() {
+                self.send(&frame)?;
+                busy = true;
+            }
+        }
+        Ok(busy)
     }
 
-    /// Takes the next run owed to `side`; whether there was one.
+    /// Takes the next run owed to `side`; whether that led to anything.
     fn take(&mut self, side: Side) -> Result<bool, End> {
         let machine = &self.driver.machine;
         let (side, epoch) = match side {
@@ -167,10 +170,10 @@ impl<'a> Conversation<'a> {
                 return Ok(true);
             }
             Taken::Drained if side == volume::Side::Closing => self.sender.drained(Side::Closing),
-            Taken::Drained => {}
+            Taken::Drained => return Ok(false),
             Taken::Superseded => self.superseded(),
         }
-        Ok(false)
+        Ok(true)
     }
 
     /// The closing epoch was merged into the open one: its log goes on, and whoever waits for its cut gets a later one.
