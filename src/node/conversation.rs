@@ -138,11 +138,11 @@ impl<'a> Conversation<'a> {
             self.send(&frame)?;
             busy = true;
         }
-        if !busy || !self.pipeline.has_room() {
-            if let Some(frame) = self.pipeline.next() {
-                self.send(&frame)?;
-                busy = true;
-            }
+        if (!busy || !self.pipeline.has_room())
+            && let Some(frame) = self.pipeline.next()
+        {
+            self.send(&frame)?;
+            busy = true;
         }
         Ok(busy)
     }
@@ -171,6 +171,10 @@ impl<'a> Conversation<'a> {
             }
             Taken::Drained if side == volume::Side::Closing => self.sender.drained(Side::Closing),
             Taken::Drained => return Ok(false),
+            // Nothing merges an initial copy; if it is gone all the same, the next conversation finds out what is left.
+            Taken::Superseded if self.sender.is_copying() => {
+                return Err(End::Lost("the initial copy was begun anew".into()));
+            }
             Taken::Superseded => self.superseded(),
         }
         Ok(true)
