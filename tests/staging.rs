@@ -12,14 +12,13 @@ use std::{collections::BTreeMap, sync::Arc};
 use understudy::{
     base::{
         clock::Timestamp,
-        ids::{Generation, Lineage, MachineId, Name},
+        ids::{Generation, Lineage, MachineId, Name, SystemIds},
         units::{DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
     delta::{Codec, DiskEntry, EncodedFrame, Encoder, Header, LogKind, encode_data, encode_zero},
-    disk::{Content, Disk, Fua, Geometry, Space},
+    disk::{Content, Disk, Fua, Geometry, Space, image::Format},
     replica::{
-        DiskSpec, ImageFormat, IngestError, IngestEvent, MachineReplica, RawImages, ReplicaError,
-        ReplicaOptions, Retention,
+        DiskSpec, IngestError, IngestEvent, MachineReplica, ReplicaError, ReplicaOptions, Retention,
     },
     storage::{
         Folder,
@@ -77,7 +76,7 @@ fn specs() -> Vec<DiskSpec> {
             logical_sector: entry.logical_sector,
             physical_sector: entry.physical_sector,
         },
-        format: ImageFormat::Raw,
+        format: Format::Raw,
     };
     entries().into_iter().map(spec).collect()
 }
@@ -187,7 +186,13 @@ impl Host {
     fn open_with(&self, options: ReplicaOptions) -> Result<MachineReplica, ReplicaError> {
         let ledger = Arc::new(Ledger::open_in(&*self.store, "store")?);
         let folder: Arc<dyn Folder> = self.folder.clone();
-        MachineReplica::open(folder, ledger, Arc::new(RawImages), MACHINE, options)
+        MachineReplica::open(
+            folder,
+            ledger,
+            Arc::new(SystemIds::default()),
+            MACHINE,
+            options,
+        )
     }
 
     fn open(&self, newest: u32) -> Result<MachineReplica, ReplicaError> {

@@ -150,9 +150,9 @@ impl<'a> Conversation<'a> {
     /// Takes the next run owed to `side`; whether that led to anything.
     fn take(&mut self, side: Side) -> Result<bool, End> {
         let machine = &self.driver.machine;
-        let (side, epoch) = match side {
-            Side::Closing => (volume::Side::Closing, machine.closing_epoch()),
-            Side::Open => (volume::Side::Open, Some(machine.open_epoch())),
+        let epoch = match side {
+            Side::Closing => machine.closing_epoch(),
+            Side::Open => Some(machine.open_epoch()),
         };
         let taken = match epoch {
             Some(epoch) => machine
@@ -169,7 +169,7 @@ impl<'a> Conversation<'a> {
                 self.pipeline.submit(piece.disk, piece.run, raw);
                 return Ok(true);
             }
-            Taken::Drained if side == volume::Side::Closing => self.sender.drained(Side::Closing),
+            Taken::Drained if side == Side::Closing => self.sender.drained(Side::Closing),
             Taken::Drained => return Ok(false),
             // Nothing merges an initial copy; if it is gone all the same, the next conversation finds out what is left.
             Taken::Superseded if self.sender.is_copying() => {

@@ -25,7 +25,13 @@ mod session;
 pub mod status;
 mod tracking;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    fs::{File, TryLockError},
+    io,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -36,6 +42,21 @@ use crate::shim::{Unmount, UnmountError};
 pub const STATE_FOLDER: &str = "/var/lib/understudy";
 /// Time between two attempts to unmount what is still in use.
 const UNMOUNT_AGAIN: Duration = Duration::from_millis(500);
+
+/// Locks a folder for this process by a file in it; nothing if another process holds it. The lock lasts as long as the
+/// file is open.
+fn lock_folder(folder: &Path) -> io::Result<Option<File>> {
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(folder.join("lock"))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(Some(lock)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
 
 /// SIGTERM and SIGINT, in the order in which they come.
 #[derive(Debug)]

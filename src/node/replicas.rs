@@ -21,7 +21,7 @@ use crate::{
     },
     coord::state::{Health, ReplicationState, Role, Signs},
     disk::{
-        Access, Disk, Geometry,
+        Geometry,
         image::{self, Format},
     },
     net::Link,
@@ -29,11 +29,8 @@ use crate::{
         message::{self, Hello, Refusal},
         receiver::Receiver,
     },
-    replica::{
-        self, Head, ImageError, ImageFormat, Images, MachineReplica, ReplicaError, ReplicaOptions,
-        Retention,
-    },
-    storage::{Folder, Storage, file::FileFolder, ledger::Ledger},
+    replica::{self, Head, MachineReplica, ReplicaError, ReplicaOptions, Retention},
+    storage::{Folder, file::FileFolder, ledger::Ledger},
 };
 
 /// Pause before a failed merge is tried again.
@@ -144,53 +141,6 @@ impl Served {
     }
 }
 
-/// Images in every format that [`image`] knows.
-#[derive(Debug)]
-struct AllImages(Arc<dyn Ids>);
-
-impl AllImages {
-    fn format(format: ImageFormat) -> Result<Format, ImageError> {
-        match format {
-            ImageFormat::Raw => Ok(Format::Raw),
-            ImageFormat::Vhdx => Ok(Format::Vhdx),
-            ImageFormat::Vhd => {
-                Err("VHD images cannot be written; choose a format with --format".into())
-            }
-        }
-    }
-}
-
-impl Images for AllImages {
-    fn create(
-        &self,
-        storage: Arc<dyn Storage>,
-        format: ImageFormat,
-        geometry: Geometry,
-    ) -> Result<(), ImageError> {
-        Ok(image::create(
-            &*storage,
-            Self::format(format)?,
-            geometry,
-            None,
-            &*self.0,
-        )?)
-    }
-
-    fn open(
-        &self,
-        storage: Arc<dyn Storage>,
-        format: ImageFormat,
-        access: Access,
-    ) -> Result<Arc<dyn Disk>, ImageError> {
-        Ok(image::open(
-            storage,
-            Self::format(format)?,
-            access,
-            Arc::clone(&self.0),
-        )?)
-    }
-}
-
 /// Records with this prefix bind a name to a machine.
 const NAME_PREFIX: &str = "replica-name/";
 
@@ -260,12 +210,9 @@ impl Replicas {
             .folder
             .folder(name.as_str())
             .map_err(io_error("open", name))?;
-        let images = Arc::new(AllImages(Arc::new(SystemIds::default())));
+        let ids: Arc<dyn Ids> = Arc::new(SystemIds::default());
         let options = ReplicaOptions {
-            format: self.keeping.format.map(|format| match format {
-                Format::Raw => ImageFormat::Raw,
-                Format::Vhdx => ImageFormat::Vhdx,
-            }),
+            format: self.keeping.format,
             retention: Retention {
                 newest: self.keeping.newest,
             },
@@ -275,7 +222,7 @@ impl Replicas {
         let store = Arc::new(MachineReplica::open(
             folder,
             Arc::clone(&self.ledger),
-            images,
+            ids,
             id,
             options,
         )?);
@@ -351,16 +298,12 @@ impl Replicas {
 }
 
 fn disk_spec(spec: &message::DiskSpec) -> Result<replica::DiskSpec, Refusal> {
-    let format = match spec.format.as_str() {
-        "raw" => ImageFormat::Raw,
-        "vhd" => ImageFormat::Vhd,
-        "vhdx" => ImageFormat::Vhdx,
-        other => {
-            return Err(Refusal::Malformed {
-                detail: format!("disk {} has the unknown format {other:?}", spec.name),
-            });
-        }
-    };
+    let format = spec
+        .format
+        .parse()
+        .map_err(|error: image::FormatError| Refusal::Malformed {
+            detail: format!("disk {}: {error}", spec.name),
+        })?;
     let geometry = Geometry {
         size: spec.size,
         logical_sector: spec.logical_sector,

@@ -9,6 +9,7 @@ use super::{
     admission,
     control::{Operate, OperateError},
     driver::chain,
+    lock_folder,
     replicas::{Keeping, Replicas},
     status::NodeStatus,
 };
@@ -102,17 +103,8 @@ impl Secondary {
         };
         let identity = Identity::load(&config.identity)?;
         let folder = FileFolder::open(path).map_err(failed)?;
-        let lock = fs::File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path.join("lock"));
-        let lock = lock.map_err(failed)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Err(SecondaryError::InUse(path.clone())),
-            Err(fs::TryLockError::Error(source)) => return Err(failed(source)),
-        }
+        let lock = lock_folder(path).map_err(failed)?;
+        let lock = lock.ok_or_else(|| SecondaryError::InUse(path.clone()))?;
         let allow: Allow = config.allow.iter().cloned().collect();
         let listener = Listener::bind(config.listen, &identity, allow)?;
         let address = listener

@@ -5,7 +5,7 @@ use std::{fs, io, path::Path, sync::Arc, thread, time::Duration};
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
-use super::{driver::chain, images::OpenImage, primary::PrimaryError};
+use super::{driver::chain, images::OpenImage, lock_folder, primary::PrimaryError};
 use crate::{
     base::{
         clock::Clock,
@@ -52,19 +52,8 @@ impl Tracked {
             source,
         };
         let folder = FileFolder::open(&path).map_err(failed)?;
-        let lock = fs::File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path.join("lock"));
-        let lock = lock.map_err(failed)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {
-                return Err(PrimaryError::StateInUse(name.clone()));
-            }
-            Err(fs::TryLockError::Error(source)) => return Err(failed(source)),
-        }
+        let lock = lock_folder(&path).map_err(failed)?;
+        let lock = lock.ok_or_else(|| PrimaryError::StateInUse(name.clone()))?;
         let ledger = Arc::new(Ledger::open_in(&folder, "node.redb")?);
         let key = format!("name/{name}");
         let known = if let Some(known) = ledger.get::<Known>(&key)? {

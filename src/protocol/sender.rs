@@ -27,7 +27,7 @@ use crate::base::{clock::Timestamp, ids::Lineage, limits::FRAME_BYTES_MAX, units
 pub enum Side {
     /// The epoch that was cut: content as of its cut.
     Closing,
-    /// The epoch that is still open: current content, sent ahead.
+    /// The epoch that is still open: current content, sent ahead. What is rewritten later is owed again.
     Open,
 }
 

@@ -2,7 +2,6 @@
 
 use std::io;
 
-use super::images::ImageError;
 use crate::{
     base::{
         ids::{Generation, Lineage, MachineId},
@@ -39,7 +38,7 @@ pub enum ReplicaError {
         name: String,
         /// What the format said.
         #[source]
-        source: ImageError,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A base image failed.
     #[error("the base image of disk {name:?} failed")]

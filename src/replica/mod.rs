@@ -24,7 +24,6 @@
 
 mod error;
 mod handover;
-pub mod images;
 mod index;
 mod ingest;
 mod log;
@@ -37,7 +36,6 @@ mod view;
 
 pub use error::{IngestError, ReplicaError};
 pub use handover::Adoption;
-pub use images::{ImageError, ImageFormat, Images, RawImages};
 pub use ingest::{Ingest, IngestEvent, SyncTask};
 pub use merge::MergeReport;
 pub use store::{

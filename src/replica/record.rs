@@ -3,14 +3,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::images::ImageFormat;
 use crate::{
     base::{
         clock::Timestamp,
         ids::{Generation, Lineage, MachineId, Name},
     },
     delta::{Consistency, DiskEntry},
-    disk::Geometry,
+    disk::{Geometry, image::Format},
 };
 
 /// The record of one machine.
@@ -31,7 +30,7 @@ pub(super) struct Record {
 pub(super) struct DiskRecord {
     pub(super) name: Name,
     pub(super) geometry: Geometry,
-    pub(super) format: ImageFormat,
+    pub(super) format: Format,
 }
 
 /// What the base images hold.
@@ -87,7 +86,7 @@ impl Record {
 impl DiskRecord {
     /// The name of the base image.
     pub(super) fn file_name(&self) -> String {
-        format!("{}.{}", self.name, self.format.suffix())
+        format!("{}.{}", self.name, self.format)
     }
 }
 

@@ -6,7 +6,6 @@ use parking_lot::Mutex;
 
 use super::{
     error::ReplicaError,
-    images::Images,
     ingest::PART_SUFFIX,
     log::{LOG_SUFFIX, LogFile, log_name},
     pins::Pins,
@@ -14,7 +13,10 @@ use super::{
     store::{MachineReplica, ReplicaOptions, Shared, State, Tally},
 };
 use crate::{
-    base::{ids::MachineId, units::Epoch},
+    base::{
+        ids::{Ids, MachineId},
+        units::Epoch,
+    },
     storage::{Folder, Open, ledger::Ledger},
 };
 
@@ -26,14 +28,14 @@ impl MachineReplica {
     pub fn open(
         folder: Arc<dyn Folder>,
         ledger: Arc<Ledger>,
-        images: Arc<dyn Images>,
+        ids: Arc<dyn Ids>,
         id: MachineId,
         options: ReplicaOptions,
     ) -> Result<Self, ReplicaError> {
         let shared = Arc::new(Shared {
             folder,
             ledger,
-            images,
+            ids,
             id,
             options,
             merging: Mutex::new(()),

@@ -18,7 +18,6 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::{
     error::ReplicaError,
-    images::{ImageFormat, Images},
     log::LogFile,
     pins::Pins,
     record::{Base, BasePoint, DiskRecord, Record},
@@ -26,12 +25,15 @@ use super::{
 use crate::{
     base::{
         clock::Timestamp,
-        ids::{Generation, Lineage, MachineId, Name},
+        ids::{Generation, Ids, Lineage, MachineId, Name},
         limits::{CREDIT_BYTES, DISKS_PER_MACHINE_MAX},
         units::Epoch,
     },
     delta::Consistency,
-    disk::{Access, Disk, Geometry},
+    disk::{
+        Access, Disk, Geometry,
+        image::{self, Format},
+    },
     storage::{Folder, Open, ledger::Ledger},
 };
 
@@ -39,7 +41,7 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplicaOptions {
     /// Format of the base images; nothing for the primary's.
-    pub format: Option<ImageFormat>,
+    pub format: Option<Format>,
     /// Which recovery points are kept.
     pub retention: Retention,
     /// Bytes that delta logs may take. Above half of it a merge drops points that retention would keep, the oldest
@@ -70,7 +72,7 @@ pub struct DiskSpec {
     /// Its size and sectors.
     pub geometry: Geometry,
     /// The primary's image format.
-    pub format: ImageFormat,
+    pub format: Format,
 }
 
 /// How far a replica is.
@@ -155,7 +157,7 @@ pub struct ImageStatus {
     /// The file in the machine's folder.
     pub file: String,
     /// How it is stored.
-    pub format: ImageFormat,
+    pub format: Format,
     /// What the guest sees.
     pub geometry: Geometry,
 }
@@ -170,7 +172,7 @@ pub struct MachineReplica {
 pub(super) struct Shared {
     pub(super) folder: Arc<dyn Folder>,
     pub(super) ledger: Arc<Ledger>,
-    pub(super) images: Arc<dyn Images>,
+    pub(super) ids: Arc<dyn Ids>,
     pub(super) id: MachineId,
     pub(super) options: ReplicaOptions,
     pub(super) merging: Mutex<()>,
@@ -298,13 +300,14 @@ impl Shared {
                 .folder
                 .open(&name, Open::Write)
                 .map_err(ReplicaError::io("open", &name))?;
-            let image = self
-                .images
-                .open(storage, disk.format, Access::ReadWrite)
-                .map_err(|source| ReplicaError::Image {
-                    operation: "open",
-                    name: name.clone(),
-                    source,
+            let ids = Arc::clone(&self.ids);
+            let image =
+                image::open(storage, disk.format, Access::ReadWrite, ids).map_err(|source| {
+                    ReplicaError::Image {
+                        operation: "open",
+                        name: name.clone(),
+                        source: Box::new(source),
+                    }
                 })?;
             let (expected, found) = (disk.geometry.size, image.geometry().size);
             if expected == found {
@@ -328,13 +331,12 @@ impl Shared {
                 .folder
                 .open(&name, Open::CreateNew)
                 .map_err(ReplicaError::io("create", &name))?;
-            self.images
-                .create(storage, disk.format, disk.geometry)
-                .map_err(|source| ReplicaError::Image {
-                    operation: "create",
-                    name,
-                    source,
-                })?;
+            let made = image::create(&*storage, disk.format, disk.geometry, None, &*self.ids);
+            made.map_err(|source| ReplicaError::Image {
+                operation: "create",
+                name,
+                source: Box::new(source),
+            })?;
         }
         self.sync_folder()
     }
@@ -500,7 +502,7 @@ pub(super) fn check_specs(disks: &[DiskSpec]) -> Result<(), ReplicaError> {
     }
 }
 
-pub(super) fn to_record(disk: &DiskSpec, format: Option<ImageFormat>) -> DiskRecord {
+pub(super) fn to_record(disk: &DiskSpec, format: Option<Format>) -> DiskRecord {
     DiskRecord {
         name: disk.name.clone(),
         geometry: disk.geometry,

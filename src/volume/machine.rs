@@ -27,7 +27,7 @@ use super::{
     disk::Volume,
     open::{DiskSource, MachineOptions, OpenError, open_core},
     record::{ImageStamp, ResyncReason, Trust},
-    take::{Cursors, Side, TakeError, Taken},
+    take::{Cursors, TakeError, Taken},
 };
 use crate::{
     base::{
@@ -35,8 +35,9 @@ use crate::{
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent},
     },
     disk::Content,
+    protocol::sender::Side,
     storage::ledger::Ledger,
-    track::{bits::Bits, locks::Traffic, state::StateDir},
+    track::{bits::Bits, header::Slot, locks::Traffic, state::StateDir},
 };
 
 /// A protected machine on its primary host.
@@ -98,18 +99,9 @@ impl Machine {
     pub fn begin_initial_copy(&self, scope: CopyScope) -> Result<(), MachineError> {
         let mut control = self.control()?;
         let mut takes = self.core.takes.lock();
-        let held = self.allocated(scope)?;
-        self.abort_closing();
-        self.clear_stale(&mut control)?;
         // Marked and durable before the record says that a copy is under way: what is not marked is never copied. What
         // changes its allocation meanwhile is written, and so marked, in this map as well.
-        let open = self.core.epochs.read().slot;
-        for (disk, held) in self.core.disks.iter().zip(&held) {
-            disk.map(open).add(held);
-            if let Err(source) = disk.map(open).sync() {
-                return Err(self.sync_failed(&mut control, disk, source));
-            }
-        }
+        let open = self.mark_held(&mut control, scope)?;
         self.record(&mut control, "the initial copy", |record| {
             record.copying = true;
             record.lineage = None;
@@ -140,17 +132,8 @@ impl Machine {
     pub fn begin_resync(&self, head: Lineage) -> Result<(), MachineError> {
         let mut control = self.control()?;
         let mut takes = self.core.takes.lock();
-        let held = self.allocated(CopyScope::Everything)?;
-        self.abort_closing();
-        self.clear_stale(&mut control)?;
-        let open = self.core.epochs.read().slot;
         // Marked and durable before the record says what they are changes to.
-        for (disk, held) in self.core.disks.iter().zip(&held) {
-            disk.map(open).add(held);
-            if let Err(source) = disk.map(open).sync() {
-                return Err(self.sync_failed(&mut control, disk, source));
-            }
-        }
+        let open = self.mark_held(&mut control, CopyScope::Everything)?;
         self.record(&mut control, "the resync", |record| {
             record.copying = false;
             record.lineage = Some(head);
@@ -539,6 +522,21 @@ impl Machine {
     }
 
     /// The blocks that an initial copy of `scope` sends, for each disk.
+    /// Merges the closing epoch and durably marks what the disks hold in the open map, whose slot it returns.
+    fn mark_held(&self, control: &mut Control, scope: CopyScope) -> Result<Slot, MachineError> {
+        let held = self.allocated(scope)?;
+        self.abort_closing();
+        self.clear_stale(control)?;
+        let open = self.core.epochs.read().slot;
+        for (disk, held) in self.core.disks.iter().zip(&held) {
+            disk.map(open).add(held);
+            if let Err(source) = disk.map(open).sync() {
+                return Err(self.sync_failed(control, disk, source));
+            }
+        }
+        Ok(open)
+    }
+
     fn allocated(&self, scope: CopyScope) -> Result<Vec<Bits>, MachineError> {
         let disks = self.core.disks.iter().map(|disk| {
             let blocks = disk.blocks().end;

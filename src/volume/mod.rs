@@ -28,6 +28,8 @@ mod open;
 pub mod record;
 pub mod take;
 
+pub use crate::protocol::sender::Side;
+
 pub use self::{
     answers::{
         CopyScope, Counters, Cut, CutRefused, MachineError, MachineState, Reconcile, ReplicaHead,
@@ -37,5 +39,5 @@ pub use self::{
     machine::Machine,
     open::{DiskSource, MachineOptions, OpenError},
     record::{ImageStamp, ResyncReason},
-    take::{Piece, PieceContent, Side, TakeError, Taken},
+    take::{Piece, PieceContent, TakeError, Taken},
 };

@@ -17,6 +17,7 @@ use crate::{
         units::{BLOCK_BYTES, BLOCKS_PER_REGION, DiskIndex, Epoch, Extent, REGION_BYTES, to_usize},
     },
     disk::{Content, Disk, DiskError},
+    protocol::sender::Side,
     track::{header::Slot, preserve::Held},
 };
 
@@ -24,15 +25,6 @@ const _: () = assert!(
     FRAME_BYTES_MAX <= REGION_BYTES,
     "a piece lies in one region"
 );
-
-/// Which of the two epochs something belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// The epoch that is cut: content as of the cut.
-    Closing,
-    /// The epoch that is still open: content as of now. What is rewritten later is owed again.
-    Open,
-}
 
 /// A run of one disk for a delta log.
 #[derive(Clone, Debug, PartialEq, Eq)]

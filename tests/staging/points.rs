@@ -11,7 +11,7 @@ use std::{
 use understudy::{
     base::{
         clock::Timestamp,
-        ids::Lineage,
+        ids::{Lineage, SystemIds},
         units::{DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
     delta::{
@@ -20,7 +20,7 @@ use understudy::{
         trailer::{FOOT_BYTES, Foot, TrailerHead},
     },
     disk::Fua,
-    replica::{Adoption, Head, IngestEvent, MachineReplica, RawImages, ReplicaError},
+    replica::{Adoption, Head, IngestEvent, MachineReplica, ReplicaError},
     storage::{Folder, Open, file::FileFolder, ledger::Ledger, memory::MemoryFolder},
 };
 
@@ -290,7 +290,7 @@ fn a_replica_lives_in_real_files() {
         MachineReplica::open(
             machine,
             ledger,
-            Arc::new(RawImages),
+            Arc::new(SystemIds::default()),
             MACHINE,
             options(newest),
         )
