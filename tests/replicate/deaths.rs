@@ -136,6 +136,7 @@ fn a_copy_goes_on_after_both_sides_died() {
     let primary = hosts.primary(&[&image], &[]);
     let lineage = primary.cut();
     assert_eq!(replica.merged().durable, Some(lineage));
+    assert_eq!(full_copies(&primary), 1, "the copy went on");
     ledger.verify(&hosts.disk("disk"));
     primary.stop();
     replica.stop();
