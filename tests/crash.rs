@@ -88,6 +88,35 @@ fn after_a_power_cut_at_any_step_the_replica_catches_up_exactly() {
     assert!(cuts > 400, "the cuts reach into the history: {cuts}");
 }
 
+/// A block is marked durably and its region has cooled; its epoch is cut, merged, and the next one is cut, which empties
+/// the map that held the mark. If that reached the platter before the copy of the mark did, nobody would know the block.
+#[test]
+fn a_mark_that_moves_to_the_other_map_is_never_in_neither() {
+    for kept in 0..16_u32 {
+        let mut world = World::new(1 << 20);
+        for op in [
+            Op::Finish { acknowledged: true },
+            write(0, 0, 4096, 1, Fua::No),
+            Op::Maintain,
+            Op::Maintain,
+            Op::Cut,
+            Op::Merge,
+            Op::Cut,
+        ] {
+            world.step(&op).unwrap();
+        }
+        assert_eq!(world.machine().counters().hot_regions, 0);
+        let mut turn = 0;
+        world
+            .power_on_with(&mut || {
+                turn += 1;
+                kept >> (turn - 1) & 1 == 1
+            })
+            .unwrap();
+        world.settle();
+    }
+}
+
 /// One step fails once, wherever it is: the guest may see an error, the machine may stop a disk or lose its maps, but
 /// after a restart nothing is forgotten.
 #[test]

@@ -18,6 +18,7 @@ use understudy::{
     delta::{
         Codec, DecodeError, Decoder, DiskEntry, EncodedFrame, Encoder, Event, FrameKind, Header,
         LogKind, encode_data, encode_zero,
+        trailer::{FOOT_BYTES, Foot},
     },
 };
 use uuid::Uuid;
@@ -195,6 +196,21 @@ fn one_changed_bit_never_changes_content() {
             assert!(found.is_err() || incomplete || harmless, "{codec:?} {at}");
         }
     }
+}
+
+/// A trailer behind valid checksums that belongs to another history.
+#[test]
+fn a_forged_trailer_breaks_the_chain() {
+    let (bytes, _) = log(&header(LogKind::Delta), &frames(Codec::None), 42);
+    let foot_at = bytes.len() - FOOT_BYTES;
+    let foot = bytes[foot_at..].try_into().unwrap();
+    let mut foot = Foot::parse(foot, u64::try_from(foot_at).unwrap()).unwrap();
+    foot.epoch = Epoch(43);
+    let forged = [&bytes[..foot_at], &foot.to_bytes()].concat();
+    assert!(matches!(
+        decode(&forged, 1000),
+        Err(DecodeError::Chain { .. })
+    ));
 }
 
 #[test]

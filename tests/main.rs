@@ -3,6 +3,7 @@
 
 mod cli;
 mod crash;
+mod cuts;
 mod delta;
 mod formats;
 mod model;

@@ -4,6 +4,10 @@
 //! in between (merges, lost acknowledgements, kills, power cuts), a completed epoch applied to it must give exactly what
 //! the disks held at its cut. That covers write order across disks, preserved blocks, and that nothing that differs is
 //! ever forgotten: a block that tracking lost shows up as a difference at the next completed epoch.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test panics on what it does not expect"
+)]
 
 use std::{collections::BTreeMap, error::Error, sync::Arc};
 
@@ -268,14 +272,18 @@ impl World {
     }
 
     pub(crate) fn power_on(&mut self, kept: u64) -> Outcome {
-        self.machine = None;
         let mut turn = 0;
-        let mut choice = || {
+        self.power_on_with(&mut || {
             turn += 1;
             kept > 0 && turn % kept == 0
-        };
-        self.power.restore(&mut choice);
-        self.state.lose(&mut choice)?;
+        })
+    }
+
+    /// Power on again; `choice` says of each change that was not synced whether it lasts.
+    pub(crate) fn power_on_with(&mut self, choice: &mut dyn FnMut() -> bool) -> Outcome {
+        self.machine = None;
+        self.power.restore(choice);
+        self.state.lose(choice)?;
         self.boot += 1;
         self.armed = false;
         self.start()

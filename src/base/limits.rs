@@ -15,6 +15,9 @@ pub const FRAME_BYTES_MAX: u64 = MIB;
 /// Most frames of a delta log that still gets an index: 32 MiB of memory at the primary, and at least 4 GiB of scattered
 /// 4 KiB blocks. A longer log has none, and its reader scans it.
 pub const INDEX_FRAMES_MAX: u64 = MIB;
+/// Most frames of a delta log: a reader of the log spends about 150 bytes of memory for each, 2.4 GiB in all. A primary
+/// with more scattered blocks than that in one epoch sends clean blocks between them along: frames of 1 MiB cover 16 TiB.
+pub const DELTA_FRAMES_MAX: u64 = 16 * MIB;
 /// Memory for pre-images of one machine, in bytes. When it is full the epoch is merged into the next one.
 pub const PRESERVE_BYTES_MAX: u64 = 256 * MIB;
 /// Delta-log bytes that a primary may send beyond what the replica has made durable.
@@ -23,6 +26,7 @@ pub const CREDIT_BYTES: u64 = 64 * MIB;
 pub const MESSAGE_BYTES_MAX: usize = 256 * 1024;
 
 const _: () = assert!(FRAME_BYTES_MAX >= REQUEST_BYTES_MAX);
+const _: () = assert!(INDEX_FRAMES_MAX <= DELTA_FRAMES_MAX);
 const _: () = assert!(
     CREDIT_BYTES > 2 * FRAME_BYTES_MAX,
     "a sender must always be able to send one more frame"

@@ -13,9 +13,10 @@ use crate::{
     disk::{
         Access, Content, Geometry,
         image::{self, Format},
+        vhdx,
     },
     node::images::ImageConfig,
-    storage::file::FileStorage,
+    storage::{Storage, file::FileStorage},
 };
 
 /// Options of `image`.
@@ -63,8 +64,13 @@ struct Inspection {
     image: String,
     format: String,
     geometry: Geometry,
+    /// Length of the file in bytes, holes included.
     file_bytes: u64,
+    /// Bytes of the disk that are stored rather than known to be zeros.
     data_bytes: u64,
+    /// What only a VHDX has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vhdx: Option<vhdx::Inspection>,
 }
 
 /// Runs the verb.
@@ -91,28 +97,86 @@ pub fn run(args: &ImageArgs, out: &Output) -> anyhow::Result<()> {
             if *json {
                 return out.json(&inspection);
             }
-            let Geometry {
-                size,
-                logical_sector,
-                physical_sector,
-            } = inspection.geometry;
-            out.line(&format!("image             {}", inspection.image));
-            out.line(&format!("format            {}", inspection.format));
-            out.line(&format!("size              {} ({size} bytes)", Bytes(size)));
-            out.line(&format!(
-                "sectors           {logical_sector} logical, {physical_sector} physical"
-            ));
-            out.line(&format!(
-                "allocated         {}",
-                Bytes(inspection.data_bytes)
-            ));
-            out.line(&format!(
-                "file              {}",
-                Bytes(inspection.file_bytes)
-            ));
+            for (label, value) in rows(&inspection) {
+                out.line(&format!("{label:<17} {value}"));
+            }
         }
     }
     Ok(())
+}
+
+fn rows(inspection: &Inspection) -> Vec<(&'static str, String)> {
+    let Geometry {
+        size,
+        logical_sector,
+        physical_sector,
+    } = inspection.geometry;
+    let mut rows = vec![
+        ("image", inspection.image.clone()),
+        ("format", inspection.format.clone()),
+        ("size", format!("{} ({size} bytes)", Bytes(size))),
+        (
+            "sectors",
+            format!("{logical_sector} logical, {physical_sector} physical"),
+        ),
+        ("allocated", Bytes(inspection.data_bytes).to_string()),
+        ("file", Bytes(inspection.file_bytes).to_string()),
+    ];
+    rows.extend(inspection.vhdx.iter().flat_map(vhdx_rows));
+    rows
+}
+
+fn vhdx_rows(vhdx: &vhdx::Inspection) -> Vec<(&'static str, String)> {
+    let kind = format!("{:?}, blocks of {}", vhdx.kind, Bytes(vhdx.block_size));
+    let mut rows = vec![
+        ("creator", vhdx.creator.clone()),
+        ("kind", kind),
+        ("disk id", vhdx.disk_id.to_string()),
+    ];
+    for (label, header) in ["header 1", "header 2"].into_iter().zip(&vhdx.headers) {
+        let text = header.as_ref().map_or_else(
+            || "damaged".into(),
+            |header| {
+                format!(
+                    "sequence {}, data {}, log {}",
+                    header.sequence, header.data_write, header.log
+                )
+            },
+        );
+        rows.push((label, text));
+    }
+    let log = &vhdx.log;
+    let state = match log.entries {
+        0 => "empty".into(),
+        entries => format!("{entries} entries to replay"),
+    };
+    rows.push((
+        "log",
+        format!("{} at {:#x}, {state}", Bytes(log.len), log.offset),
+    ));
+    for region in &vhdx.regions {
+        let place = format!("{} at {:#x}", Bytes(region.len), region.offset);
+        rows.push(("region", format!("{} {}, {place}", region.name, region.id)));
+    }
+    if vhdx.region_tables_differ {
+        rows.push((
+            "region tables",
+            "one copy is damaged or unlike the other".into(),
+        ));
+    }
+    let vhdx::Blocks {
+        total,
+        present,
+        not_present,
+        zero,
+        unmapped,
+        undefined,
+    } = vhdx.blocks;
+    let absent = format!(
+        "{not_present} not present, {zero} zero, {unmapped} unmapped, {undefined} undefined"
+    );
+    rows.push(("blocks", format!("{total}: {present} present, {absent}")));
+    rows
 }
 
 fn create(
@@ -150,8 +214,13 @@ fn create(
 fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
     let path = &config.path;
     let at = || format!("cannot inspect {}", path.display());
-    let storage = Arc::new(FileStorage::open(path, Access::ReadOnly).with_context(at)?);
-    let file_bytes = crate::storage::Storage::len(&*storage)?;
+    let file = FileStorage::open(path, Access::ReadOnly).with_context(at)?;
+    let storage: Arc<dyn Storage> = Arc::new(file);
+    let file_bytes = storage.len()?;
+    let vhdx = match config.format {
+        Format::Vhdx => Some(vhdx::inspect(&storage).with_context(at)?),
+        Format::Raw => None,
+    };
     let disk = image::open(
         storage,
         config.format,
@@ -176,6 +245,7 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
         geometry,
         file_bytes,
         data_bytes,
+        vhdx,
     })
 }
 

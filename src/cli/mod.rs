@@ -4,6 +4,7 @@
 //! 2 wrong usage, 3 refused (fenced, not authorised, unsafe, no such thing here).
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod demo;
 pub mod image;
 pub mod mount;
@@ -45,6 +46,8 @@ enum Verb {
     Status(status::StatusArgs),
     /// Create and examine image files.
     Image(image::ImageArgs),
+    /// Measure throughput and latency of files and mounts, side by side.
+    Bench(bench::BenchArgs),
 }
 
 /// An operation that was refused rather than tried: exit code 3.
@@ -83,6 +86,7 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Demo(args) => demo::run(&args, out),
         Verb::Pki(args) => pki::run(&args, out),
         Verb::Image(args) => image::run(&args, out),
+        Verb::Bench(args) => bench::run(&args, out),
         Verb::Mount(args) => runtime()?.block_on(mount::run(args, out)),
         Verb::Replica(args) => runtime()?.block_on(replica::run(args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),

@@ -17,10 +17,12 @@ use crate::{
     },
 };
 
+const THREADS_DEFAULT: u16 = 16;
+
 /// Options of `mount`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct MountArgs {
-    /// Image files of the machine's disks; each is shown as `<name>.raw`.
+    /// Image files of the machine's disks; each is shown as `NAME.raw`.
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
     /// The folder to mount at: existing and empty.
@@ -60,7 +62,10 @@ pub struct MountArgs {
     /// Compression on the link: none, lz4, zstd, or auto for what pays.
     #[arg(long, value_name = "CODEC", default_value_t = Setting::Auto)]
     compression: Setting,
-    /// Path of the control socket [default: /run/understudy/<pid>.sock].
+    /// Threads that serve the mount: the queue depth that the images see.
+    #[arg(long, value_name = "N", default_value_t = THREADS_DEFAULT, value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: u16,
+    /// Path of the control socket [default: PID.sock in /run/understudy].
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 }
@@ -156,6 +161,7 @@ fn config(args: MountArgs) -> anyhow::Result<PrimaryConfig> {
             crate::shim::Visibility::Owner
         },
         owner: args.owner,
+        threads: usize::from(args.threads),
         state: args.state.or(default_state),
         replication,
     })

@@ -62,6 +62,13 @@ impl Output {
         eprintln!("{text}");
     }
 
+    /// What is being done now: on a terminal one line that the next one overwrites, elsewhere nothing.
+    pub fn progress_line(&self, text: &str) {
+        if self.terminal {
+            eprint!("\r\x1b[K{text}\r");
+        }
+    }
+
     /// Clears the terminal for a fresh picture; elsewhere a blank line.
     pub fn fresh(&self) {
         if std::io::stdout().is_terminal() {
@@ -107,11 +114,7 @@ impl Progress {
             return;
         }
         // Without a terminal a line for every tenth: enough to see it move, not enough to fill a journal.
-        let tenths = if total == 0 {
-            10
-        } else {
-            done.saturating_mul(10) / total
-        };
+        let tenths = done.saturating_mul(10).checked_div(total).unwrap_or(10);
         if self.tenths.is_none_or(|before| tenths > before) {
             self.tenths = Some(tenths);
             let (done, total) = (

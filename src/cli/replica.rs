@@ -36,7 +36,7 @@ pub struct ReplicaArgs {
     /// Recovery points to keep as delta logs beside the images; 0 keeps only the latest state.
     #[arg(long, value_name = "N", default_value_t = 0)]
     keep: u32,
-    /// Path of the control socket [default: /run/understudy/<pid>.sock].
+    /// Path of the control socket [default: PID.sock in /run/understudy].
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 }
@@ -55,7 +55,7 @@ pub async fn run(args: ReplicaArgs, out: &Output) -> anyhow::Result<()> {
         format: args.format,
         keep: args.keep,
     };
-    let secondary = Arc::new(Secondary::start(config)?);
+    let secondary = Arc::new(Secondary::start(&config)?);
     out.note(&format!("accepting primaries on {}", secondary.address()));
     let server = tokio::spawn(socket.serve(Arc::clone(&secondary) as Arc<dyn Operate>));
     tokio::select! {

@@ -6,11 +6,14 @@ use anyhow::{Context, bail};
 
 use super::{output::Output, refused};
 use crate::{
-    base::{ids::Name, units::Bytes},
+    base::{
+        ids::{Lineage, Name},
+        units::Bytes,
+    },
     coord::state::Role,
     node::{
         control,
-        status::{MachineStatus, NodeStatus},
+        status::{CopyStatus, DiskStatus, LatencyStatus, MachineStatus, NodeStatus, RpoStatus},
     },
 };
 
@@ -73,9 +76,9 @@ async fn ask(args: &StatusArgs) -> anyhow::Result<Vec<NodeStatus>> {
 fn show(args: &StatusArgs, nodes: &[NodeStatus], out: &Output) -> anyhow::Result<()> {
     let mut nodes = nodes.to_vec();
     if let Some(machine) = &args.machine {
-        nodes
-            .iter_mut()
-            .for_each(|node| node.machines.retain(|m| m.name == *machine));
+        for node in &mut nodes {
+            node.machines.retain(|m| m.name == *machine);
+        }
         nodes.retain(|node| !node.machines.is_empty());
         if nodes.is_empty() {
             return Err(refused(format!(
@@ -101,99 +104,110 @@ fn show(args: &StatusArgs, nodes: &[NodeStatus], out: &Output) -> anyhow::Result
 }
 
 fn show_machine(machine: &MachineStatus, out: &Output) {
-    let row = |label: &str, value: String| out.line(&format!("  {label:<16} {value}"));
     out.line(&format!("{} ({})", machine.name, machine.role));
-    row("state", machine.state.to_string());
-    row("health", machine.health.to_string());
-    for reason in &machine.reasons {
-        row("", reason.clone());
+    for (label, value) in rows(machine) {
+        out.line(&format!("  {label:<16} {value}"));
     }
-    row("generation", machine.generation.to_string());
-    if let Some(peer) = &machine.peer {
-        row(
-            if machine.role == Role::Primary {
-                "replica"
-            } else {
-                "primary"
-            },
-            peer.clone(),
-        );
-    }
-    let durable = machine.durable.map_or_else(
-        || "none yet".into(),
-        |l| format!("{} ({:.12})", l.epoch, l.chain.to_string()),
+}
+
+fn rows(machine: &MachineStatus) -> Vec<(&'static str, String)> {
+    let primary = machine.role == Role::Primary;
+    let mut rows = vec![
+        ("state", machine.state.to_string()),
+        ("health", machine.health.to_string()),
+    ];
+    rows.extend(machine.reasons.iter().map(|reason| ("", reason.clone())));
+    rows.extend(
+        machine
+            .generation
+            .map(|generation| ("generation", generation.to_string())),
     );
-    row("durable epoch", durable);
-    if let Some(base) = machine.base_epoch {
-        row("image epoch", base.to_string());
-    }
-    if let Some(copy) = &machine.copy {
-        let percent = if copy.total == 0 {
-            100
-        } else {
-            copy.done.saturating_mul(100) / copy.total
-        };
-        let eta = copy.eta_s.map_or_else(|| "-".into(), |s| format!("{s} s"));
-        let (done, total, rate) = (Bytes(copy.done), Bytes(copy.total), Bytes(copy.rate));
-        row(
-            "initial copy",
-            format!("{done} of {total} ({percent} %), {rate}/s, ETA {eta}"),
-        );
-    }
+    let peer = if primary { "replica" } else { "primary" };
+    rows.extend(machine.peer.clone().map(|name| (peer, name)));
+    let lineage = |l: Lineage| format!("{} ({:.12})", l.epoch, l.chain.to_string());
+    rows.push((
+        "durable epoch",
+        machine.durable.map_or_else(|| "none yet".into(), lineage),
+    ));
+    rows.extend(
+        machine
+            .base_epoch
+            .map(|base| ("image epoch", base.to_string())),
+    );
+    rows.extend(machine.copy.map(|copy| ("initial copy", copy_row(&copy))));
     let ms = |value: Option<u64>| value.map_or_else(|| "-".into(), |ms| format!("{ms} ms"));
-    let rpo = &machine.rpo;
-    row(
+    let RpoStatus {
+        now_ms,
+        p50_ms,
+        p99_ms,
+    } = machine.rpo;
+    rows.push((
         "RPO",
-        format!(
-            "now {}, p50 {}, p99 {}",
-            ms(rpo.now_ms),
-            ms(rpo.p50_ms),
-            ms(rpo.p99_ms)
-        ),
+        format!("now {}, p50 {}, p99 {}", ms(now_ms), ms(p50_ms), ms(p99_ms)),
+    ));
+    let traffic = &machine.traffic;
+    let (sent, raw, folded) = (
+        Bytes(traffic.sent),
+        Bytes(traffic.raw),
+        Bytes(traffic.folded),
     );
-    let t = &machine.traffic;
-    row("owed", Bytes(t.owed).to_string());
-    row(
-        "epochs",
-        format!("{} durable, {} merged", t.epochs, t.merged),
-    );
-    let verb = if machine.role == Role::Primary {
-        "sent"
+    if primary {
+        rows.push(("owed", Bytes(traffic.owed).to_string()));
+        rows.push((
+            "epochs",
+            format!("{} durable, {} merged", traffic.epochs, traffic.merged),
+        ));
+        rows.push((
+            "sent",
+            format!("{sent} on the wire for {raw} of blocks, {folded} folded away"),
+        ));
     } else {
-        "received"
-    };
-    row(
-        verb,
-        format!(
-            "{} on the wire for {} of blocks, {} folded away",
-            Bytes(t.sent),
-            Bytes(t.raw),
-            Bytes(t.folded)
-        ),
+        rows.push(("epochs", format!("{} durable", traffic.epochs)));
+        rows.push((
+            "received",
+            format!("{sent} on the wire, {raw} written to images"),
+        ));
+    }
+    rows.extend(
+        machine
+            .write_latency
+            .map(|l| ("write latency", latency_row(&l))),
     );
-    if let Some(l) = &machine.write_latency {
-        row(
-            "write latency",
-            format!(
-                "p50 {:.0} us, p99 {:.0} us, p99.9 {:.0} us",
-                l.p50_us, l.p99_us, l.p999_us
-            ),
-        );
-    }
-    for disk in &machine.disks {
-        let at = disk
-            .path
-            .as_ref()
-            .map_or_else(String::new, |path| format!(" at {path}"));
-        row(
-            "disk",
-            format!(
-                "{} {} in {} ({}){at}",
-                disk.name,
-                Bytes(disk.size),
-                disk.image,
-                disk.format
-            ),
-        );
-    }
+    rows.extend(machine.disks.iter().map(|disk| ("disk", disk_row(disk))));
+    rows
+}
+
+fn copy_row(copy: &CopyStatus) -> String {
+    let percent = copy
+        .done
+        .saturating_mul(100)
+        .checked_div(copy.total)
+        .unwrap_or(100);
+    let eta = copy.eta_s.map_or_else(|| "-".into(), |s| format!("{s} s"));
+    let (done, total, rate) = (Bytes(copy.done), Bytes(copy.total), Bytes(copy.rate));
+    format!("{done} of {total} ({percent} %), {rate}/s, ETA {eta}")
+}
+
+fn latency_row(latency: &LatencyStatus) -> String {
+    let LatencyStatus {
+        p50_us,
+        p99_us,
+        p999_us,
+        ..
+    } = latency;
+    format!("p50 {p50_us:.0} us, p99 {p99_us:.0} us, p99.9 {p999_us:.0} us")
+}
+
+fn disk_row(disk: &DiskStatus) -> String {
+    let at = disk
+        .path
+        .as_ref()
+        .map_or_else(String::new, |path| format!(" at {path}"));
+    format!(
+        "{} {} in {} ({}){at}",
+        disk.name,
+        Bytes(disk.size),
+        disk.image,
+        disk.format
+    )
 }

@@ -13,12 +13,14 @@ use super::{
     error::DecodeError,
     frame::unpack,
     layout::{
-        FRAME_HEADER_BYTES, FrameHeader, FrameKind, Header, PREAMBLE_BYTES, header_len, is_trailer,
+        FRAME_HEADER_BYTES, FrameHeader, FrameKind, Header, LogKind, PREAMBLE_BYTES, header_len,
+        is_trailer,
     },
     trailer::{FOOT_BYTES, Foot, Trailer, TrailerHead},
 };
 use crate::base::{
     checksum::{Crc32c, Sha256},
+    limits::DELTA_FRAMES_MAX,
     units::{to_u64, to_usize},
 };
 
@@ -212,6 +214,14 @@ impl Decoder {
                 left,
                 crc: Crc32c::default(),
             })));
+        }
+        let delta = matches!(&self.header, Some(header) if header.kind == LogKind::Delta);
+        if delta && self.frames >= DELTA_FRAMES_MAX {
+            return Err(DecodeError::Invalid {
+                part: "frame header",
+                offset: at,
+                reason: "a delta has at most 2^24 frames",
+            });
         }
         let disks = self.header.as_ref().map_or(&[][..], |header| &header.disks);
         let header = FrameHeader::parse(bytes, disks, at)?;

@@ -14,7 +14,7 @@ use crate::base::{
     checksum::{Digest, Sha256, crc32c},
     clock::Timestamp,
     ids::Lineage,
-    limits::INDEX_FRAMES_MAX,
+    limits::{DELTA_FRAMES_MAX, INDEX_FRAMES_MAX},
     units::{Epoch, to_u64},
 };
 
@@ -73,7 +73,7 @@ impl Encoder {
         (encoder, bytes.into())
     }
 
-    /// Adds the frame that is sent next.
+    /// Adds the frame that is sent next. A delta takes at most [`DELTA_FRAMES_MAX`]; its readers refuse more.
     pub fn frame(&mut self, frame: &EncodedFrame) {
         let header = &frame.bytes()[..FRAME_HEADER_BYTES];
         self.chain.update(header);
@@ -90,6 +90,11 @@ impl Encoder {
     /// Frames so far.
     pub fn frames(&self) -> u64 {
         self.frames
+    }
+
+    /// Frames that a delta still takes: before they are used up, the sender makes its frames longer.
+    pub fn frames_left(&self) -> u64 {
+        DELTA_FRAMES_MAX.saturating_sub(self.frames)
     }
 
     /// Bytes of the log so far.

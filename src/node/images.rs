@@ -76,9 +76,8 @@ impl ImageConfig {
             path: path.clone(),
             source,
         })?;
-        let format = match format.or_else(|| suffix_format(&path)) {
-            Some(format) => format,
-            None => return Err(ImageError::Suffix(path)),
+        let Some(format) = format.or_else(|| suffix_format(&path)) else {
+            return Err(ImageError::Suffix(path));
         };
         Ok(Self { path, format, name })
     }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   primary    images -> machine (tracked) -> mount                   secondary   listener -> session for each machine
-//!   driver     the replication thread: Sender + maps + link           session     Receiver + replica store + link
+//!   driver     the replication thread: dial, talk, dial again         session     Receiver + replica store + link
+//!   conversation   one link: Sender + maps + log                      admission   who may feed which replica
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
 //!   control    the socket that `status` and operators use
 //! ```
@@ -10,15 +11,19 @@
 //! thread with one loop: select, handle, act.
 #![forbid(unsafe_code)]
 
+mod admission;
 pub mod control;
+mod conversation;
 mod driver;
 pub mod images;
 mod pipeline;
 pub mod primary;
 mod progress;
+mod replicas;
 pub mod secondary;
 mod session;
 pub mod status;
+mod tracking;
 
 use std::{io, sync::Arc, time::Duration};
 

@@ -80,11 +80,6 @@ impl Pipeline {
         self.slots.len() < DEPTH
     }
 
-    /// Whether frames are under way.
-    pub(super) fn is_empty(&self) -> bool {
-        self.slots.is_empty()
-    }
-
     /// Gives a piece to the workers. Only with [`has_room`](Self::has_room).
     pub(super) fn submit(&mut self, disk: DiskIndex, run: Extent, raw: Raw) {
         assert!(self.has_room(), "the caller asks for room first");

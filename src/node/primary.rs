@@ -4,7 +4,7 @@
 //! the replica: a guest never waits for a replica. Stop: end the replication, unmount (no write can come any more),
 //! close the machine (flush, record that it was clean), and only then let go of the locks.
 
-use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -16,12 +16,12 @@ use super::{
     images::{ImageError, OpenImage, stamp},
     progress::{Phase, Progress},
     status::{DiskStatus, LatencyStatus, MachineStatus, NodeStatus, RpoStatus, TrafficStatus},
+    tracking::Tracked,
 };
 use crate::{
     base::{
         clock::{Clock, SystemClock},
-        ids::{Generation, Ids, Lineage, MachineId, Name, SystemIds},
-        limits::PRESERVE_BYTES_MAX,
+        ids::{Ids, Lineage, Name, SystemIds},
         units::{BLOCK_BYTES, DiskIndex},
     },
     coord::state::{ReplicationState, Role, Signs},
@@ -33,12 +33,8 @@ use crate::{
         self, Mount, MountError, MountOptions, MountedDisk, Owner, Unmount, UnmountError,
         Visibility, Writability,
     },
-    storage::{
-        file::FileFolder,
-        ledger::{Ledger, LedgerError},
-    },
-    track::{intent::HOT_REGIONS_MAX, state::StateDir},
-    volume::{self, DiskSource, Machine, MachineOptions, MachineState},
+    storage::ledger::LedgerError,
+    volume::{self, MachineState},
 };
 
 /// The interval that health is judged by where none is configured.
@@ -59,6 +55,8 @@ pub struct PrimaryConfig {
     pub visibility: Visibility,
     /// Whom the files belong to, if not this process's user.
     pub owner: Option<Owner>,
+    /// Threads that serve the mount.
+    pub threads: usize,
     /// Folder of the tracking state; nothing is tracked without it.
     pub state: Option<PathBuf>,
     /// Where to replicate to.
@@ -138,25 +136,13 @@ pub enum PrimaryError {
     },
 }
 
-/// What stands between the guest and the images.
-#[derive(Debug)]
-enum Tracking {
-    Off,
-    On {
-        machine: Arc<Machine>,
-        id: MachineId,
-        generation: Generation,
-        _lock: fs::File,
-    },
-}
-
 /// A machine that is being served.
 #[derive(Debug)]
 pub struct Primary {
     config: PrimaryConfig,
     clock: Arc<dyn Clock>,
     images: Vec<OpenImage>,
-    tracking: Tracking,
+    tracked: Option<Tracked>,
     mount: Mount,
     replication: Mutex<Option<Replication>>,
     progress: Arc<Mutex<Progress>>,
@@ -176,28 +162,24 @@ impl Primary {
             }
         }
         let target = config.replication.as_ref().map(target).transpose()?;
+        let open = |image| OpenImage::open(image, config.access, &ids);
         let images = config
             .images
             .iter()
-            .map(|image| OpenImage::open(image, config.access, &ids))
+            .map(open)
             .collect::<Result<Vec<_>, _>>()?;
-        let tracking = track(&config, &images, &clock, &*ids)?;
-        let mount = show(&config, &images, &tracking)?;
+        let state = config.state.as_ref();
+        let tracked = state
+            .map(|state| Tracked::open(&config.machine, state, &images, &clock, &*ids))
+            .transpose()?;
+        let mount = show(&config, &images, tracked.as_ref())?;
         let progress = Arc::new(Mutex::new(Progress::default()));
-        let replication = match (&tracking, target) {
-            (
-                Tracking::On {
-                    machine,
-                    id,
-                    generation,
-                    ..
-                },
-                Some(target),
-            ) => {
+        let replication = match (&tracked, target) {
+            (Some(tracked), Some(target)) => {
                 let subject = Subject {
-                    id: *id,
+                    id: tracked.id,
                     name: config.machine.clone(),
-                    generation: *generation,
+                    generation: tracked.generation,
                     disks: images.iter().map(spec).collect(),
                 };
                 let host = Host {
@@ -205,7 +187,7 @@ impl Primary {
                     ids,
                     runtime,
                 };
-                let machine = Arc::clone(machine);
+                let machine = Arc::clone(&tracked.machine);
                 let started =
                     Replication::start(machine, subject, target, Arc::clone(&progress), host);
                 Some(started.map_err(PrimaryError::Thread)?)
@@ -217,7 +199,7 @@ impl Primary {
             config,
             clock,
             images,
-            tracking,
+            tracked,
             mount,
             replication,
             progress,
@@ -245,101 +227,75 @@ impl Primary {
             machine: self.config.machine.clone(),
             source,
         };
-        match &self.tracking {
-            Tracking::On { machine, .. } => {
-                let mut stamps = |disk: DiskIndex| stamp(&self.images[disk.index()].config.path);
-                machine
-                    .close(&mut stamps)
-                    .map_err(|error| failed(Box::new(error)))
-            }
-            Tracking::Off => self
-                .images
-                .iter()
-                .try_for_each(|image| image.disk.close())
-                .map_err(|e| failed(Box::new(e))),
+        if let Some(tracked) = &self.tracked {
+            tracked.rest();
+            let mut stamps = |disk: DiskIndex| stamp(&self.images[disk.index()].config.path);
+            return tracked
+                .machine
+                .close(&mut stamps)
+                .map_err(|error| failed(Box::new(error)));
         }
+        for image in &self.images {
+            image
+                .disk
+                .close()
+                .map_err(|error| failed(Box::new(error)))?;
+        }
+        Ok(())
     }
 
     /// The machine's report.
     pub fn machine_status(&self) -> MachineStatus {
         let progress = self.progress.lock();
-        let now = self.clock.wall();
         let latency = self.mount.latencies().write;
-        let mut status = MachineStatus {
+        let replication = self.config.replication.as_ref();
+        let (state, stopped) = match (&self.tracked, replication) {
+            (Some(tracked), Some(_)) => {
+                state_of(&progress.phase, tracked.machine.lineage().is_some())
+            }
+            _ => (ReplicationState::Disabled, None),
+        };
+        let tracked = self.tracked.as_ref();
+        let rpo = tracked.map_or_else(RpoStatus::default, |tracked| self.rpo(&progress, tracked));
+        let signs = Signs {
+            state,
+            stopped,
+            disk: tracked.and_then(|tracked| problem(&tracked.machine.state())),
+            interval: replication.map_or(INTERVAL_DEFAULT, |replication| replication.interval),
+            rpo: rpo.now_ms.map(Duration::from_millis),
+        };
+        let (health, reasons) = signs.health();
+        let mut traffic = tracked.map_or_else(TrafficStatus::default, |tracked| {
+            traffic(&progress, tracked)
+        });
+        traffic.written = latency.bytes();
+        MachineStatus {
             name: self.config.machine.clone(),
-            id: MachineId(uuid::Uuid::nil()),
+            id: tracked.map(|tracked| tracked.id),
             role: Role::Primary,
-            state: ReplicationState::Disabled,
-            health: crate::coord::state::Health::NotApplicable,
-            reasons: Vec::new(),
-            generation: Generation {
-                number: 0,
-                id: uuid::Uuid::nil(),
-            },
-            peer: self
-                .config
-                .replication
-                .as_ref()
-                .map(|replication| replication.to.clone()),
-            durable: None,
+            state,
+            health,
+            reasons,
+            generation: tracked.map(|tracked| tracked.generation),
+            peer: replication.map(|replication| replication.to.clone()),
+            durable: tracked.and_then(|tracked| tracked.machine.lineage()),
             base_epoch: None,
-            rpo: RpoStatus::default(),
+            rpo,
             copy: progress.copy_status(self.clock.monotonic()),
-            traffic: TrafficStatus {
-                written: latency.bytes(),
-                ..TrafficStatus::default()
-            },
+            traffic,
             write_latency: Some(LatencyStatus::from(&latency)),
             disks: self
                 .images
                 .iter()
                 .map(|image| self.disk_status(image))
                 .collect(),
-        };
-        let mut disk_problem = None;
-        let mut stopped = None;
-        if let Tracking::On {
-            machine,
-            id,
-            generation,
-            ..
-        } = &self.tracking
-        {
-            let counters = machine.counters();
-            status.id = *id;
-            status.generation = *generation;
-            status.durable = machine.lineage();
-            status.rpo = progress.rpo.status(
-                now,
-                counters.open_blocks == 0 && counters.closing_blocks == 0,
-            );
-            status.traffic.owed =
-                (counters.owed_open_blocks + counters.owed_closing_blocks) * BLOCK_BYTES;
-            status.traffic.raw = progress.raw;
-            status.traffic.sent = progress.sent;
-            status.traffic.folded = counters.folded_blocks * BLOCK_BYTES;
-            status.traffic.epochs = progress.epochs;
-            status.traffic.merged = counters.merged_epochs;
-            disk_problem = problem(&machine.state());
-            if self.config.replication.is_some() {
-                (status.state, stopped) = state_of(&progress.phase, status.durable.is_some());
-            }
         }
-        let interval = self
-            .config
-            .replication
-            .as_ref()
-            .map_or(INTERVAL_DEFAULT, |replication| replication.interval);
-        let rpo = status.rpo.now_ms.map(Duration::from_millis);
-        let signs = Signs {
-            state: status.state,
-            stopped,
-            disk: disk_problem,
-            interval,
-            rpo,
-        };
-        (status.health, status.reasons) = signs.health();
-        status
+    }
+
+    fn rpo(&self, progress: &Progress, tracked: &Tracked) -> RpoStatus {
+        let counters = tracked.machine.counters();
+        let unchanged = counters.open_blocks == 0 && counters.closing_blocks == 0;
+        progress.rpo.status(self.clock.wall(), unchanged)
     }
 
     fn path(&self, image: &OpenImage) -> PathBuf {
@@ -372,16 +328,15 @@ impl Operate for Primary {
         if *machine != self.config.machine {
             return Err(OperateError::NoSuchMachine(machine.clone()));
         }
-        let answer = match &*self.replication.lock() {
-            Some(replication) => replication.request_cut(),
-            None => {
-                return Err(OperateError::NotNow(format!(
-                    "machine {machine} is not replicated"
-                )));
-            }
-        };
+        let pending = self
+            .replication
+            .lock()
+            .as_ref()
+            .map(Replication::request_cut);
         // The lock is free again: a cut may take as long as the link does, and the node must be able to stop.
-        answer.wait().map_err(OperateError::NotNow)
+        let pending = pending
+            .ok_or_else(|| OperateError::NotNow(format!("machine {machine} is not replicated")))?;
+        pending.wait().map_err(OperateError::NotNow)
     }
 }
 
@@ -406,97 +361,14 @@ fn spec(image: &OpenImage) -> DiskSpec {
     }
 }
 
-/// What the node remembers of a machine by its name.
-#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
-struct Known {
-    id: MachineId,
-    generation: Generation,
-}
-
-/// Restores or begins the tracking of a machine.
-fn track(
-    config: &PrimaryConfig,
-    images: &[OpenImage],
-    clock: &Arc<dyn Clock>,
-    ids: &dyn Ids,
-) -> Result<Tracking, PrimaryError> {
-    let Some(state) = &config.state else {
-        return Ok(Tracking::Off);
-    };
-    let path = state.join(config.machine.as_str());
-    let failed = |source| PrimaryError::State {
-        path: path.clone(),
-        source,
-    };
-    let folder = FileFolder::open(&path).map_err(failed)?;
-    let lock = fs::File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(path.join("lock"))
-        .map_err(failed)?;
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(fs::TryLockError::WouldBlock) => {
-            return Err(PrimaryError::StateInUse(config.machine.clone()));
-        }
-        Err(fs::TryLockError::Error(source)) => return Err(failed(source)),
-    }
-    let store = crate::storage::Folder::open(&folder, "node.redb", crate::storage::Open::Create)
-        .map_err(failed)?;
-    let ledger = Arc::new(Ledger::open(store)?);
-    let key = format!("name/{}", config.machine);
-    let known = match ledger.get::<Known>(&key)? {
-        Some(known) => known,
-        None => {
-            let known = Known {
-                id: MachineId(ids.uuid()),
-                generation: Generation::first(ids),
-            };
-            ledger.put(&key, &known)?;
-            known
-        }
-    };
-    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map_err(failed)?
-        .trim()
-        .to_owned();
-    let options = MachineOptions {
-        id: known.id,
-        name: config.machine.clone(),
-        clock: Arc::clone(clock),
-        boot_id,
-        preserve_bytes_max: PRESERVE_BYTES_MAX,
-        hot_regions_max: HOT_REGIONS_MAX,
-    };
-    let sources = images.iter().map(|image| DiskSource {
-        name: image.config.name.clone(),
-        disk: Arc::clone(&image.disk),
-        stamp: image.stamp,
-    });
-    let state_dir = StateDir::open(&path).map_err(failed)?;
-    let machine =
-        Machine::open(options, sources.collect(), &state_dir, ledger).map_err(|source| {
-            PrimaryError::Track {
-                machine: config.machine.clone(),
-                source,
-            }
-        })?;
-    Ok(Tracking::On {
-        machine,
-        id: known.id,
-        generation: known.generation,
-        _lock: lock,
-    })
-}
-
 fn show(
     config: &PrimaryConfig,
     images: &[OpenImage],
-    tracking: &Tracking,
+    tracked: Option<&Tracked>,
 ) -> Result<Mount, PrimaryError> {
     let mut options = MountOptions::new(&config.at);
     options.access = config.visibility;
+    options.threads = config.threads;
     if let Some(owner) = config.owner {
         options.owner = owner;
     }
@@ -507,13 +379,26 @@ fn show(
     let disks = images.iter().enumerate().map(|(index, image)| MountedDisk {
         folder: None,
         file_name: image.config.name.clone(),
-        disk: match tracking {
-            Tracking::Off => Arc::clone(&image.disk),
-            Tracking::On { machine, .. } => Arc::clone(&machine.volumes()[index]) as Arc<dyn Disk>,
+        disk: match tracked {
+            Some(tracked) => Arc::clone(&tracked.machine.volumes()[index]) as Arc<dyn Disk>,
+            None => Arc::clone(&image.disk),
         },
         writability,
     });
     Ok(shim::mount(&options, disks.collect())?)
+}
+
+fn traffic(progress: &Progress, tracked: &Tracked) -> TrafficStatus {
+    let counters = tracked.machine.counters();
+    TrafficStatus {
+        owed: (counters.owed_open_blocks + counters.owed_closing_blocks) * BLOCK_BYTES,
+        written: counters.guest_bytes,
+        raw: progress.raw,
+        sent: progress.sent,
+        folded: counters.folded_blocks * BLOCK_BYTES,
+        epochs: progress.epochs,
+        merged: counters.merged_epochs,
+    }
 }
 
 /// What is wrong with the machine's disks or their tracking, if anything is.

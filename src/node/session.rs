@@ -12,7 +12,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::{self, Receiver as EventReceiver, Sender as EventSender, UnboundedSender};
 
-use super::{driver::chain, secondary::Served};
+use super::{driver::chain, replicas::Served};
 use crate::{
     base::{ids::Generation, units::to_u64},
     net::{ControlReceiver, ControlSender, Link, LinkError, LogReceiver, Reason},
@@ -20,7 +20,7 @@ use crate::{
         message::{self, Refusal, ToPrimary, ToReplica},
         receiver::Receiver,
     },
-    replica::{Head, Ingest, IngestError, IngestEvent},
+    replica::{Head, Ingest, IngestError, IngestEvent, SyncTask},
 };
 
 /// Pieces of a log that are read from the connection at once.
@@ -34,6 +34,8 @@ enum Event {
     End,
     Broken(String),
     Message(ToReplica),
+    /// A sync of the log with this number ended.
+    Synced(u64, Result<IngestEvent, IngestError>),
     Lost(String),
 }
 
@@ -48,14 +50,17 @@ pub(super) async fn serve(
     let (events, inbox) = mpsc::channel(BATCHES);
     let (answers, outbox) = mpsc::unbounded_channel();
     let ears = tokio::spawn(hear(receiver, link.clone(), events.clone()));
-    let logs = tokio::spawn(receive_logs(link.clone(), events));
+    let logs = tokio::spawn(receive_logs(link.clone(), events.clone()));
     let mouth = tokio::spawn(speak(sender, outbox));
+    let syncer = Syncer::start(events.clone());
     let session = Session {
         served,
         generation,
         answers,
         receiver: Receiver::default(),
         ingest: None,
+        log: 0,
+        syncer,
     };
     let closing = link.clone();
     let (ended, end) = tokio::sync::oneshot::channel();
@@ -131,12 +136,67 @@ async fn speak(mut sender: ControlSender, mut outbox: mpsc::UnboundedReceiver<To
     sender.finish();
 }
 
+/// Runs syncs beside the receiving, one at a time, and reports them as events.
+struct Syncer {
+    tasks: Option<crossbeam_channel::Sender<(u64, SyncTask)>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Syncer {
+    fn start(events: EventSender<Event>) -> Self {
+        let (tasks, inbox) = crossbeam_channel::bounded::<(u64, SyncTask)>(1);
+        let spawned = thread::Builder::new().name("sync".into()).spawn(move || {
+            for (log, task) in inbox {
+                // The session may be over; then nobody wants to know.
+                let _ = events.blocking_send(Event::Synced(log, task.run()));
+            }
+        });
+        match spawned {
+            Ok(thread) => Self {
+                tasks: Some(tasks),
+                thread: Some(thread),
+            },
+            // Without a thread everything is synced at the trailer.
+            Err(_) => Self {
+                tasks: None,
+                thread: None,
+            },
+        }
+    }
+
+    /// Whether a sync could begin at once.
+    fn is_idle(&self) -> bool {
+        self.tasks
+            .as_ref()
+            .is_some_and(crossbeam_channel::Sender::is_empty)
+    }
+
+    fn run(&self, log: u64, task: SyncTask) {
+        if let Some(tasks) = &self.tasks {
+            // The thread lives as long as this value.
+            let _ = tasks.send((log, task));
+        }
+    }
+}
+
+impl Drop for Syncer {
+    fn drop(&mut self) {
+        self.tasks = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
 struct Session {
     served: Arc<Served>,
     generation: Generation,
     answers: UnboundedSender<ToPrimary>,
     receiver: Receiver,
     ingest: Option<Ingest>,
+    /// Counts the logs of this connection.
+    log: u64,
+    syncer: Syncer,
 }
 
 impl Session {
@@ -160,6 +220,7 @@ impl Session {
                     self.hear(&message);
                     Ok(())
                 }
+                Event::Synced(log, synced) => self.synced(log, synced),
             };
             if let Err(error) = done {
                 let detail = chain(&error);
@@ -187,6 +248,7 @@ impl Session {
 
     fn begin(&mut self) -> Result<(), IngestError> {
         self.ingest = None;
+        self.log += 1;
         self.ingest = Some(self.served.store.begin(self.generation)?);
         Ok(())
     }
@@ -195,13 +257,31 @@ impl Session {
         let Some(ingest) = &mut self.ingest else {
             return Ok(());
         };
-        let events = ingest.push(piece)?;
+        let staged = ingest.feed(piece)?;
+        if self.syncer.is_idle()
+            && let Some(task) = ingest.sync_due()?
+        {
+            self.syncer.run(self.log, task);
+        }
         match self.receiver.received(to_u64(piece.len())) {
             Ok(Some(grant)) => self.say(grant),
             Ok(None) => {}
             Err(overrun) => tracing::warn!(machine = %self.served.name, "{overrun}"),
         }
-        for event in events {
+        if let Some(event) = staged {
+            self.report(event);
+        }
+        Ok(())
+    }
+
+    fn synced(
+        &self,
+        log: u64,
+        synced: Result<IngestEvent, IngestError>,
+    ) -> Result<(), IngestError> {
+        let event = synced?;
+        // What is durable of a log that was given up means nothing to the one that follows.
+        if log == self.log {
             self.report(event);
         }
         Ok(())

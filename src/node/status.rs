@@ -35,8 +35,8 @@ pub struct NodeStatus {
 pub struct MachineStatus {
     /// What people call it.
     pub name: Name,
-    /// Its identity.
-    pub id: MachineId,
+    /// Its identity; nothing while it is not tracked.
+    pub id: Option<MachineId>,
     /// The part this node plays.
     pub role: Role,
     /// Where its replication stands.
@@ -45,8 +45,8 @@ pub struct MachineStatus {
     pub health: Health,
     /// Why it does not fare better, one sentence each.
     pub reasons: Vec<String>,
-    /// The fencing token.
-    pub generation: Generation,
+    /// The fencing token; nothing while it is not tracked, or has not been received from yet.
+    pub generation: Option<Generation>,
     /// The other side: address on the primary, certificate name on the replica.
     pub peer: Option<String>,
     /// The last epoch that is durable on the replica.

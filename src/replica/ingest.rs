@@ -32,6 +32,8 @@ pub(super) const PART_SUFFIX: &str = ".part";
 const PART_NAME: &str = "incoming.part";
 /// Bytes gathered before they are written to the log: frames of 4 KiB would otherwise cost a system call each.
 const GATHER_BYTES: usize = 256 * 1024;
+/// One frame's worth at a time: the decoder holds no more, whatever the caller brings.
+const PIECE_BYTES: usize = to_usize(FRAME_BYTES_MAX);
 
 /// What became of the bytes of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,17 +127,32 @@ fn check_generation(state: &State, found: Generation) -> Result<(), IngestError>
 }
 
 impl Ingest {
-    /// Takes the next bytes of the log. After an error the log is lost and every later call fails.
+    /// Takes the next bytes of the log and syncs whenever that is due. After an error the log is lost and every later
+    /// call fails.
     pub fn push(&mut self, bytes: &[u8]) -> Result<Vec<IngestEvent>, IngestError> {
         let mut events = Vec::new();
-        // One frame's worth at a time: the decoder holds no more, whatever the caller brings.
-        for piece in bytes.chunks(to_usize(FRAME_BYTES_MAX)) {
-            if let Err(error) = self.push_piece(piece, &mut events) {
-                self.fail();
-                return Err(error);
+        for piece in bytes.chunks(PIECE_BYTES) {
+            events.extend(self.feed(piece)?);
+            if let Some(task) = self.sync_due()? {
+                events.push(task.run()?);
             }
         }
         Ok(events)
+    }
+
+    /// As [`Ingest::push`], but leaves it to the caller to ask for a sync and to run it where it disturbs nobody.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<Option<IngestEvent>, IngestError> {
+        let mut staged = None;
+        for piece in bytes.chunks(PIECE_BYTES) {
+            match self.feed_piece(piece) {
+                Ok(event) => staged = staged.or(event),
+                Err(error) => {
+                    self.fail();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(staged)
     }
 
     /// Whether the log is staged.
@@ -152,11 +169,7 @@ impl Ingest {
         }
     }
 
-    fn push_piece(
-        &mut self,
-        piece: &[u8],
-        events: &mut Vec<IngestEvent>,
-    ) -> Result<(), IngestError> {
+    fn feed_piece(&mut self, piece: &[u8]) -> Result<Option<IngestEvent>, IngestError> {
         if matches!(self.stage, Stage::Failed) {
             return Err(IngestError::Incomplete);
         }
@@ -180,13 +193,7 @@ impl Ingest {
         if !kept {
             self.gather(piece)?;
         }
-        if let Some(trailer) = end {
-            let staged = self.complete(&trailer)?;
-            events.push(staged);
-        } else if self.received - self.synced >= self.shared.options.sync_bytes {
-            events.extend(self.sync()?);
-        }
-        Ok(())
+        end.map(|trailer| self.complete(&trailer)).transpose()
     }
 
     /// Checks the header against the replica before anything is written.
@@ -303,21 +310,40 @@ impl Ingest {
         Ok(())
     }
 
+    /// A sync of what was received so far, if [`ReplicaOptions::sync_bytes`](super::ReplicaOptions::sync_bytes) came
+    /// since the last one. It may run on another thread while more is fed. At the trailer everything is synced anyway.
+    pub fn sync_due(&mut self) -> Result<Option<SyncTask>, IngestError> {
+        if self.received - self.synced < self.shared.options.sync_bytes {
+            return Ok(None);
+        }
+        if let Err(error) = self.write() {
+            self.fail();
+            return Err(error.into());
+        }
+        let what = match &self.stage {
+            Stage::Delta { part, .. } => What::Part(Arc::clone(part)),
+            Stage::Initial { disks, header } => What::Images(disks.clone(), header.clone()),
+            _ => return Ok(None),
+        };
+        self.synced = self.received;
+        let durable = IngestEvent::Durable {
+            frames: self.frames,
+            bytes: self.received,
+        };
+        Ok(Some(SyncTask { what, durable }))
+    }
+
     /// Makes durable what was received.
-    fn sync(&mut self) -> Result<Option<IngestEvent>, IngestError> {
+    fn sync(&mut self) -> Result<(), IngestError> {
         self.write()?;
         match &self.stage {
             Stage::Delta { part, .. } => {
                 part.sync().map_err(ReplicaError::io("sync", PART_NAME))?;
             }
             Stage::Initial { disks, header } => flush(disks, header)?,
-            _ => return Ok(None),
+            _ => {}
         }
-        self.synced = self.received;
-        Ok(Some(IngestEvent::Durable {
-            frames: self.frames,
-            bytes: self.received,
-        }))
+        Ok(())
     }
 
     /// The log is whole and verified: makes it durable, visible and recorded, in this order.
@@ -331,6 +357,7 @@ impl Ingest {
                     lineage: trailer.lineage,
                     cut: trailer.cut,
                     consistency: trailer.consistency,
+                    exact: false,
                 };
                 let record = self.next_record(&state, trailer, |_| Base::At(point))?;
                 self.shared.record(&mut state, record)?;
@@ -406,6 +433,30 @@ impl Ingest {
 impl Drop for Ingest {
     fn drop(&mut self) {
         self.fail();
+    }
+}
+
+/// A sync that was asked for by [`Ingest::sync_due`].
+#[derive(Debug)]
+pub struct SyncTask {
+    what: What,
+    durable: IngestEvent,
+}
+
+#[derive(Debug)]
+enum What {
+    Part(Arc<dyn Storage>),
+    Images(Vec<Arc<dyn Disk>>, Header),
+}
+
+impl SyncTask {
+    /// Syncs; the event says what is durable now.
+    pub fn run(self) -> Result<IngestEvent, IngestError> {
+        match &self.what {
+            What::Part(part) => part.sync().map_err(ReplicaError::io("sync", PART_NAME))?,
+            What::Images(disks, header) => flush(disks, header)?,
+        }
+        Ok(self.durable)
     }
 }
 

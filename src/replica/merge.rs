@@ -138,6 +138,7 @@ impl Shared {
                 lineage: trailer.lineage,
                 cut: trailer.cut,
                 consistency: trailer.consistency,
+                exact: true,
             },
             logs,
             disks: state.disks.clone(),

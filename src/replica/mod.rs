@@ -23,20 +23,22 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod handover;
 pub mod images;
 mod index;
 mod ingest;
 mod log;
 mod merge;
+mod pins;
 mod record;
 mod recover;
-mod settle;
 mod store;
 mod view;
 
 pub use error::{IngestError, ReplicaError};
+pub use handover::Adoption;
 pub use images::{ImageError, ImageFormat, Images, RawImages};
-pub use ingest::{Ingest, IngestEvent};
+pub use ingest::{Ingest, IngestEvent, SyncTask};
 pub use merge::MergeReport;
 pub use store::{
     Counters, DiskSpec, Head, ImageStatus, MachineReplica, Point, ReplicaOptions, ReplicaStatus,

@@ -42,7 +42,7 @@ pub(super) enum Base {
     Creating,
     /// Part of the initial copy.
     Copying,
-    /// This point. Epoch 0 was read while the guest wrote, so it is no recovery point by itself.
+    /// This point.
     At(BasePoint),
     /// Something between the two; only with the logs up to `to` a point.
     Merging {
@@ -59,6 +59,9 @@ pub(super) struct BasePoint {
     pub(super) lineage: Lineage,
     pub(super) cut: Timestamp,
     pub(super) consistency: Consistency,
+    /// Whether the images hold just that. If not, they become a recovery point with the log that follows: the initial
+    /// copy was read while the guest wrote, and a former primary has blocks that nobody else has.
+    pub(super) exact: bool,
 }
 
 impl Record {

@@ -9,8 +9,9 @@ use super::{
     images::Images,
     ingest::PART_SUFFIX,
     log::{LOG_SUFFIX, LogFile, log_name},
+    pins::Pins,
     record::{Base, Record},
-    store::{MachineReplica, Pins, ReplicaOptions, Shared, State, Tally},
+    store::{MachineReplica, ReplicaOptions, Shared, State, Tally},
 };
 use crate::{
     base::{ids::MachineId, units::Epoch},
@@ -59,11 +60,20 @@ impl Shared {
             return Ok(());
         };
         if record.base == Base::Creating {
+            self.remove_logs(&names)?;
             return self.forget(&record);
         }
         state.disks = self.open_images(&record)?;
         let found = self.find_logs(&record, &names)?;
         self.link_logs(&mut state, record, found)
+    }
+
+    /// Removes all delta logs.
+    pub(super) fn remove_logs(&self, names: &[String]) -> Result<(), ReplicaError> {
+        for name in names.iter().filter(|name| epoch_of(name).is_some()) {
+            self.remove(name)?;
+        }
+        Ok(())
     }
 
     /// All logs that the base does not hold yet; the others are removed.
@@ -75,9 +85,7 @@ impl Shared {
         let floor = record.base.floor().map(|point| point.lineage.epoch);
         let mut found = Vec::new();
         for name in names {
-            let digits = name.strip_suffix(LOG_SUFFIX);
-            let epoch = digits.and_then(|digits| digits.parse().ok()).map(Epoch);
-            let Some(epoch) = epoch.filter(|&epoch| *name == log_name(epoch)) else {
+            let Some(epoch) = epoch_of(name) else {
                 continue;
             };
             if floor.is_none_or(|floor| epoch <= floor) {
@@ -149,4 +157,11 @@ impl Shared {
             self.record(state, record)
         }
     }
+}
+
+/// The epoch that a log with this file name ends with.
+fn epoch_of(name: &str) -> Option<Epoch> {
+    let digits = name.strip_suffix(LOG_SUFFIX)?;
+    let epoch = Epoch(digits.parse().ok()?);
+    (name == log_name(epoch)).then_some(epoch)
 }

@@ -6,7 +6,7 @@
 //! `pins`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     io,
     sync::{
         Arc,
@@ -20,6 +20,7 @@ use super::{
     error::ReplicaError,
     images::{ImageFormat, Images},
     log::LogFile,
+    pins::Pins,
     record::{Base, BasePoint, DiskRecord, Record},
 };
 use crate::{
@@ -79,7 +80,8 @@ pub enum Head {
     Empty,
     /// The initial copy is not complete. Also said when nobody remembers whether it began.
     Copying,
-    /// The initial copy is complete; the next epoch makes the first recovery point.
+    /// The initial copy is complete, or the images of a former primary were adopted; the next epoch makes the first
+    /// recovery point.
     Copied(Lineage),
     /// The newest recovery point.
     Complete(Lineage),
@@ -201,66 +203,25 @@ pub(super) struct Tally {
     pub(super) image_written: AtomicU64,
 }
 
-/// Points that views are open on: a merge never goes beyond the oldest.
-#[derive(Debug, Default)]
-pub(super) struct Pins(Mutex<BTreeMap<Epoch, usize>>);
-
-/// One open view's claim.
-#[derive(Debug)]
-pub(super) struct Pin {
-    pins: Arc<Pins>,
-    epoch: Epoch,
-}
-
-impl Pins {
-    pub(super) fn pin(self: &Arc<Self>, epoch: Epoch) -> Pin {
-        *self.0.lock().entry(epoch).or_default() += 1;
-        Pin {
-            pins: Arc::clone(self),
-            epoch,
-        }
-    }
-
-    pub(super) fn oldest(&self) -> Option<Epoch> {
-        self.0.lock().keys().next().copied()
-    }
-
-    /// A point in use other than `epoch`.
-    pub(super) fn other_than(&self, epoch: Epoch) -> Option<Epoch> {
-        let pins = self.0.lock();
-        pins.keys().copied().find(|&pinned| pinned != epoch)
-    }
-}
-
-impl Drop for Pin {
-    fn drop(&mut self) {
-        let mut pins = self.pins.0.lock();
-        if let Some(count) = pins.get_mut(&self.epoch) {
-            *count -= 1;
-            if *count == 0 {
-                pins.remove(&self.epoch);
-            }
-        }
-    }
-}
-
 impl State {
     pub(super) fn head(&self) -> Head {
         let Some(record) = &self.record else {
             return Head::Empty;
         };
-        match record.head {
-            None if self.blank => Head::Empty,
-            None => Head::Copying,
-            Some(lineage) if lineage.epoch == Epoch::INITIAL => Head::Copied(lineage),
-            Some(lineage) => Head::Complete(lineage),
+        match (record.head, record.base) {
+            (None, _) if self.blank => Head::Empty,
+            (None, _) => Head::Copying,
+            (Some(head), Base::At(base)) if base.lineage == head && !base.exact => {
+                Head::Copied(head)
+            }
+            (Some(head), _) => Head::Complete(head),
         }
     }
 
     /// The point in the base images, if they hold one.
     pub(super) fn base_point(&self) -> Option<BasePoint> {
         match self.record.as_ref()?.base {
-            Base::At(point) if point.lineage.epoch > Epoch::INITIAL => Some(point),
+            Base::At(point) if point.exact => Some(point),
             _ => None,
         }
     }
@@ -307,6 +268,18 @@ impl Shared {
             Err(ReplicaError::Closed)
         } else {
             Ok(state)
+        }
+    }
+
+    /// The state, if the replica is not closed and nobody uses it.
+    pub(super) fn idle_state(&self) -> Result<MutexGuard<'_, State>, ReplicaError> {
+        let state = self.state()?;
+        if state.receiving {
+            return Err(ReplicaError::Receiving);
+        }
+        match self.pins.oldest() {
+            Some(epoch) => Err(ReplicaError::PointInUse(epoch)),
+            None => Ok(state),
         }
     }
 
@@ -404,22 +377,17 @@ impl MachineReplica {
     /// Makes the base images at first contact; afterwards checks that the disks are still the same. Formats of later
     /// calls are not compared: the images keep theirs.
     pub fn prepare(&self, disks: &[DiskSpec]) -> Result<(), ReplicaError> {
-        let names: BTreeSet<&Name> = disks.iter().map(|disk| &disk.name).collect();
-        if !(1..=DISKS_PER_MACHINE_MAX).contains(&disks.len()) || names.len() != disks.len() {
-            return Err(ReplicaError::DiskCount(disks.len()));
-        }
+        check_specs(disks)?;
         let shared = &*self.shared;
         let mut state = shared.state()?;
         if let Some(record) = &state.record {
             return compare(&record.disks, disks);
         }
-        let to_record = |disk: &DiskSpec| DiskRecord {
-            name: disk.name.clone(),
-            geometry: disk.geometry,
-            format: shared.options.format.unwrap_or(disk.format),
-        };
         let creating = Record {
-            disks: disks.iter().map(to_record).collect(),
+            disks: disks
+                .iter()
+                .map(|disk| to_record(disk, shared.options.format))
+                .collect(),
             base: Base::Creating,
             head: None,
             generation: None,
@@ -503,13 +471,7 @@ impl MachineReplica {
     /// merge. Later calls fail.
     pub fn close(&self) -> Result<(), ReplicaError> {
         let _merging = self.shared.merging.lock();
-        let mut state = self.shared.state()?;
-        if state.receiving {
-            return Err(ReplicaError::Receiving);
-        }
-        if let Some(epoch) = self.shared.pins.oldest() {
-            return Err(ReplicaError::PointInUse(epoch));
-        }
+        let mut state = self.shared.idle_state()?;
         state.closed = true;
         let disks = std::mem::take(&mut state.disks);
         let names = state.record.iter().flat_map(|record| &record.disks);
@@ -525,6 +487,24 @@ pub(super) fn disk_failed(name: &Name, source: crate::disk::DiskError) -> Replic
     ReplicaError::Disk {
         name: name.to_string(),
         source,
+    }
+}
+
+/// Refuses a set of disks that no machine has.
+pub(super) fn check_specs(disks: &[DiskSpec]) -> Result<(), ReplicaError> {
+    let names: BTreeSet<&Name> = disks.iter().map(|disk| &disk.name).collect();
+    if (1..=DISKS_PER_MACHINE_MAX).contains(&disks.len()) && names.len() == disks.len() {
+        Ok(())
+    } else {
+        Err(ReplicaError::DiskCount(disks.len()))
+    }
+}
+
+pub(super) fn to_record(disk: &DiskSpec, format: Option<ImageFormat>) -> DiskRecord {
+    DiskRecord {
+        name: disk.name.clone(),
+        geometry: disk.geometry,
+        format: format.unwrap_or(disk.format),
     }
 }
 

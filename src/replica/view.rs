@@ -1,7 +1,7 @@
 //! A recovery point as read-only disks: base images below, an index over the logs above.
 //!
 //! The content of packed frames is kept for a while, since a guest reads 4 KiB where a frame holds 1 MiB. Frames that
-//! are not packed are read in place.
+//! are not packed are read in place, and their CRC-32C, which covers all of them, is left to the merge.
 
 use std::{collections::VecDeque, io, sync::Arc};
 
@@ -11,7 +11,8 @@ use parking_lot::Mutex;
 use super::{
     error::ReplicaError,
     index::LogIndex,
-    store::{MachineReplica, Pin, Point},
+    pins::Pin,
+    store::{MachineReplica, Point},
 };
 use crate::{
     base::units::{DiskIndex, Epoch, Extent, to_usize},
@@ -19,8 +20,8 @@ use crate::{
     disk::{Content, Disk, DiskError, Fua, Geometry, Space, check_run},
 };
 
-/// Unpacked frames that a view keeps: 8 MiB at most.
-const FRAMES_KEPT: usize = 8;
+/// Unpacked frames that a view keeps: 32 MiB at most.
+const FRAMES_KEPT: usize = 32;
 
 /// The disks of one recovery point, in the order of the machine's disk table. As long as one of them is in use, no
 /// merge goes beyond the point.

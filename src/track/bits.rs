@@ -117,6 +117,7 @@ impl Bits {
 
     /// The first run of blocks of the set that lies in `within`.
     pub fn run(&self, within: Range<u64>) -> Option<Range<u64>> {
+        let within = within.start..within.end.min(self.len);
         let first = self.first(within.clone(), true)?;
         let end = self.first(first..within.end, false).unwrap_or(within.end);
         Some(first..end)
@@ -137,7 +138,7 @@ impl Bits {
         let mut at = within.start;
         let end = within.end.min(self.len);
         while at < end {
-            if set && at % PAGE_BITS == 0 && !self.touched(at / PAGE_BITS) {
+            if set && at.is_multiple_of(PAGE_BITS) && !self.touched(at / PAGE_BITS) {
                 at += PAGE_BITS;
                 continue;
             }

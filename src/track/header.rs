@@ -34,7 +34,7 @@ use crate::{
 pub const HEADER_BYTES: u64 = 4096;
 const MAGIC: &[u8; 8] = b"USTRACK1";
 const FIELDS: usize = 48;
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// What a tracking file is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

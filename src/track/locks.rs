@@ -53,9 +53,9 @@ pub struct Traffic {
 /// Guards of one, two or many stripes; a write of at most 1 MiB needs no allocation.
 #[derive(Debug)]
 enum Guards<G> {
-    One { _first: G },
-    Two { _first: G, _second: G },
-    Many { all: Vec<G> },
+    One(G),
+    Two(G, G),
+    Many(Vec<G>),
 }
 
 /// Regions held together with other writers.
@@ -73,16 +73,9 @@ impl<'a> Exclusive<'a> {
     pub fn downgrade(self) -> Shared<'a> {
         let down = RwLockWriteGuard::downgrade;
         Shared(match self.0 {
-            Guards::One { _first } => Guards::One {
-                _first: down(_first),
-            },
-            Guards::Two { _first, _second } => Guards::Two {
-                _first: down(_first),
-                _second: down(_second),
-            },
-            Guards::Many { all } => Guards::Many {
-                all: all.into_iter().map(down).collect(),
-            },
+            Guards::One(only) => Guards::One(down(only)),
+            Guards::Two(first, second) => Guards::Two(down(first), down(second)),
+            Guards::Many(all) => Guards::Many(all.into_iter().map(down).collect()),
         })
     }
 }
@@ -118,14 +111,9 @@ impl RegionLocks {
         let mut order = order.map(|stripe| lock(&self.stripes[to_usize(stripe)]));
         let mut next = || order.next().expect("as many stripes as regions");
         match count {
-            1 => Guards::One { _first: next() },
-            2 => Guards::Two {
-                _first: next(),
-                _second: next(),
-            },
-            _ => Guards::Many {
-                all: order.collect(),
-            },
+            1 => Guards::One(next()),
+            2 => Guards::Two(next(), next()),
+            _ => Guards::Many(order.collect()),
         }
     }
 

@@ -20,7 +20,7 @@ use tracing::{error, info, warn};
 
 use super::{
     open::MachineOptions,
-    record::Record,
+    record::{Record, Trust},
     take::{Cursors, PieceContent, read_content},
 };
 use crate::{
@@ -281,7 +281,9 @@ impl Core {
         disk.inner.flush().inspect_err(|error| {
             if disk.note_stop(error) {
                 let mut control = self.control.lock();
-                if let Err(error) = self.store(&mut control, |record| record.suspect = true) {
+                if let Err(error) = self.store(&mut control, |record| {
+                    record.trust = record.trust.max(Trust::Suspect);
+                }) {
                     error!(machine = %self.options.name, %error, "cannot record the failed flush");
                 }
             }
@@ -308,7 +310,7 @@ impl Core {
             return Ok(());
         }
         let reason = format!("tracking of {} failed: {cause}", disk.name);
-        match self.store(control, |record| record.lost = true) {
+        match self.store(control, |record| record.trust = Trust::Lost) {
             Ok(()) => {
                 error!(machine = %self.options.name, %reason, "tracking lost: a resync is needed");
                 let _ = self.lost.set(reason);

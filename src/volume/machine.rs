@@ -2,7 +2,7 @@
 //!
 //! # The life of an epoch
 //! [`Machine::cut`] closes the open epoch; [`Machine::take`] hands out what is owed until it answers
-//! [`Taken::Drained`](super::Taken::Drained); [`Machine::pending`] notes what the trailer will say before it is sent;
+//! [`Taken::Drained`]; [`Machine::pending`] notes what the trailer will say before it is sent;
 //! [`Machine::staged`] ends the epoch when the replica has it durably. If the connection breaks,
 //! [`Machine::disconnected`] makes everything owed again, and [`Machine::reconcile`] finds out on the next one what the
 //! replica holds. Epoch 0 is the initial copy: [`Machine::begin_initial_copy`] opens it, and
@@ -16,24 +16,26 @@
 use std::{io, sync::Arc, sync::atomic::Ordering};
 
 use parking_lot::MutexGuard;
-use serde::Serialize;
 use tracing::{debug, info};
 
 use super::{
+    answers::{
+        CopyScope, Counters, Cut, CutRefused, MachineError, MachineState, Reconcile, ReplicaHead,
+        Standing,
+    },
     core::{Closing, ClosingKind, Control, Core, Tracked},
     disk::Volume,
     open::{DiskSource, MachineOptions, OpenError, open_core},
-    record::{ImageStamp, ResyncReason},
+    record::{ImageStamp, ResyncReason, Trust},
     take::{Cursors, Side, TakeError, Taken},
 };
 use crate::{
     base::{
-        clock::Timestamp,
         ids::{Lineage, MachineId, Name},
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent},
     },
-    disk::{Content, DiskError},
-    storage::ledger::{Ledger, LedgerError},
+    disk::Content,
+    storage::ledger::Ledger,
     track::{bits::Bits, locks::Traffic, state::StateDir},
 };
 
@@ -42,174 +44,6 @@ use crate::{
 pub struct Machine {
     core: Arc<Core>,
     volumes: Vec<Arc<Volume>>,
-}
-
-/// An epoch that was just closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cut {
-    /// The epoch.
-    pub epoch: Epoch,
-    /// When: every write acknowledged before is in it, none submitted after.
-    pub time: Timestamp,
-    /// Blocks that were written in it.
-    pub blocks: u64,
-}
-
-/// Why no epoch can be closed now.
-#[derive(Debug, thiserror::Error)]
-pub enum CutRefused {
-    /// The epoch before is not durable on the replica yet.
-    #[error("epoch {0} is closed and not yet durable on the replica")]
-    Closing(Epoch),
-    /// There is no copy that an epoch could be a change of.
-    #[error("there is no initial copy to add an epoch to")]
-    NoCopy,
-    /// The maps can no longer be trusted.
-    #[error("{0}: a resync is needed")]
-    TrackingLost(String),
-    /// The machine was closed.
-    #[error("the machine was closed")]
-    Closed,
-    /// The maps could not be synced.
-    #[error("cannot sync the maps before a cut")]
-    Sync(#[source] io::Error),
-}
-
-/// A failed or refused control call. Nothing changed, unless it says otherwise.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// The node's store failed.
-    #[error("cannot record {what} of the machine")]
-    Record {
-        /// What was to be recorded.
-        what: &'static str,
-        /// What the store said.
-        #[source]
-        source: LedgerError,
-    },
-    /// Maps, intent log or image stamps failed.
-    #[error("cannot {what} of disk {disk}")]
-    State {
-        /// What was to be done.
-        what: &'static str,
-        /// The disk.
-        disk: Name,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// A disk failed.
-    #[error("disk {disk} failed")]
-    Disk {
-        /// The disk.
-        disk: Name,
-        /// What it said.
-        #[source]
-        source: DiskError,
-    },
-    /// The epoch is not the closing one: it was merged, or staged already.
-    #[error("epoch {0} is not the one that is closing")]
-    NotClosing(Epoch),
-    /// The epoch cannot be complete on the replica: some of it was never taken.
-    #[error("{owed} blocks of epoch {epoch} were never sent")]
-    Owed {
-        /// The epoch.
-        epoch: Epoch,
-        /// Blocks that are still owed.
-        owed: u64,
-    },
-    /// The maps can no longer be trusted; the next open marks everything.
-    #[error("{0}: a resync is needed")]
-    TrackingLost(String),
-    /// The machine was closed.
-    #[error("the machine was closed")]
-    Closed,
-}
-
-/// What an initial copy sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CopyScope {
-    /// What is allocated: for a replica whose images are new and empty.
-    Allocated,
-    /// The whole disks, holes as zeros: for a replica that holds something else.
-    Everything,
-}
-
-/// What a replica says it holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReplicaHead {
-    /// Nothing of this machine.
-    Empty,
-    /// A part of the initial copy.
-    Copying,
-    /// Everything up to this point.
-    At(Lineage),
-}
-
-/// What two hosts that meet again have to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reconcile {
-    /// The replica is where its last acknowledgement said: go on with the open epoch.
-    InStep,
-    /// It holds the epoch whose acknowledgement was lost; this is recorded now. Go on with the open epoch.
-    AckLost,
-    /// The initial copy goes on: take from epoch 0.
-    CopyResumes,
-    /// The histories do not meet: an initial copy has to begin.
-    CopyNeeded,
-}
-
-/// Where a machine stands towards its replica.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Standing {
-    /// No initial copy was begun.
-    Unprotected,
-    /// The initial copy is under way: there is no recovery point yet.
-    Copying,
-    /// The replica follows.
-    Following,
-}
-
-/// What a person wants to know about a machine first.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct MachineState {
-    /// Where it stands towards its replica.
-    pub standing: Standing,
-    /// Why more is being sent than was written, until the replica has caught up.
-    pub resync: Option<ResyncReason>,
-    /// Why tracking ended, if it did.
-    pub tracking_lost: Option<String>,
-    /// Disks that take no more writes, and why.
-    pub stopped: Vec<(Name, String)>,
-}
-
-/// Numbers of a machine. Those that count events start at zero when the machine is opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Counters {
-    /// Blocks written in the open epoch.
-    pub open_blocks: u64,
-    /// Blocks of the epoch that is cut and not yet durable on the replica.
-    pub closing_blocks: u64,
-    /// Blocks of the open epoch whose present content was not taken.
-    pub owed_open_blocks: u64,
-    /// Blocks of the closing epoch that were not taken, preserved ones included.
-    pub owed_closing_blocks: u64,
-    /// Epochs that were merged into the next one.
-    pub merged_epochs: u64,
-    /// Memory in use by the side store, in bytes.
-    pub preserve_bytes: u64,
-    /// Blocks preserved so far.
-    pub preserved_blocks: u64,
-    /// Regions that a power cut would make us send again.
-    pub hot_regions: u64,
-    /// Writes and zeroings by the guest.
-    pub guest_writes: u64,
-    /// Bytes written and zeroed by the guest.
-    pub guest_bytes: u64,
-    /// Blocks written again within one epoch: changes that need not be sent.
-    pub folded_blocks: u64,
 }
 
 impl Machine {
@@ -573,7 +407,10 @@ impl Machine {
             stamps.push(stamp(disk.index).map_err(state("stamp the image"))?);
         }
         self.record(&mut control, "the end", |record| {
-            record.clean = true;
+            // A disk that stopped, or maps that were lost, are not mended by closing them.
+            if record.trust == Trust::Open {
+                record.trust = Trust::Clean;
+            }
             for (disk, stamp) in record.disks.iter_mut().zip(stamps) {
                 disk.stamp = stamp;
             }

@@ -1,7 +1,8 @@
 //! Floor 3: a disk that remembers what was written to it, and the machine whose disks are cut together.
 //!
 //! [`Volume`] is what a guest writes to; [`Machine`] is what the sender of a replica talks to: it cuts epochs, takes what
-//! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), `core` (the shared
+//! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), [`answers`] (what it
+//! says), `core` (the shared
 //! state and its locks), [`disk`] (the write path), [`take`] (what the sender reads), `open` (what a restart finds),
 //! [`record`] (what the node's store remembers).
 //!
@@ -19,6 +20,7 @@
 //! control > takes > region > epoch > preserve. Cooling regions takes region locks and is entered without any of them.
 #![forbid(unsafe_code)]
 
+pub mod answers;
 mod core;
 pub mod disk;
 pub mod machine;
@@ -27,11 +29,12 @@ pub mod record;
 pub mod take;
 
 pub use self::{
-    disk::Volume,
-    machine::{
-        CopyScope, Counters, Cut, CutRefused, Machine, MachineError, MachineState, Reconcile,
-        ReplicaHead, Standing,
+    answers::{
+        CopyScope, Counters, Cut, CutRefused, MachineError, MachineState, Reconcile, ReplicaHead,
+        Standing,
     },
+    disk::Volume,
+    machine::Machine,
     open::{DiskSource, MachineOptions, OpenError},
     record::{ImageStamp, ResyncReason},
     take::{Piece, PieceContent, Side, TakeError, Taken},

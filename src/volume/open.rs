@@ -31,7 +31,7 @@ use tracing::{info, warn};
 
 use super::{
     core::{Closing, ClosingKind, Control, Core, Epochs, Tracked},
-    record::{DiskRecord, ImageStamp, Record, ResyncReason},
+    record::{DiskRecord, ImageStamp, Record, ResyncReason, Trust},
     take::Cursors,
 };
 use crate::{
@@ -163,11 +163,9 @@ pub(super) fn open_core(
     let record = Record {
         mount: past.record.mount + 1,
         boot_id: options.boot_id.clone(),
-        clean: false,
+        // What could not be believed is marked by now.
+        trust: Trust::Open,
         disks: disk_records,
-        // From here on every disk that could not be trusted is marked as a whole.
-        lost: false,
-        suspect: false,
         ..past.record
     };
     ledger.put(&key, &record)?;
@@ -256,22 +254,26 @@ fn past(
     };
     let known = found.is_some();
     let mut record = found.unwrap_or_default();
-    let power_cut = known && (record.suspect || !record.clean && record.boot_id != boot_id);
+    let power_cut = match record.trust {
+        Trust::Clean => false,
+        Trust::Open | Trust::Lost => record.boot_id != boot_id,
+        Trust::Suspect => true,
+    };
     if known && !record.same_disks(disks) {
         record = Record {
             mount: record.mount,
             resync: Some(ResyncReason::DisksChanged),
-            lost: true,
+            trust: Trust::Lost,
             ..Record::default()
         };
     }
-    if record.lost {
+    if record.trust == Trust::Lost {
         record.resync = record.resync.or(Some(ResyncReason::TrackingLost));
     }
     Ok(Past {
         record,
         known,
-        power_cut,
+        power_cut: known && power_cut,
     })
 }
 
@@ -293,19 +295,8 @@ fn open_disk(
     };
     let (index, mount) = (owner.disk, past.record.mount);
     let mounts = [mount, mount + 1];
-    let mut reason = None;
-    let mut maps = Vec::with_capacity(2);
-    for slot in Slot::BOTH {
-        let found = Map::find(state, owner, slot, mounts).map_err(failed("open the maps"))?;
-        maps.push(match found {
-            Some(map) if past.known => map,
-            _ => {
-                reason = reason.or(Some(ResyncReason::MapsLost(index)));
-                Map::create(state, owner, slot, mount + 1).map_err(failed("create the maps"))?
-            }
-        });
-    }
-    let maps: [Map; 2] = maps.try_into().expect("one for each of the two slots");
+    let (maps, mut reason) =
+        open_maps(state, owner, past, mounts).map_err(failed("open the maps"))?;
     let intent = IntentLog::find(state, owner, mounts).map_err(failed("open the intent log"))?;
     let (all, other) = (maps[0].bits(), maps[1].bits());
     let intent = match intent {
@@ -324,7 +315,7 @@ fn open_disk(
         reason = reason.or(Some(ResyncReason::ImageChanged(index)));
     }
     let reason = reason.filter(|_| past.known);
-    if reason.is_some() || past.record.lost {
+    if reason.is_some() || past.record.trust == Trust::Lost {
         all.set_all();
     }
     all.add(other);
@@ -360,6 +351,25 @@ fn open_disk(
     Ok((disk, reason))
 }
 
+/// The two maps of a disk, made anew where they cannot be used; then the reason to send everything.
+fn open_maps(
+    state: &StateDir,
+    owner: Owner,
+    past: &Past,
+    mounts: [u64; 2],
+) -> io::Result<([Map; 2], Option<ResyncReason>)> {
+    let mut reason = None;
+    let mut open = |slot| match Map::find(state, owner, slot, mounts)? {
+        Some(map) if past.known => Ok::<_, io::Error>(map),
+        _ => {
+            reason = Some(ResyncReason::MapsLost(owner.disk));
+            Map::create(state, owner, slot, mounts[1])
+        }
+    };
+    let maps = [open(Slot::A)?, open(Slot::B)?];
+    Ok((maps, reason))
+}
+
 fn mark_regions(bits: &Bits, regions: &BTreeSet<u64>, size: u64) {
     let blocks = size.div_ceil(crate::base::units::BLOCK_BYTES);
     for region in regions {
@@ -373,9 +383,217 @@ fn image_changed(past: &Past, index: DiskIndex, stamp: ImageStamp) -> bool {
     let Some(disk) = past.record.disks.get(index.index()) else {
         return true;
     };
-    if past.record.clean {
+    if past.record.trust == Trust::Clean {
         disk.stamp != stamp
     } else {
         disk.stamp.inode != stamp.inode
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        base::{checksum::Digest, clock::ManualClock, ids::Lineage, units::MIB},
+        disk::{Access, Fua, raw::RawDisk},
+        storage::{
+            Storage,
+            memory::{MemoryFolder, MemoryStorage, Power},
+        },
+        volume::{CopyScope, Machine, Reconcile, ReplicaHead, Side, Standing, Taken},
+    };
+
+    struct Host {
+        image: Arc<MemoryStorage>,
+        store: Arc<MemoryStorage>,
+        state: StateDir,
+        stamp: ImageStamp,
+        boot: &'static str,
+    }
+
+    const HEAD: Lineage = Lineage {
+        epoch: Epoch::INITIAL,
+        chain: Digest([1; 32]),
+    };
+    const BLOCKS: u64 = 4 * MIB / 4096;
+
+    impl Host {
+        /// A machine that is in step with its replica, was closed, and has one block owed.
+        fn closed(state: StateDir) -> Self {
+            let power = Power::new();
+            let image = MemoryStorage::new(&power);
+            image.set_len(4 * MIB).unwrap();
+            let host = Self {
+                image,
+                store: MemoryStorage::new(&power),
+                state,
+                stamp: stamp(7),
+                boot: "one",
+            };
+            let machine = host.open("disk");
+            machine.begin_initial_copy(CopyScope::Allocated).unwrap();
+            let taken = machine.take(Side::Closing, Epoch::INITIAL, MIB).unwrap();
+            assert_eq!(taken, Taken::Drained);
+            machine.staged(HEAD).unwrap();
+            machine.volumes()[0].write_at(5000, &[1], Fua::No).unwrap();
+            machine.close(&mut |_| Ok(stamp(7))).unwrap();
+            host
+        }
+
+        fn open(&self, name: &str) -> Arc<Machine> {
+            let image = Arc::clone(&self.image) as Arc<dyn Storage>;
+            let options = MachineOptions {
+                id: MachineId(uuid::Uuid::from_u128(3)),
+                name: Name::new("m").unwrap(),
+                clock: Arc::new(ManualClock::default()),
+                boot_id: self.boot.into(),
+                preserve_bytes_max: MIB,
+                hot_regions_max: 16,
+            };
+            let disk = DiskSource {
+                name: Name::new(name).unwrap(),
+                disk: Arc::new(RawDisk::open(image, Access::ReadWrite).unwrap()),
+                stamp: self.stamp,
+            };
+            let store = Arc::clone(&self.store) as Arc<dyn Storage>;
+            let ledger = Arc::new(Ledger::open(store).unwrap());
+            Machine::open(options, vec![disk], &self.state, ledger).unwrap()
+        }
+    }
+
+    fn stamp(modified: i64) -> ImageStamp {
+        ImageStamp {
+            inode: 1,
+            bytes: 4 * MIB,
+            modified: (modified, 0),
+        }
+    }
+
+    fn memory() -> StateDir {
+        StateDir::memory(MemoryFolder::new(&Power::new()))
+    }
+
+    fn check(machine: &Machine, reason: Option<ResyncReason>, owed: u64) {
+        assert_eq!(machine.state().resync, reason);
+        assert_eq!(machine.counters().owed_open_blocks, owed);
+    }
+
+    #[test]
+    fn a_clean_end_owes_exactly_what_was_not_sent() {
+        let machine = Host::closed(memory()).open("disk");
+        check(&machine, None, 1);
+        assert_eq!(machine.lineage(), Some(HEAD));
+        assert_eq!(machine.state().standing, Standing::Following);
+        let head = ReplicaHead::At(HEAD);
+        assert_eq!(machine.reconcile(head).unwrap(), Reconcile::InStep);
+        assert_eq!(machine.open_epoch(), Epoch(1));
+        let empty = machine.reconcile(ReplicaHead::Empty).unwrap();
+        assert_eq!(empty, Reconcile::CopyNeeded);
+    }
+
+    /// The same over mapped files: a killed process loses no mark, another boot adds the hot region.
+    #[test]
+    fn mapped_files_keep_marks_over_a_kill_and_hot_regions_over_a_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut host = Host::closed(StateDir::open(dir.path()).unwrap());
+        let machine = host.open("disk");
+        machine.volumes()[0]
+            .write_at(2 * MIB, &[1], Fua::No)
+            .unwrap();
+        drop(machine);
+        let machine = host.open("disk");
+        check(&machine, None, 2);
+        machine.volumes()[0]
+            .write_at(2 * MIB, &[1], Fua::No)
+            .unwrap();
+        drop(machine);
+        host.boot = "two";
+        check(&host.open("disk"), None, 1 + 256);
+    }
+
+    #[test]
+    fn an_image_that_changed_while_closed_is_sent_as_a_whole() {
+        let mut host = Host::closed(memory());
+        host.stamp = stamp(8);
+        let machine = host.open("disk");
+        check(
+            &machine,
+            Some(ResyncReason::ImageChanged(DiskIndex(0))),
+            BLOCKS,
+        );
+        assert_eq!(
+            machine.lineage(),
+            Some(HEAD),
+            "the replica stays a base to add to"
+        );
+    }
+
+    #[test]
+    fn maps_that_are_gone_or_of_another_mount_mean_everything() {
+        let lost = Some(ResyncReason::MapsLost(DiskIndex(0)));
+        let mut host = Host::closed(memory());
+        host.state = memory();
+        check(&host.open("disk"), lost, BLOCKS);
+
+        // The record is older than the files, as if the store had been restored from a backup.
+        let host = Host::closed(memory());
+        let old = host.store.bytes();
+        for _ in 0..3 {
+            drop(host.open("disk"));
+        }
+        let host = Host {
+            store: MemoryStorage::with_bytes(&old),
+            ..host
+        };
+        check(&host.open("disk"), lost, BLOCKS);
+    }
+
+    #[test]
+    fn other_disks_need_a_new_copy_but_no_permission() {
+        let machine = Host::closed(memory()).open("renamed");
+        check(&machine, Some(ResyncReason::DisksChanged), BLOCKS);
+        assert_eq!(machine.lineage(), None);
+        let head = ReplicaHead::At(HEAD);
+        assert_eq!(machine.reconcile(head).unwrap(), Reconcile::CopyNeeded);
+    }
+
+    /// The intent log cannot be written. The guest's write succeeds, the machine says what happened, and the next open
+    /// sends everything.
+    #[test]
+    fn tracking_that_fails_does_not_fail_the_guest() {
+        let power = Power::new();
+        let host = Host::closed(StateDir::memory(MemoryFolder::new(&power)));
+        let machine = host.open("disk");
+        power.fail_after(0, io::ErrorKind::StorageFull);
+        machine.volumes()[0].write_at(0, &[1], Fua::No).unwrap();
+        assert!(machine.state().tracking_lost.is_some());
+        assert!(machine.cut().is_err());
+        machine.volumes()[0]
+            .write_at(3 * MIB, &[1], Fua::No)
+            .unwrap();
+        drop(machine);
+        check(&host.open("disk"), Some(ResyncReason::TrackingLost), BLOCKS);
+    }
+
+    #[test]
+    fn a_failed_flush_stops_the_disk_and_is_remembered() {
+        let host = Host::closed(memory());
+        let image_power = Power::new();
+        let image = MemoryStorage::new(&image_power);
+        image.set_len(4 * MIB).unwrap();
+        let host = Host { image, ..host };
+        let machine = host.open("disk");
+        let volume = &machine.volumes()[0];
+        volume.write_at(3 * MIB, &[1], Fua::No).unwrap();
+        image_power.fail_after(0, io::ErrorKind::Other);
+        assert!(volume.flush().is_err());
+        assert!(matches!(
+            volume.write_at(0, &[1], Fua::No),
+            Err(DiskError::Stopped(_))
+        ));
+        assert_eq!(machine.state().stopped.len(), 1);
+        drop(machine);
+        // Same boot: the marks are exact, but what the hot region holds is not.
+        check(&host.open("disk"), None, 1 + 256);
     }
 }

@@ -57,8 +57,8 @@ pub(super) struct Record {
     pub(super) mount: u64,
     /// The boot in which it was opened last.
     pub(super) boot_id: String,
-    /// Whether it was closed since.
-    pub(super) clean: bool,
+    /// How far it can be believed.
+    pub(super) trust: Trust,
     pub(super) disks: Vec<DiskRecord>,
     /// The head that the replica acknowledged last.
     pub(super) lineage: Option<Lineage>,
@@ -67,11 +67,21 @@ pub(super) struct Record {
     /// Whether an initial copy is under way.
     pub(super) copying: bool,
     pub(super) resync: Option<ResyncReason>,
-    /// Set when the maps can no longer be trusted.
-    pub(super) lost: bool,
-    /// Set when an image could not be flushed: as after a power cut, its hot regions may hold anything.
-    #[serde(default)]
-    pub(super) suspect: bool,
+}
+
+/// How far maps and image can be believed at the next open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Trust {
+    /// Closed: maps and images are durable, and the images' stamps are known.
+    Clean,
+    /// Open, or killed while open: the maps are exact, unless the host was booted again.
+    #[default]
+    Open,
+    /// An image could not be flushed: as after a power cut, its hot regions may hold anything.
+    Suspect,
+    /// The maps cannot be believed at all.
+    Lost,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -82,7 +82,13 @@ fn status_is_for_people_and_for_programs() {
         assert_eq!(nodes[0].machines[0].durable, Some(lineage));
         let text = understudy(&["status", "--control", socket]);
         assert_eq!(text.code, 0);
-        for word in ["Replicating", "durable epoch", "RPO", "owed", "disk.vhdx"] {
+        for word in [
+            "Replicating",
+            "durable epoch",
+            "RPO",
+            "on the wire",
+            "disk.vhdx",
+        ] {
             assert!(text.out.contains(word), "{word}: {}", text.out);
         }
         let unknown = understudy(&["status", "unknown", "--control", socket]);

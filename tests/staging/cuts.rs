@@ -268,6 +268,38 @@ fn durable_frames_of_an_initial_copy_survive_a_power_cut() {
     assert!(most > 10, "the cuts reach into the copy: {most}");
 }
 
+/// A replica that is removed is there or gone, whenever the power fails.
+#[test]
+fn removing_survives_a_power_cut_at_any_step() {
+    for steps in 0.. {
+        let mut done = false;
+        for variant in 0..3 {
+            let host = Host::new();
+            let mut model = Model::new();
+            let replica = host.open(9).unwrap();
+            grow(&replica, &mut model, 2);
+            host.power.cut_after(steps);
+            done = replica.destroy().is_ok();
+            drop(replica);
+            host.power.restore(&mut keeps(variant));
+            let replica = host.open(9).unwrap();
+            if replica.head() == Head::Empty {
+                assert!(host.files().is_empty(), "step {steps}: {:?}", host.files());
+                let mut model = Model::new();
+                grow(&replica, &mut model, 2);
+            } else {
+                assert!(!done, "step {steps}");
+                check_points(&replica, &model);
+                assert_eq!(replica.points().len(), 2);
+            }
+        }
+        if done {
+            assert!(steps > 5, "the cuts reach into the removal: {steps}");
+            break;
+        }
+    }
+}
+
 /// A commit of a failover that is cut at any step, and then repeated, ends where it should; before that, the replica is
 /// at the old head or at the chosen point.
 #[test]

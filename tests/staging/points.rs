@@ -19,8 +19,9 @@ use understudy::{
         layout::{FRAME_HEADER_BYTES, PREAMBLE_BYTES, header_len},
         trailer::{FOOT_BYTES, Foot, TrailerHead},
     },
-    replica::{Head, IngestEvent, MachineReplica, RawImages, ReplicaError},
-    storage::{Folder, file::FileFolder, ledger::Ledger},
+    disk::Fua,
+    replica::{Adoption, Head, IngestEvent, MachineReplica, RawImages, ReplicaError},
+    storage::{Folder, Open, file::FileFolder, ledger::Ledger, memory::MemoryFolder},
 };
 
 use super::{
@@ -310,4 +311,61 @@ fn a_replica_lives_in_real_files() {
     replica.close().unwrap();
     let image = std::fs::read(dir.path().join("machine/disk-1.raw")).unwrap();
     assert!(image == model.history[&Epoch(3)][1]);
+}
+
+/// A former primary becomes a replica: exactly at the head, or with blocks of its own that the next epoch overwrites.
+#[test]
+fn the_images_of_a_former_primary_are_adopted() {
+    for exact in [true, false] {
+        let host = Host::new();
+        let mut model = Model::new();
+        let replica = host.open(9).unwrap();
+        grow(&replica, &mut model, 3);
+        replica.settle(Epoch(3)).unwrap();
+        replica.close().unwrap();
+        let folder = MemoryFolder::new(&host.power);
+        for name in host.files() {
+            let image = host.folder.open(&name, Open::Read).unwrap();
+            let mut bytes = vec![0; to_usize(image.len().unwrap())];
+            image.read_at(0, &mut bytes).unwrap();
+            if !exact {
+                bytes[..4096].fill(0xEE);
+            }
+            let copy = folder.open(&name, Open::CreateNew).unwrap();
+            copy.write_at(0, &bytes, Fua::No).unwrap();
+        }
+        let other = Host {
+            power: host.power.clone(),
+            folder,
+            store: MemoryFolder::new(&host.power),
+        };
+        let replica = other.open(9).unwrap();
+        let lineage = model.lineages[&Epoch(3)];
+        let adoption = Adoption {
+            lineage,
+            cut: Timestamp(3_000_000),
+            exact,
+            generation: GENERATION,
+        };
+        replica.adopt(&specs(), adoption).unwrap();
+        assert!(replica.adopt(&specs(), adoption).is_err());
+        let (head, points) = if exact {
+            (Head::Complete(lineage), 1)
+        } else {
+            (Head::Copied(lineage), 0)
+        };
+        assert_eq!((replica.head(), replica.points().len()), (head, points));
+        drop(replica);
+        let replica = other.open(9).unwrap();
+        check_points(&replica, &model);
+        // Epoch 5 starts with the blocks that differ.
+        send(&replica, &model.epoch(5, Some(3))).unwrap();
+        check_points(&replica, &model);
+        assert_eq!(replica.points().len(), points + 1);
+        drop(replica);
+        let replica = other.open(0).unwrap();
+        replica.merge().unwrap();
+        check_points(&replica, &model);
+        assert_eq!(replica.points().len(), 1);
+    }
 }

@@ -9,7 +9,7 @@
 //!    file back from it.
 //!
 //! Everything lives in one temporary folder that is removed, and every mount, loop device and process is taken down
-//! again, also when a step fails: [`stage`] holds the guards.
+//! again, also when a step fails: `stage` holds the guards.
 
 mod load;
 mod stage;
@@ -73,7 +73,7 @@ pub fn run(args: &DemoArgs, out: &Output) -> anyhow::Result<()> {
     create_image(&image, args.size * GIB)?;
     let mut files = Files::new(dir.join("fs"));
     out.step("make a VHDX with an ext4 file system on it");
-    seed(&tools, dir, &image, &mut files)?;
+    seed(tools, dir, &image, &mut files)?;
 
     out.step("start a replica, mount the VHDX, copy");
     let replica = Host::replica(dir)?;
@@ -91,8 +91,8 @@ pub fn run(args: &DemoArgs, out: &Output) -> anyhow::Result<()> {
     ));
     let raw = dir.join("mnt/disk.raw");
     {
-        let device = LoopDevice::attach(&tools, &raw)?;
-        let _mounted = FileSystem::mount(&tools, device.path(), files.root())?;
+        let device = LoopDevice::attach(tools, &raw)?;
+        let _mounted = FileSystem::mount(tools, device.path(), files.root())?;
         files.churn(Duration::from_secs(args.load))?;
     }
 
@@ -108,8 +108,8 @@ pub fn run(args: &DemoArgs, out: &Output) -> anyhow::Result<()> {
     out.step("prove that primary and replica hold the same bytes");
     let replica_image = verify::replica_image(dir)?;
     let digest = verify::digests(&image, &replica_image)?;
-    verify::qemu_compare(&tools, &image, &replica_image)?;
-    let verified = verify::file_system(&tools, dir, &replica_image, &files)?;
+    verify::qemu_compare(tools, &image, &replica_image)?;
+    let verified = verify::file_system(tools, dir, &replica_image, &files)?;
 
     report(
         out,
@@ -167,7 +167,7 @@ fn create_image(path: &Path, size: u64) -> anyhow::Result<()> {
 }
 
 /// Makes the file system and its first files through a mount that does not track.
-fn seed(tools: &Tools, dir: &Path, image: &Path, files: &mut Files) -> anyhow::Result<()> {
+fn seed(tools: Tools, dir: &Path, image: &Path, files: &mut Files) -> anyhow::Result<()> {
     let host = Host::untracked(dir, image)?;
     let raw = dir.join("mnt/disk.raw");
     tools.run(

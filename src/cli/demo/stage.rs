@@ -27,6 +27,9 @@ const START_WITHIN: Duration = Duration::from_secs(20);
 /// Time between two looks at a node's status.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
+/// The programs that the demo runs.
+const PROGRAMS: [&str; 4] = ["mkfs.ext4", "e2fsck", "losetup", "qemu-img"];
+
 /// A temporary folder below `parent` that is removed when the value is dropped.
 #[derive(Debug)]
 pub(super) struct Scratch(PathBuf);
@@ -77,8 +80,8 @@ pub(super) fn text(path: &Path) -> anyhow::Result<String> {
 }
 
 /// The programs the demo needs, found before anything is changed.
-#[derive(Debug)]
-pub(super) struct Tools;
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tools(());
 
 impl Tools {
     pub(super) fn find() -> anyhow::Result<Self> {
@@ -90,7 +93,7 @@ impl Tools {
             Path::new("/dev/fuse").exists(),
             "/dev/fuse is missing: load the fuse module (modprobe fuse)"
         );
-        let missing: Vec<_> = ["mkfs.ext4", "e2fsck", "losetup", "qemu-img"]
+        let missing: Vec<_> = PROGRAMS
             .into_iter()
             .filter(|program| {
                 Command::new(program)
@@ -106,11 +109,15 @@ impl Tools {
             "missing programs: {} (scripts/demo installs them)",
             missing.join(", ")
         );
-        Ok(Self)
+        Ok(Self(()))
     }
 
-    /// Runs a program and returns what it printed; a failure carries its error output.
-    pub(super) fn run(&self, program: &str, args: &[&str]) -> anyhow::Result<String> {
+    /// Runs one of [`PROGRAMS`] and returns what it printed; a failure carries its error output.
+    #[expect(
+        clippy::unused_self,
+        reason = "having a value of this type proves that the programs are there"
+    )]
+    pub(super) fn run(self, program: &str, args: &[&str]) -> anyhow::Result<String> {
         let done = Command::new(program)
             .args(args)
             .stdin(Stdio::null())
@@ -135,7 +142,7 @@ pub(super) struct LoopDevice {
 }
 
 impl LoopDevice {
-    pub(super) fn attach(tools: &Tools, file: &Path) -> anyhow::Result<Self> {
+    pub(super) fn attach(tools: Tools, file: &Path) -> anyhow::Result<Self> {
         let file = text(file)?;
         let said = tools.run("losetup", &["--find", "--show", "--direct-io=on", &file])?;
         Ok(Self {
@@ -144,7 +151,7 @@ impl LoopDevice {
     }
 
     /// The same, for reading only.
-    pub(super) fn attach_read_only(tools: &Tools, file: &Path) -> anyhow::Result<Self> {
+    pub(super) fn attach_read_only(tools: Tools, file: &Path) -> anyhow::Result<Self> {
         let file = text(file)?;
         let said = tools.run("losetup", &["--find", "--show", "--read-only", &file])?;
         Ok(Self {
@@ -184,12 +191,12 @@ pub(super) struct FileSystem {
 }
 
 impl FileSystem {
-    pub(super) fn mount(_: &Tools, device: &str, at: &Path) -> anyhow::Result<Self> {
+    pub(super) fn mount(_: Tools, device: &str, at: &Path) -> anyhow::Result<Self> {
         Self::mount_with(device, at, MsFlags::empty())
     }
 
     /// Without replaying the journal or writing anything else.
-    pub(super) fn mount_read_only(_: &Tools, device: &str, at: &Path) -> anyhow::Result<Self> {
+    pub(super) fn mount_read_only(_: Tools, device: &str, at: &Path) -> anyhow::Result<Self> {
         Self::mount_with(device, at, MsFlags::MS_RDONLY)
     }
 
@@ -371,30 +378,29 @@ impl Host {
 
     /// Asks it to stop, and waits for a clean end.
     pub(super) fn stop(mut self) -> anyhow::Result<()> {
-        let mut child = self.child.take().expect("a host is stopped once");
+        let child = self.child.as_mut().expect("a host is stopped once");
         let pid = Pid::from_raw(i32::try_from(child.id()).context("a process id fits 31 bits")?);
         kill(pid, Signal::SIGTERM).context("cannot signal a node")?;
         let started = Instant::now();
-        loop {
+        let status = loop {
             if let Some(status) = child.try_wait()? {
-                ensure!(
-                    status.success(),
-                    "the {} node ended with {status}: {}",
-                    self.what,
-                    self.last_words()
-                );
-                return Ok(());
+                break status;
             }
-            if let Err(late) = ensure_in_time(
+            ensure_in_time(
                 started,
                 START_WITHIN,
                 &format!("stopping the {} node", self.what),
-            ) {
-                self.child = Some(child);
-                return Err(late);
-            }
+            )?;
             std::thread::sleep(LOOK_EVERY);
-        }
+        };
+        self.child = None;
+        ensure!(
+            status.success(),
+            "the {} node ended with {status}: {}",
+            self.what,
+            self.last_words()
+        );
+        Ok(())
     }
 }
 

@@ -94,7 +94,7 @@ fn digest(path: &Path) -> anyhow::Result<Digest> {
 }
 
 /// `qemu-img compare` of both images.
-pub(super) fn qemu_compare(tools: &Tools, primary: &Path, replica: &Path) -> anyhow::Result<()> {
+pub(super) fn qemu_compare(tools: Tools, primary: &Path, replica: &Path) -> anyhow::Result<()> {
     let (source, target) = (text(primary)?, text(replica)?);
     let said = tools.run(
         "qemu-img",
@@ -106,7 +106,7 @@ pub(super) fn qemu_compare(tools: &Tools, primary: &Path, replica: &Path) -> any
 
 /// Checks the file system on the replica's image and every file on it; returns how many there are.
 pub(super) fn file_system(
-    tools: &Tools,
+    tools: Tools,
     dir: &Path,
     replica: &Path,
     files: &Files,

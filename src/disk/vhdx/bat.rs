@@ -202,6 +202,11 @@ impl Bat {
         ends.filter(|&end| end <= limit).max().unwrap_or(0)
     }
 
+    /// Each block's state.
+    pub(super) fn states(&self) -> impl Iterator<Item = State> {
+        (0..self.numbering.blocks).filter_map(|block| self.get(block).state())
+    }
+
     /// The number of the page that holds the entry of `block`.
     pub(super) fn page_of(&self, block: u64) -> u64 {
         self.numbering.entry(block) / ENTRIES_PER_PAGE

@@ -22,15 +22,9 @@ use super::{
     bat::Bat,
     error::OpenError,
     flight::Flights,
-    format::{FILE_BYTES_MAX, FILE_SIGNATURE},
-    header::Headers,
-    log::{
-        journal::Journal,
-        replay::{Overlay, Replay},
-    },
+    log::journal::Journal,
     metadata::Parameters,
-    occupancy::Occupancy,
-    region::Regions,
+    open::{Image, Replaying},
     space::Space,
 };
 
@@ -76,30 +70,21 @@ impl VhdxDisk {
         access: Access,
         ids: Arc<dyn Ids>,
     ) -> Result<Self, OpenError> {
-        check_signature(storage.as_ref())?;
-        let mut headers = Headers::read(storage.as_ref())?;
-        let log = headers.log();
-        let len = file_len(storage.as_ref())?;
-        if log.len > 0 && log.end() > len {
-            return Err(OpenError::corrupt(
-                "header",
-                log.offset,
-                "the log lies past the end of the file",
-            ));
-        }
-        let storage = replay_log(storage, access, ids.as_ref(), &mut headers)?;
-        let len = file_len(storage.as_ref())?;
-        let regions = Regions::read(storage.as_ref())?;
-        let mut taken = Occupancy::new(len);
-        let places = regions.all.iter().map(|(_, run)| ("region table", *run));
-        for (part, run) in places.chain((log.len > 0).then_some(("header", log))) {
-            taken
-                .take(run)
-                .map_err(|problem| OpenError::corrupt(part, run.offset, problem))?;
-        }
-        let fixed_end = taken.end();
-        let parameters = Parameters::read(storage.as_ref(), regions.metadata)?;
-        let bat = Bat::read(storage.as_ref(), regions.bat, &parameters, &mut taken)?;
+        let replay = match access {
+            Access::ReadOnly => Replaying::InMemory,
+            Access::ReadWrite => Replaying::InPlace(ids.as_ref()),
+        };
+        let Image {
+            storage,
+            headers,
+            regions,
+            parameters,
+            bat,
+            taken,
+            fixed_end,
+            len,
+            ..
+        } = Image::read(storage, &replay)?;
         let gaps = match access {
             Access::ReadWrite => taken.gaps(parameters.block_size),
             Access::ReadOnly => Vec::new(),
@@ -325,58 +310,4 @@ pub(super) fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Er
         offset,
         source,
     }
-}
-
-fn check_signature(storage: &dyn Storage) -> Result<(), OpenError> {
-    let mut signature = [0; FILE_SIGNATURE.len()];
-    match storage.read_at(0, &mut signature) {
-        Ok(()) if signature == *FILE_SIGNATURE => Ok(()),
-        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
-            Err(OpenError::reading("file identifier", 0)(error))
-        }
-        _ => Err(OpenError::NotVhdx),
-    }
-}
-
-fn file_len(storage: &dyn Storage) -> Result<u64, OpenError> {
-    let len = storage.len().map_err(OpenError::reading("file", 0))?;
-    if len > FILE_BYTES_MAX {
-        return Err(OpenError::Unsupported(format!("a file of {len} bytes")));
-    }
-    Ok(len)
-}
-
-/// Brings about what a dirty log holds, in the file or over it.
-fn replay_log(
-    storage: Arc<dyn Storage>,
-    access: Access,
-    ids: &dyn Ids,
-    headers: &mut Headers,
-) -> Result<Arc<dyn Storage>, OpenError> {
-    let log = headers.current().log;
-    if log.is_nil() {
-        return Ok(storage);
-    }
-    let place = headers.log();
-    let replay = Replay::read(storage.as_ref(), place, log)?;
-    tracing::info!(
-        entries = replay.entries,
-        "the image was not closed: its log is replayed"
-    );
-    if access == Access::ReadOnly {
-        return Ok(Arc::new(Overlay::new(storage, replay)));
-    }
-    let header_failed = || OpenError::writing("header", super::format::HEADER_OFFSETS[0]);
-    let file_write = ids.uuid();
-    // The data that a reader of the disk sees do not change: DataWriteGuid stays, or children would lose their parent.
-    headers
-        .update(storage.as_ref(), |header| header.file_write = file_write)
-        .map_err(header_failed())?;
-    replay
-        .apply(storage.as_ref())
-        .map_err(OpenError::writing("metadata from the log", place.offset))?;
-    headers
-        .update(storage.as_ref(), |header| header.log = Uuid::nil())
-        .map_err(header_failed())?;
-    Ok(storage)
 }

@@ -29,11 +29,7 @@ impl Headers {
     /// Reads both headers and takes the valid one with the greater sequence number.
     pub(super) fn read(storage: &dyn Storage) -> Result<Self, OpenError> {
         let mut found: Vec<(usize, Header, [u8; HEADER_BYTES])> = Vec::new();
-        for (slot, offset) in HEADER_OFFSETS.into_iter().enumerate() {
-            let mut bytes = [0; HEADER_BYTES];
-            storage
-                .read_at(offset, &mut bytes)
-                .map_err(OpenError::reading("header", offset))?;
+        for (slot, bytes) in read_slots(storage)?.into_iter().enumerate() {
             if let Some(header) = decode(&bytes) {
                 found.push((slot, header, bytes));
             }
@@ -93,6 +89,22 @@ impl Headers {
         }
         Ok(())
     }
+}
+
+/// The bytes of both slots.
+fn read_slots(storage: &dyn Storage) -> Result<[[u8; HEADER_BYTES]; 2], OpenError> {
+    let mut slots = [[0; HEADER_BYTES]; 2];
+    for (slot, offset) in slots.iter_mut().zip(HEADER_OFFSETS) {
+        storage
+            .read_at(offset, slot)
+            .map_err(OpenError::reading("header", offset))?;
+    }
+    Ok(slots)
+}
+
+/// Both headers, each if it is valid.
+pub(super) fn copies(storage: &dyn Storage) -> Result<[Option<Header>; 2], OpenError> {
+    Ok(read_slots(storage)?.map(|bytes| decode(&bytes)))
 }
 
 /// The header in `bytes`, if signature and checksum are right.

@@ -49,6 +49,12 @@ impl Parameters {
             .map_err(OpenError::reading("metadata table", region.offset))?;
         let entries = decode_table(&table).ok_or_else(|| corrupt("not a table".into()))?;
         check_entries(&entries, region.len).map_err(corrupt)?;
+        if let Some(unknown) = entries.iter().find(|entry| !may_ignore(entry)) {
+            return Err(OpenError::Unsupported(format!(
+                "the metadata item {}",
+                unknown.id
+            )));
+        }
         let item = |id: Uuid, len: u32, name: &str| -> Result<Vec<u8>, OpenError> {
             let entry = entries
                 .iter()
@@ -187,8 +193,8 @@ fn decode_table(table: &[u8]) -> Option<Vec<MetadataEntry>> {
         .collect()
 }
 
-/// Places, lengths and flags of all items, wanted or not.
-fn check_entries(entries: &[MetadataEntry], region_len: u64) -> Result<(), String> {
+/// Whether the item is known, or need not be.
+fn may_ignore(entry: &MetadataEntry) -> bool {
     let known = [
         FILE_PARAMETERS,
         VIRTUAL_DISK_SIZE,
@@ -197,6 +203,12 @@ fn check_entries(entries: &[MetadataEntry], region_len: u64) -> Result<(), Strin
         PHYSICAL_SECTOR,
         PARENT_LOCATOR,
     ];
+    let known = entry.flags & IS_USER == 0 && known.contains(&entry.id);
+    known || entry.flags & IS_REQUIRED == 0
+}
+
+/// Places, lengths and flags of all items, wanted or not.
+fn check_entries(entries: &[MetadataEntry], region_len: u64) -> Result<(), String> {
     let mut names: Vec<(Uuid, bool)> = Vec::with_capacity(entries.len());
     let mut runs: Vec<Extent> = Vec::with_capacity(entries.len());
     for entry in entries {
@@ -214,9 +226,6 @@ fn check_entries(entries: &[MetadataEntry], region_len: u64) -> Result<(), Strin
                 "item {id} cannot be {} bytes at {:#x} of the region",
                 run.len, run.offset
             ));
-        }
-        if entry.flags & IS_REQUIRED != 0 && (user || !known.contains(&id)) {
-            return Err(format!("item {id} is required and not known"));
         }
         names.push((id, user));
         if run.len > 0 {

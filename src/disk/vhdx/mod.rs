@@ -1,8 +1,9 @@
 //! VHDX, the virtual disk format of Hyper-V (MS-VHDX): dynamic and fixed disks, read and written in place.
 //!
 //! Reading order: `format` is the bytes; `header`, `region`, `metadata` and `bat` check them; `log` replays and writes
-//! metadata; `space` finds room; `flight` knows who is still looking at an old place; `disk` is the disk, `write` how
-//! blocks come and go, `flush` how all of it becomes durable.
+//! metadata; `open` puts these together; `space` finds room; `flight` knows who is still looking at an old place; `disk`
+//! is the disk, `write` how blocks come and go, `flush` how all of it becomes durable; `create` makes new files and
+//! `inspect` tells what is in one.
 //!
 //! # A write's journey
 //! ```text
@@ -39,9 +40,11 @@ mod flight;
 mod flush;
 mod format;
 mod header;
+mod inspect;
 mod log;
 mod metadata;
 mod occupancy;
+mod open;
 mod region;
 mod space;
 mod write;
@@ -49,6 +52,7 @@ mod write;
 pub use create::create;
 pub use disk::VhdxDisk;
 pub use error::{CreateError, OpenError};
+pub use inspect::{Blocks, HeaderCopy, Inspection, Log, Region, inspect};
 
 /// The first bytes of every VHDX file.
 pub const SIGNATURE: &[u8; 8] = format::FILE_SIGNATURE;

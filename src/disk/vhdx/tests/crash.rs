@@ -7,7 +7,7 @@ use std::io;
 
 use super::*;
 use crate::{
-    base::units::Extent,
+    base::{checksum::is_zero, units::Extent},
     disk::{DiskError, Fua, Space},
     storage::memory::{MemoryStorage, Power},
 };
@@ -63,7 +63,10 @@ impl Model {
         let bytes = read_all(disk);
         for (sector, content) in bytes.chunks_exact(512).enumerate() {
             let tag = u64::from_le_bytes(content[..8].try_into().unwrap());
-            let whole = content.chunks_exact(8).all(|part| part == &content[..8]);
+            let whole = match tag {
+                0 => is_zero(content),
+                _ => content.chunks_exact(8).all(|part| part == &content[..8]),
+            };
             let allowed = if cut { &self.cut } else { &self.now };
             assert!(
                 whole && allowed[sector].contains(&tag),
@@ -185,17 +188,20 @@ fn image(power: &Arc<Power>) -> Arc<MemoryStorage> {
     storage
 }
 
-/// Keeps unsynced sectors: none, all, or some.
+/// Keeps unsynced sectors: none, all, or some. Those come in runs, or hardly any log entry would be kept whole.
 fn kept(seed: u64) -> impl FnMut() -> bool {
     let mut random = Random(seed);
-    move || match seed % 4 {
-        0 => false,
-        1 => true,
-        _ => random.below(2) == 0,
+    let mut keep = seed % 2 == 1;
+    let run = [0, 0, 16, 64][usize::try_from(seed % 4).unwrap()];
+    move || {
+        if run > 0 && random.below(run) == 0 {
+            keep = !keep;
+        }
+        keep
     }
 }
 
-fn cut_everywhere(history_seed: u64, len: u64, seeds: u64, stride: usize) {
+fn cut_everywhere(history_seed: u64, len: u64, seeds: std::ops::Range<u64>, stride: usize) {
     let ops = history(history_seed, len);
     let power = Power::new();
     let before = {
@@ -206,7 +212,7 @@ fn cut_everywhere(history_seed: u64, len: u64, seeds: u64, stride: usize) {
     };
     let steps = power.steps() - before;
     for step in (0..=steps).step_by(stride) {
-        for seed in 0..seeds {
+        for seed in seeds.clone() {
             let power = Power::new();
             let storage = image(&power);
             let mut model = Model::new();
@@ -223,15 +229,15 @@ fn cut_everywhere(history_seed: u64, len: u64, seeds: u64, stride: usize) {
 
 #[test]
 fn a_power_cut_at_any_step_loses_nothing_flushed() {
-    for history_seed in 1..=4 {
-        cut_everywhere(history_seed, 40, 2, 1);
+    for history_seed in 1..=2 {
+        cut_everywhere(history_seed, 40, 0..4, 1);
     }
 }
 
 /// Long enough that the log wraps and checkpoints happen, with and without flushes.
 #[test]
 fn a_power_cut_around_checkpoints_loses_nothing_flushed() {
-    cut_everywhere(5, 400, 1, 7);
+    cut_everywhere(5, 400, 2..4, 7);
 }
 
 #[test]
