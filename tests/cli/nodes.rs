@@ -1,6 +1,9 @@
 //! Running nodes: what a second one may not have, who is let in, what `status` shows.
 
-use std::fs;
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+};
 
 use understudy::{
     base::{
@@ -8,12 +11,13 @@ use understudy::{
         ids::Name,
     },
     coord::state::{Health, ReplicationState},
+    disk::image::Format,
     net::pki,
     node::status::NodeStatus,
 };
 
 use super::{assert_said, understudy};
-use crate::support::{Hosts, can_mount};
+use crate::support::{Hosts, assert_identical, can_mount};
 
 #[test]
 fn what_one_node_uses_no_other_gets() {
@@ -133,4 +137,67 @@ fn an_identity_that_is_none_is_named() {
     assert_eq!(code, 1, "{said}");
     assert_said(&said, &["nowhere", "pki issue"]);
     assert!(!hosts.path("state").exists(), "nothing was begun");
+}
+
+#[test]
+fn a_stop_waits_for_the_guest_and_a_second_one_does_not() {
+    if !can_mount() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let image = hosts.image("disk.raw", 16);
+    let replica = hosts.replica(&[]);
+    let primary = hosts.primary(&[&image], &[]);
+    primary.wait_replicating();
+    let guest = File::options()
+        .write(true)
+        .open(hosts.disk("disk"))
+        .unwrap();
+    primary.ask_to_stop();
+    primary.wait_logged("signal again to detach");
+    guest.write_all_at(&[7; 512], 0).unwrap();
+    primary.stop();
+    assert!(guest.write_at(&[8; 512], 0).is_err());
+    assert_eq!(fs::read(&image).unwrap()[..512], [7; 512]);
+    drop(guest);
+    let primary = hosts.primary(&[&image], &[]);
+    let lineage = primary.cut();
+    assert_eq!(replica.merged().durable, Some(lineage));
+    primary.stop();
+    replica.stop();
+    assert_identical(&image, &hosts.replica_image("disk", Format::Raw));
+}
+
+#[test]
+fn disks_that_changed_are_refused() {
+    if !can_mount() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let (first, second) = (hosts.image("a.raw", 16), hosts.image("b.raw", 16));
+    let replica = hosts.replica(&[]);
+    let primary = hosts.primary(&[&first], &[]);
+    let lineage = primary.cut();
+    replica.merged();
+    primary.stop();
+    // A disk more, and a disk that grew: said clearly, and the replica stays what it was.
+    for change in [&[&first, &second][..], &[&first]] {
+        if change.len() == 1 {
+            fs::OpenOptions::new()
+                .write(true)
+                .open(&first)
+                .unwrap()
+                .set_len(32 << 20)
+                .unwrap();
+        }
+        let images: Vec<_> = change.iter().map(|path| path.as_path()).collect();
+        let primary = hosts.primary(&images, &[]);
+        let refused = primary.wait("a refusal", |m| m.state == ReplicationState::Error);
+        assert_eq!(refused.health, Health::Critical);
+        let reasons = refused.reasons.join(" ");
+        assert!(reasons.contains("disks"), "{reasons}");
+        primary.stop();
+    }
+    assert_eq!(replica.machine().durable, Some(lineage));
+    replica.stop();
 }

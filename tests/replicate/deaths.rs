@@ -37,6 +37,10 @@ fn a_replica_that_dies_goes_on_where_it_was() {
         primary.wait("the next epoch", |m| m.traffic.epochs > epochs + 1);
     }
     let mut ledger = load.finish();
+    assert!(
+        primary.log().contains("reset by peer"),
+        "a replica that is back says that it knows nothing of old links"
+    );
     let lineage = primary.cut();
     assert_eq!(replica.merged().durable, Some(lineage));
     assert_eq!(full_copies(&primary), 1, "only the first copy was whole");
@@ -57,7 +61,7 @@ fn primary_dies(image: &str, format: Format) {
     let mut primary = hosts.primary(&[&image], &[]);
     primary.wait_replicating();
     for _ in 0..LAPS {
-        let moment = ledger.pick(2_000);
+        let moment = ledger.pick(8_000);
         let load = Load::start(hosts.disk("disk"), ledger);
         load.wait_written(moment + 1);
         primary.kill();
@@ -136,6 +140,7 @@ fn a_copy_goes_on_after_both_sides_died() {
     let primary = hosts.primary(&[&image], &[]);
     let lineage = primary.cut();
     assert_eq!(replica.merged().durable, Some(lineage));
+    assert_eq!(full_copies(&primary), 1, "the copy went on");
     ledger.verify(&hosts.disk("disk"));
     primary.stop();
     replica.stop();

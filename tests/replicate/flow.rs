@@ -110,15 +110,16 @@ fn the_order_of_writes_holds_across_disks() {
     let hosts = Hosts::new();
     let (first, second) = (hosts.image("a.vhdx", 64), hosts.image("b.raw", 64));
     let (mut next, mut shown) = (1, 0);
-    for lap in 0..3 {
+    for lap in 0..5 {
         let replica = hosts.replica(&[]);
         let primary = hosts.primary(&[&first, &second], &["--interval", "100ms"]);
         primary.wait_replicating();
-        let ledger = Ledger::new(32 * MIB, 3 + lap);
+        let ledger = Ledger::new(64 * MIB, 3 + lap);
         let markers = [hosts.disk("a"), hosts.disk("b")];
-        // The load writes below the markers: at block 0 it would overwrite them.
+        // Between the two markers lies all that the load changes: an epoch that were not as of its cut would read the
+        // second one much later than the first.
         let busy = std::thread::spawn({
-            let disk = hosts.disk("b");
+            let disk = hosts.disk("a");
             move || churn_above_zero(&disk, ledger)
         });
         let counting = std::thread::spawn(move || {
@@ -148,8 +149,8 @@ fn the_order_of_writes_holds_across_disks() {
 fn churn_above_zero(disk: &Path, mut ledger: Ledger) {
     let file = open_direct(disk, OFlag::empty()).unwrap();
     loop {
-        let first = 1 + ledger.pick(8_000);
-        if ledger.write(&file, first, 8).is_err() {
+        let first = 1 + ledger.pick(16_000);
+        if ledger.write(&file, first, 64).is_err() {
             return;
         }
     }

@@ -49,6 +49,36 @@ fn a_lost_link_is_waited_out_and_caught_up() {
     assert_identical(&image, &hosts.replica_image("disk", Format::Vhdx));
 }
 
+#[test]
+fn a_replica_that_stands_still_does_not_hold_up_the_guest() {
+    if !can_mount() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let image = hosts.image("disk.raw", 128);
+    let replica = hosts.replica(&[]);
+    let primary = hosts.primary(&[&image], &["--compression", "none"]);
+    primary.wait_replicating();
+    let load = Load::start(hosts.disk("disk"), Ledger::new(128 * MIB, 43));
+    load.wait_written(500);
+    replica.pause();
+    // More than all windows and grants together.
+    load.wait_written(60_000);
+    let behind = primary.machine();
+    assert!(behind.traffic.owed > 0, "{behind:?}");
+    replica.resume();
+    load.wait_written(500);
+    load.finish();
+    let lineage = primary.cut();
+    assert_eq!(replica.merged().durable, Some(lineage));
+    // Neither does it hold up whoever wants to stop the primary.
+    replica.pause();
+    primary.stop();
+    replica.resume();
+    replica.stop();
+    assert_identical(&image, &hosts.replica_image("disk", Format::Raw));
+}
+
 /// A file system that a test can fill, in a file of the test's folder.
 struct SmallFileSystem(PathBuf);
 
@@ -129,7 +159,8 @@ fn a_full_disk_at_the_replica_is_the_replicas_trouble() {
 fn fill_disk(path: &std::path::Path) {
     use std::io::Write;
     let mut file = fs::File::create(path).unwrap();
-    while file.write_all(&[1; 1 << 18]).is_ok() {}
+    let piece = vec![1; 1 << 18];
+    while file.write_all(&piece).is_ok() {}
 }
 
 #[test]

@@ -6,6 +6,7 @@
 use std::{
     cell::Cell,
     fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -38,7 +39,7 @@ use understudy::{
 use super::{must, sparse_file};
 
 /// How long anything may take before a test gives up; it is no measure of speed.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Time between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Unit of comparison.
@@ -362,7 +363,7 @@ impl Node {
 
     /// SIGTERM, and a clean end.
     pub(crate) fn stop(mut self) {
-        kill(self.pid(), Signal::SIGTERM).unwrap();
+        self.ask_to_stop();
         let started = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -376,6 +377,30 @@ impl Node {
             "a node stopped with {status}: {}",
             self.log()
         );
+    }
+
+    /// Stands still from now on, as a host that swaps or a disk that does not answer.
+    pub(crate) fn pause(&self) {
+        kill(self.pid(), Signal::SIGSTOP).unwrap();
+    }
+
+    /// Goes on after [`Node::pause`].
+    pub(crate) fn resume(&self) {
+        kill(self.pid(), Signal::SIGCONT).unwrap();
+    }
+
+    /// SIGTERM.
+    pub(crate) fn ask_to_stop(&self) {
+        kill(self.pid(), Signal::SIGTERM).unwrap();
+    }
+
+    /// Waits until it has logged this.
+    pub(crate) fn wait_logged(&self, words: &str) {
+        let started = Instant::now();
+        while !self.log().contains(words) {
+            assert!(started.elapsed() < PATIENCE, "not logged: {words}");
+            std::thread::sleep(LOOK_EVERY);
+        }
     }
 
     fn pid(&self) -> Pid {
@@ -400,7 +425,7 @@ impl Drop for Node {
                 .unwrap()
                 .to_string_lossy()
                 .into_owned();
-            eprintln!("---- {name}\n{}----", self.log());
+            let _ = writeln!(io::stderr(), "---- {name}\n{}----", self.log());
         }
     }
 }
