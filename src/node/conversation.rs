@@ -21,7 +21,7 @@ use crate::{
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_u64},
     },
     delta::{DiskEntry, EncodedFrame, Encoder, Header, LogKind},
-    net::{self, Link, LogSender, Reason},
+    net::{self, Link, LinkError, LogSender, Reason},
     protocol::{
         message::{self, ToReplica},
         sender::{Action, Agreement, Log, Pace, Sender, Side, StopReason},
@@ -225,11 +225,7 @@ impl<'a> Conversation<'a> {
 
     fn say(&mut self, message: &ToReplica) -> Result<(), End> {
         let bytes = message::encode(message).into();
-        self.driver
-            .host
-            .runtime
-            .block_on(self.mouth.send(bytes))
-            .map_err(|error| End::Lost(chain(&error)))
+        done(self.driver.until_stopped(self.mouth.send(bytes)))
     }
 
     fn compare(&mut self, head: message::Head) -> Result<(), End> {
@@ -292,12 +288,7 @@ impl<'a> Conversation<'a> {
             disks: disks.collect(),
         };
         let (encoder, bytes) = Encoder::new(&header);
-        let stream = self
-            .driver
-            .host
-            .runtime
-            .block_on(self.link.open_log())
-            .map_err(|error| End::Lost(chain(&error)))?;
+        let stream = done(self.driver.until_stopped(self.link.open_log()))?;
         let runs = (kind == LogKind::Initial).then(VecDeque::new);
         self.log = Some(OpenLog {
             encoder,
@@ -350,11 +341,7 @@ impl<'a> Conversation<'a> {
     fn write(&mut self, bytes: bytes::Bytes) -> Result<(), End> {
         self.sender.sent(to_u64(bytes.len()));
         let log = self.log.as_mut().expect("bytes belong to an open log");
-        self.driver
-            .host
-            .runtime
-            .block_on(log.stream.write_chunk(bytes))
-            .map_err(|error| End::Lost(chain(&error)))
+        done(self.driver.until_stopped(log.stream.write_chunk(bytes)))
     }
 
     fn measure(&mut self, bytes: u64, took: Duration) {
@@ -380,8 +367,7 @@ impl<'a> Conversation<'a> {
         let OpenLog {
             encoder,
             mut stream,
-            runs,
-            copied,
+            ..
         } = log;
         let (trailer, lineage) = encoder.finish(epoch, time);
         // A staged acknowledgement may get lost with the link. Whoever asks the replica then must know this lineage.
@@ -390,12 +376,8 @@ impl<'a> Conversation<'a> {
             .pending(lineage)
             .map_err(|error| End::Lost(chain(&error)))?;
         self.sender.sent(to_u64(trailer.len()));
-        let runtime = &self.driver.host.runtime;
-        runtime
-            .block_on(stream.write_chunk(trailer))
-            .map_err(|error| End::Lost(chain(&error)))?;
+        done(self.driver.until_stopped(stream.write_chunk(trailer)))?;
         stream.finish().map_err(|error| End::Lost(chain(&error)))?;
-        drop((runs, copied));
         self.sender.sealed(lineage);
         Ok(())
     }
@@ -459,5 +441,14 @@ impl<'a> Conversation<'a> {
         for answer in self.waiting.drain(..).chain(self.answering.drain(..)) {
             let _ = answer.send(Err(format!("the link to the replica was lost: {text}")));
         }
+    }
+}
+
+/// What became of a call on the link: nothing means that the node is being stopped.
+fn done<T>(outcome: Option<Result<T, LinkError>>) -> Result<T, End> {
+    match outcome {
+        Some(Ok(value)) => Ok(value),
+        Some(Err(error)) => Err(End::Lost(chain(&error))),
+        None => Err(End::Stop),
     }
 }

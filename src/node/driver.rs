@@ -11,7 +11,7 @@ use std::{sync::Arc, thread, time::Duration};
 
 use crossbeam_channel::{Receiver, Sender as ChannelSender, after, select, unbounded};
 use parking_lot::Mutex;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::watch};
 
 use super::{
     conversation::{Conversation, End},
@@ -77,6 +77,8 @@ pub(super) enum Heard {
 #[derive(Debug)]
 pub(super) struct Replication {
     commands: ChannelSender<Command>,
+    /// Becomes true when the thread has to end, whatever it waits for.
+    stop: watch::Sender<bool>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -90,6 +92,7 @@ impl Replication {
         host: Host,
     ) -> std::io::Result<Self> {
         let (commands, receiver) = unbounded();
+        let (stop, stopping) = watch::channel(false);
         let thread = thread::Builder::new()
             .name("replicate".into())
             .spawn(move || {
@@ -100,11 +103,13 @@ impl Replication {
                     progress,
                     host,
                     commands: receiver,
+                    stopping,
                 };
                 driver.run();
             })?;
         Ok(Self {
             commands,
+            stop,
             thread: Some(thread),
         })
     }
@@ -133,7 +138,8 @@ impl PendingCut {
 
 impl Drop for Replication {
     fn drop(&mut self) {
-        // Both fail only if the thread has ended already, and then it has said why.
+        // All fail only if the thread has ended already, and then it has said why.
+        let _ = self.stop.send(true);
         let _ = self.commands.send(Command::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -157,17 +163,19 @@ pub(super) struct Driver {
     pub(super) progress: Arc<Mutex<Progress>>,
     pub(super) host: Host,
     pub(super) commands: Receiver<Command>,
+    stopping: watch::Receiver<bool>,
 }
 
 impl Driver {
     fn run(self) {
         let mut backoff = Backoff::new(REDIAL.0, REDIAL.1);
         loop {
-            let dialled = self.host.runtime.block_on(net::dial(
+            let dialled = self.until_stopped(net::dial(
                 &self.target.address,
                 self.target.peer.as_ref(),
                 &self.target.identity,
             ));
+            let Some(dialled) = dialled else { return };
             let why = match dialled {
                 Ok((link, control)) => {
                     let (end, was_replicating) = self.session(&link, control);
@@ -204,6 +212,17 @@ impl Driver {
                 return;
             }
         }
+    }
+
+    /// Waits for `work`; nothing if the node is being stopped meanwhile.
+    pub(super) fn until_stopped<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let mut stopping = self.stopping.clone();
+        self.host.runtime.block_on(async {
+            tokio::select! {
+                _ = stopping.wait_for(|stop| *stop) => None,
+                done = work => Some(done),
+            }
+        })
     }
 
     /// Waits for `pause`; whether the node is being stopped.
