@@ -1,8 +1,8 @@
 //! A primary: a machine's images opened, tracked, shown in a mount, replicated.
 //!
 //! Order matters at both ends. Start: open and lock the images, restore what tracking knows, mount, and only then dial
-//! the replica: a guest never waits for a replica. Stop: end the replication, unmount (no write can come any more),
-//! close the machine (flush, record that it was clean), and only then let go of the locks.
+//! the replica: a guest never waits for a replica. Stop: unmount (no write can come any more), end the
+//! replication, close the machine (flush, record that it was clean), and only then let go of the locks.
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -218,11 +218,11 @@ impl Primary {
         let _ = ended.wait_for(|ended| *ended).await;
     }
 
-    /// Unmounts and closes. With [`Unmount::IfUnused`] a mount in use is an error, after which everything but the
-    /// replication goes on.
+    /// Unmounts and closes. With [`Unmount::IfUnused`] a mount in use is an error, after which everything goes on: a
+    /// guest that takes its time to shut down is replicated to the end.
     pub fn stop(&self, how: Unmount) -> Result<(), PrimaryError> {
-        *self.replication.lock() = None;
         self.mount.unmount(how)?;
+        *self.replication.lock() = None;
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| PrimaryError::Close {
             machine: self.config.machine.clone(),
             source,

@@ -156,6 +156,9 @@ fn a_stop_waits_for_the_guest_and_a_second_one_does_not() {
     primary.ask_to_stop();
     primary.wait_logged("signal again to detach");
     guest.write_all_at(&[7; 512], 0).unwrap();
+    // A guest that takes its time to shut down is replicated to the end.
+    let lineage = primary.cut();
+    assert_eq!(replica.merged().durable, Some(lineage));
     primary.stop();
     assert!(guest.write_at(&[8; 512], 0).is_err());
     assert_eq!(fs::read(&image).unwrap()[..512], [7; 512]);
