@@ -260,10 +260,14 @@ impl<'a> Conversation<'a> {
             }
         };
         tracing::info!(machine = %self.driver.subject.name, ?head, ?reconciled, "connected to the replica");
-        self.driver
-            .progress
-            .lock()
-            .connected(agreement, machine, &*self.driver.host.clock);
+        // An initial copy alone is no recovery point: its blocks were read at different times.
+        let complete = matches!(head, message::Head::Complete(at) if at.epoch > Epoch::INITIAL);
+        self.driver.progress.lock().connected(
+            agreement,
+            complete,
+            machine,
+            &*self.driver.host.clock,
+        );
         self.sender.agreed(agreement);
         Ok(())
     }

@@ -22,7 +22,7 @@ use crate::{
     base::{
         clock::{Clock, SystemClock},
         ids::{Ids, Lineage, Name, SystemIds},
-        units::{BLOCK_BYTES, DiskIndex},
+        units::{BLOCK_BYTES, DiskIndex, Epoch},
     },
     coord::state::{ReplicationState, Role, Signs},
     delta::policy::Setting,
@@ -250,9 +250,7 @@ impl Primary {
         let latency = self.mount.latencies().write;
         let replication = self.config.replication.as_ref();
         let (state, stopped) = match (&self.tracked, replication) {
-            (Some(tracked), Some(_)) => {
-                state_of(&progress.phase, tracked.machine.lineage().is_some())
-            }
+            (Some(tracked), Some(_)) => state_of(&progress.phase, has_point(tracked)),
             _ => (ReplicationState::Disabled, None),
         };
         let tracked = self.tracked.as_ref();
@@ -399,6 +397,14 @@ fn traffic(progress: &Progress, tracked: &Tracked) -> TrafficStatus {
         epochs: progress.epochs,
         merged: counters.merged_epochs,
     }
+}
+
+/// Whether the replica has acknowledged a recovery point, which an initial copy alone is not.
+fn has_point(tracked: &Tracked) -> bool {
+    tracked
+        .machine
+        .lineage()
+        .is_some_and(|head| head.epoch > Epoch::INITIAL)
 }
 
 /// What is wrong with the machine's disks or their tracking, if anything is.

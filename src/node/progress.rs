@@ -63,22 +63,24 @@ impl Default for Progress {
 }
 
 impl Progress {
-    pub(super) fn connected(&mut self, agreement: Agreement, machine: &Machine, clock: &dyn Clock) {
-        match agreement {
-            Agreement::InStep => {
-                self.phase = Phase::Replicating;
-                self.copy = None;
-            }
-            Agreement::CopyNeeded => {
-                self.phase = Phase::Copying;
-                let total = machine.counters().closing_blocks * BLOCK_BYTES;
-                self.copy = Some(Copy {
-                    began: clock.monotonic(),
-                    total,
-                    done: 0,
-                });
-            }
-        }
+    /// The heads were compared. `complete`: the replica has a recovery point already.
+    pub(super) fn connected(
+        &mut self,
+        agreement: Agreement,
+        complete: bool,
+        machine: &Machine,
+        clock: &dyn Clock,
+    ) {
+        self.phase = if complete {
+            Phase::Replicating
+        } else {
+            Phase::Copying
+        };
+        self.copy = (agreement == Agreement::CopyNeeded).then(|| Copy {
+            began: clock.monotonic(),
+            total: machine.counters().closing_blocks * BLOCK_BYTES,
+            done: 0,
+        });
     }
 
     /// A frame was handed to the link: `raw` bytes of blocks in `bytes` of log.

@@ -26,8 +26,8 @@ use crate::{
     base::{
         clock::Timestamp,
         ids::{Generation, Ids, Lineage, MachineId, Name},
-        limits::{CREDIT_BYTES, DISKS_PER_MACHINE_MAX},
-        units::Epoch,
+        limits::DISKS_PER_MACHINE_MAX,
+        units::{Epoch, MIB},
     },
     delta::Consistency,
     disk::{
@@ -47,14 +47,14 @@ pub struct ReplicaOptions {
     /// Bytes that delta logs may take. Above half of it a merge drops points that retention would keep, the oldest
     /// first; a log that would go beyond it is refused.
     pub log_bytes_max: Option<u64>,
-    /// Bytes received between two syncs, each of which is reported as durable. Less than [`CREDIT_BYTES`], or a primary
-    /// waits for credit for ever; a quarter of it keeps both sides busy.
+    /// Bytes received between two syncs, each of which is reported as durable. Of an initial copy that is lost in the
+    /// middle, at most twice this is sent again.
     pub sync_bytes: u64,
 }
 
 impl ReplicaOptions {
-    /// A quarter of the credit that a primary has.
-    pub const SYNC_BYTES: u64 = CREDIT_BYTES / 4;
+    /// Enough that a sync is one long write and not a seek, and less than a second's worth of a fast link.
+    pub const SYNC_BYTES: u64 = 64 * MIB;
 }
 
 /// Which recovery points are kept.
