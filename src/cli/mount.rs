@@ -17,7 +17,12 @@ use crate::{
     },
 };
 
+/// The shim's own default, in the width of the flag.
 const THREADS_DEFAULT: u16 = 16;
+const _: () = assert!(
+    crate::shim::THREADS_DEFAULT == 16,
+    "the flag's default is the shim's"
+);
 
 /// Options of `mount`.
 #[derive(Clone, Debug, clap::Args)]
