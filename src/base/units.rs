@@ -1,7 +1,7 @@
 //! Quantities that must not be mixed up, and the only integer conversions of the program.
 //!
 //! Byte offsets and byte lengths are `u64`; everything that is counted in something else has a type of its own:
-//! [`Epoch`], [`Block`], [`Region`], [`DiskIndex`].
+//! [`Epoch`], [`Block`], [`DiskIndex`].
 
 use std::{fmt, ops::Range};
 
@@ -18,7 +18,7 @@ pub const TIB: u64 = 1024 * GIB;
 pub const SECTOR_BYTES: u64 = 512;
 /// Bytes of a [`Block`], the unit of tracking.
 pub const BLOCK_BYTES: u64 = 4 * KIB;
-/// Bytes of a [`Region`], the unit of the intent log.
+/// Bytes of a region, the unit of the intent log.
 pub const REGION_BYTES: u64 = MIB;
 /// Blocks of a region.
 pub const BLOCKS_PER_REGION: u64 = REGION_BYTES / BLOCK_BYTES;
@@ -115,30 +115,9 @@ impl fmt::Display for DiskIndex {
 pub struct Block(pub u64);
 
 impl Block {
-    /// The block that holds byte `offset`.
-    pub const fn containing(offset: u64) -> Self {
-        Self(offset / BLOCK_BYTES)
-    }
-
     /// Byte offset of the block's first byte.
     pub const fn offset(self) -> u64 {
         self.0 * BLOCK_BYTES
-    }
-}
-
-/// The index of a 1 MiB region of a disk: the unit of the intent log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Region(pub u64);
-
-impl Region {
-    /// The region that holds byte `offset`.
-    pub const fn containing(offset: u64) -> Self {
-        Self(offset / REGION_BYTES)
-    }
-
-    /// Byte offset of the region's first byte.
-    pub const fn offset(self) -> u64 {
-        self.0 * REGION_BYTES
     }
 }
 

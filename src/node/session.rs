@@ -164,7 +164,7 @@ impl Syncer {
         }
     }
 
-    /// Whether a sync could begin at once.
+    /// Whether no sync is waiting for its turn.
     fn is_idle(&self) -> bool {
         self.tasks
             .as_ref()
@@ -310,7 +310,7 @@ impl Session {
 }
 
 /// What the primary is told about a store.
-pub(super) fn head_message(head: Head) -> message::Head {
+fn head_message(head: Head) -> message::Head {
     match head {
         Head::Empty => message::Head::Empty,
         Head::Copying => message::Head::Copying,
