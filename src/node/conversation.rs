@@ -118,10 +118,11 @@ impl<'a> Conversation<'a> {
             if let Some(end) = self.hear(idle) {
                 return Ok(end);
             }
-            let counters = self.driver.machine.counters();
             let clock = &self.driver.host.clock;
-            self.sender
-                .tick(clock.monotonic(), clock.wall(), counters.open_blocks > 0);
+            // The time before the counters: a write in between must not be declared part of what the replica has.
+            let (now, wall) = (clock.monotonic(), clock.wall());
+            let changed = self.driver.machine.counters().open_blocks > 0;
+            self.sender.tick(now, wall, changed);
         }
     }
 
