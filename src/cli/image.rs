@@ -167,6 +167,7 @@ fn vhdx_rows(vhdx: &vhdx::Inspection) -> Vec<(&'static str, String)> {
     let vhdx::Blocks {
         total,
         present,
+        partial,
         not_present,
         zero,
         unmapped,
@@ -175,7 +176,11 @@ fn vhdx_rows(vhdx: &vhdx::Inspection) -> Vec<(&'static str, String)> {
     let absent = format!(
         "{not_present} not present, {zero} zero, {unmapped} unmapped, {undefined} undefined"
     );
-    rows.push(("blocks", format!("{total}: {present} present, {absent}")));
+    let present = match partial {
+        0 => format!("{present} present"),
+        partial => format!("{present} present, {partial} partly present"),
+    };
+    rows.push(("blocks", format!("{total}: {present}, {absent}")));
     rows
 }
 
