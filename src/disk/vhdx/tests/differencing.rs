@@ -273,6 +273,7 @@ fn a_parent_may_be_smaller_or_larger() {
         write_u64(&child, SIZE_AT, size);
         let mut expected = vec![7; to_usize(4 * MIB + 512)];
         expected.resize(to_usize(size), 0);
+        model_check(&child, &expected);
         let disk = child.open().unwrap();
         assert!(read_all(&disk) == expected, "{name}");
         // Over the parent's end, and behind it.
