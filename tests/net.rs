@@ -435,6 +435,11 @@ async fn a_log_of_100_mib_arrives_intact() {
     assert_eq!(digest.finish(), expected);
     assert!(near.stats().sent_bytes > 100 << 20);
     assert!(far.stats().received_bytes > 100 << 20);
+    let packet = near.stats().packet_bytes;
+    assert!(
+        packet > 9000,
+        "a loopback carries packets of more than {packet} bytes"
+    );
 }
 
 /// Control must get through while nobody reads the logs.
