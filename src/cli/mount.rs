@@ -19,6 +19,8 @@ use crate::{
 
 /// The shim's own default, in the width of the flag.
 const THREADS_DEFAULT: u16 = 16;
+/// How often the initial copy is looked at: what waits for its last line waits no longer than this for nothing.
+const COPY_SHOWN_EVERY: Duration = Duration::from_millis(50);
 const _: () = assert!(
     crate::shim::THREADS_DEFAULT == 16,
     "the flag's default is the shim's"
@@ -129,7 +131,7 @@ async fn show_copy(primary: Arc<Primary>, mut progress: Progress) {
             (ReplicationState::Replicating, None) if seen => return progress.finish(),
             _ => {}
         }
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::sleep(COPY_SHOWN_EVERY).await;
     }
 }
 

@@ -298,7 +298,7 @@ impl Shared {
             let name = disk.file_name();
             let storage = self
                 .folder
-                .open(&name, Open::Write)
+                .open(&name, Open::WriteAside)
                 .map_err(ReplicaError::io("open", &name))?;
             let opening = Opening::new(Access::ReadWrite, Arc::clone(&self.ids));
             let image = image::open(storage, disk.format, &opening).map_err(|source| {

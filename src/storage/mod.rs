@@ -90,6 +90,9 @@ pub enum Open {
     Read,
     /// An existing file.
     Write,
+    /// An existing file whose long writes nobody reads again soon. They go past the host's page cache where that can be
+    /// done, which changes what a write costs and nothing of what it promises.
+    WriteAside,
     /// A new file; an existing one is an [`io::ErrorKind::AlreadyExists`].
     CreateNew,
     /// An existing file, or a new one.
