@@ -10,6 +10,7 @@ mod model;
 mod mount;
 mod net;
 mod replicate;
+mod roles;
 mod staging;
 mod support;
 mod tidy;
