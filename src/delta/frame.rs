@@ -60,6 +60,22 @@ pub struct EncodedFrame {
 }
 
 impl EncodedFrame {
+    /// The frame of a log again: its header, and the payload that was read behind it.
+    ///
+    /// # Panics
+    /// If the payload does not have the length that the header says.
+    pub fn copied(header: FrameHeader, payload: &[u8]) -> Self {
+        assert_eq!(
+            u64::from(header.payload_len),
+            to_u64(payload.len()),
+            "the payload belongs to another frame"
+        );
+        Self {
+            header,
+            bytes: joined(&header, payload),
+        }
+    }
+
     /// The frame header.
     pub fn header(&self) -> &FrameHeader {
         &self.header
@@ -95,13 +111,18 @@ pub fn encode_data(disk: DiskIndex, offset: u64, raw: &[u8], codec: Codec) -> En
         payload_len: u32::try_from(payload.len()).expect("a frame has at most 1 MiB"),
         crc: crc32c(raw),
     };
+    EncodedFrame {
+        header,
+        bytes: joined(&header, payload),
+    }
+}
+
+/// A frame as it stands in a log.
+fn joined(header: &FrameHeader, payload: &[u8]) -> Bytes {
     let mut bytes = Vec::with_capacity(FRAME_HEADER_BYTES + payload.len());
     bytes.extend_from_slice(&header.to_bytes());
     bytes.extend_from_slice(payload);
-    EncodedFrame {
-        header,
-        bytes: bytes.into(),
-    }
+    bytes.into()
 }
 
 /// A frame that says that `run` of `disk` reads as zeros; any length, whole blocks unless it ends with the disk.
