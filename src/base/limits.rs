@@ -28,6 +28,10 @@ pub const LOG_RESIDENT_BYTES_MAX: u64 = CREDIT_BYTES;
 /// Delta logs of one machine that may lie on a replica before neighbours are folded although that saves little: what a
 /// view still opens in a moment, and far below the files a process may have open by default at its hard limit.
 pub const LOGS_MAX: usize = 1024;
+/// Most newest epochs that a replica may be told to keep as points of a machine: each is an open file.
+pub const KEEP_NEWEST_MAX: u32 = 4096;
+/// Most hours of which a replica may be told to keep the first point: a year.
+pub const KEEP_HOURS_MAX: u32 = 8784;
 /// Largest control message, in bytes: a greeting with [`DISKS_PER_MACHINE_MAX`] disks and their names.
 pub const MESSAGE_BYTES_MAX: usize = 256 * 1024;
 

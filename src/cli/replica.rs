@@ -6,7 +6,10 @@ use anyhow::Context;
 
 use super::{image::parse_size, output::Output};
 use crate::{
-    base::ids::Name,
+    base::{
+        ids::Name,
+        limits::{KEEP_HOURS_MAX, KEEP_NEWEST_MAX},
+    },
     disk::image::Format,
     node::{
         self,
@@ -35,10 +38,10 @@ pub struct ReplicaArgs {
     #[arg(long, value_name = "raw|vhdx")]
     format: Option<Format>,
     /// Newest epochs to keep as recovery points beside the latest; 0 keeps the latest alone.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = up_to(KEEP_NEWEST_MAX))]
     keep: u32,
     /// Hours of which the first recovery point is kept, counted back from the newest point.
-    #[arg(long, value_name = "HOURS", default_value_t = 0)]
+    #[arg(long, value_name = "HOURS", default_value_t = 0, value_parser = up_to(KEEP_HOURS_MAX))]
     hourly: u32,
     /// Space that the recovery points of one machine may take beside its images; more than its largest epoch needs. Above
     /// half of it points are dropped, the finest first; at the limit nothing more is taken, and the primary goes on.
@@ -50,6 +53,10 @@ pub struct ReplicaArgs {
     /// Path of the control socket [default: PID.sock in /run/understudy].
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+}
+
+fn up_to(most: u32) -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(..=i64::from(most))
 }
 
 /// Serves until SIGTERM or SIGINT.

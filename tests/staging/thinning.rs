@@ -330,12 +330,13 @@ fn a_squeeze_is_over_when_no_point_is_missing() {
     let mut model = Model::new();
     let replica = host.open(3).unwrap();
     grow(&replica, &mut model, 3);
+    let bytes = replica.status().log_bytes;
     drop(replica);
     let with = |space_max| ReplicaOptions {
         space_max: Some(space_max),
         ..options(3)
     };
-    let replica = host.open_with(with(90_000)).unwrap();
+    let replica = host.open_with(with(bytes)).unwrap();
     keep_up(&replica);
     assert_eq!(replica.status().squeeze, Squeeze::AllButOne);
     let small = |model: &mut Model, epoch: u64| {

@@ -304,18 +304,57 @@ fn a_layer_belongs_to_its_base() {
     assert!(matches!(open(&foreign, 1), Err(LayerError::Invalid(_))));
 }
 
-/// Threads write parts of the same blocks: no part is lost to the copy of the rest from the base.
+/// A base that lets others go first while it is read.
+#[derive(Debug)]
+struct Yielding(Arc<dyn Disk>);
+
+impl Disk for Yielding {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        let read = self.0.read_at(offset, buf);
+        std::thread::yield_now();
+        read
+    }
+
+    fn write_at(&self, _: u64, _: &[u8], _: Fua) -> Result<(), DiskError> {
+        Err(DiskError::ReadOnly)
+    }
+
+    fn zero(&self, _: Extent, _: Space, _: Fua) -> Result<(), DiskError> {
+        Err(DiskError::ReadOnly)
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn run_at(&self, offset: u64) -> Result<(Extent, Content), DiskError> {
+        self.0.run_at(offset)
+    }
+
+    fn close(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+}
+
+/// Threads write parts of the same block at once: no part is lost to the copy of the rest from the base.
 #[test]
 fn neighbours_in_a_block_do_not_undo_each_other() {
     let storage = MemoryStorage::new(&Power::new());
-    let disk = open(&storage, 1).unwrap();
+    let base = Arc::new(Yielding(base()));
+    let disk = LayeredDisk::open(base, storage, IDENTITY, boot(1)).unwrap();
+    let together = std::sync::Barrier::new(8);
     std::thread::scope(|scope| {
         for part in 0..8u64 {
-            let disk = &disk;
+            let (disk, together) = (&disk, &together);
             scope.spawn(move || {
                 for block in 0..200 {
                     let value = u8::try_from(part + 1).unwrap();
                     let offset = block * BLOCK_BYTES + part * SECTOR;
+                    together.wait();
                     disk.write_at(offset, &[value; 512], Fua::No).unwrap();
                     if block % 50 == part {
                         disk.flush().unwrap();
