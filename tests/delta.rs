@@ -60,7 +60,10 @@ fn log(header: &Header, frames: &[EncodedFrame], epoch: u64) -> (Vec<u8>, Lineag
     let mut bytes = first.to_vec();
     for frame in frames {
         encoder.frame(frame);
-        bytes.extend_from_slice(frame.bytes());
+        frame
+            .parts()
+            .iter()
+            .for_each(|part| bytes.extend_from_slice(part));
     }
     let (last, lineage) = encoder.finish(Epoch(epoch), Timestamp(1_700_000_000_000_000));
     bytes.extend_from_slice(&last);
@@ -92,10 +95,10 @@ fn pattern(len: usize, seed: u8) -> Vec<u8> {
 
 fn frames(codec: Codec) -> Vec<EncodedFrame> {
     vec![
-        encode_data(DiskIndex(0), 8192, &pattern(8192, 1), codec),
+        encode_data(DiskIndex(0), 8192, pattern(8192, 1), codec),
         encode_zero(DiskIndex(0), Extent::new(4096, DISK_BYTES - 4096)),
-        encode_data(DiskIndex(1), 65536, &pattern(512, 2), codec),
-        encode_data(DiskIndex(0), 8192, &pattern(4096, 3), codec),
+        encode_data(DiskIndex(1), 65536, pattern(512, 2), codec),
+        encode_data(DiskIndex(0), 8192, pattern(4096, 3), codec),
     ]
 }
 
@@ -292,12 +295,12 @@ fn epochs_go_forward() {
 #[test]
 fn frames_that_do_not_fit_their_disk_are_refused() {
     let bad = [
-        encode_data(DiskIndex(2), 0, &[1; 4096], Codec::None),
-        encode_data(DiskIndex(0), DISK_BYTES, &[1; 4096], Codec::None),
-        encode_data(DiskIndex(0), DISK_BYTES - 4096, &[1; 8192], Codec::None),
-        encode_data(DiskIndex(0), 512, &[1; 4096], Codec::None),
-        encode_data(DiskIndex(0), 0, &[1; 512], Codec::None),
-        encode_data(DiskIndex(1), 65536, &[1; 4096], Codec::None),
+        encode_data(DiskIndex(2), 0, vec![1; 4096], Codec::None),
+        encode_data(DiskIndex(0), DISK_BYTES, vec![1; 4096], Codec::None),
+        encode_data(DiskIndex(0), DISK_BYTES - 4096, vec![1; 8192], Codec::None),
+        encode_data(DiskIndex(0), 512, vec![1; 4096], Codec::None),
+        encode_data(DiskIndex(0), 0, vec![1; 512], Codec::None),
+        encode_data(DiskIndex(1), 65536, vec![1; 4096], Codec::None),
         encode_zero(DiskIndex(0), Extent::new(4096, u64::MAX - 4095)),
         encode_zero(DiskIndex(0), Extent::new(0, 0)),
     ];
@@ -318,6 +321,25 @@ fn frames_that_do_not_fit_their_disk_are_refused() {
     }
 }
 
+#[test]
+fn long_content_can_be_written_from_where_it_is() {
+    let frames: Vec<_> = (0..3)
+        .map(|n| encode_data(DiskIndex(0), n * 131_072, pattern(131_072, 9), Codec::None))
+        .collect();
+    let (bytes, _) = log(&header(LogKind::Delta), &frames, 42);
+    for step in [1000, 6500, 16_250, 65_000] {
+        let events = decode(&bytes, step).unwrap();
+        let starts: Vec<_> = events
+            .iter()
+            .filter_map(|event| match event {
+                Event::Frame { raw, .. } => Some(raw.as_ref()?.as_ptr().align_offset(4096)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(starts, [0; 3], "in pieces of {step} bytes");
+    }
+}
+
 fn any_frame() -> impl Strategy<Value = EncodedFrame> {
     let codec = prop::sample::select(Codec::ALL.to_vec());
     (
@@ -330,14 +352,14 @@ fn any_frame() -> impl Strategy<Value = EncodedFrame> {
     )
         .prop_map(|(data, block, blocks, seed, codec, odd)| {
             if odd {
-                return encode_data(DiskIndex(1), 65536, &pattern(512, seed), codec);
+                return encode_data(DiskIndex(1), 65536, pattern(512, seed), codec);
             }
             let run = Extent::new(block * 4096, blocks * 4096);
             if data {
                 encode_data(
                     DiskIndex(0),
                     run.offset,
-                    &pattern(to_usize(run.len), seed),
+                    pattern(to_usize(run.len), seed),
                     codec,
                 )
             } else {

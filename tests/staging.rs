@@ -127,7 +127,10 @@ fn log_of(header: &Header, frames: &[EncodedFrame], epoch: Epoch) -> (Vec<u8>, L
     let mut bytes = first.to_vec();
     for frame in frames {
         encoder.frame(frame);
-        bytes.extend_from_slice(frame.bytes());
+        frame
+            .parts()
+            .iter()
+            .for_each(|part| bytes.extend_from_slice(part));
     }
     let (last, lineage) = encoder.finish(epoch, Timestamp(epoch.0 * 1_000_000));
     bytes.extend_from_slice(&last);
@@ -203,7 +206,7 @@ impl Model {
         for (n, byte) in run.iter_mut().enumerate() {
             *byte = u8::try_from((n / 512 * 31 + usize::from(seed)) % 251).unwrap() + 1;
         }
-        encode_data(index, to_u64(start), run, codec)
+        encode_data(index, to_u64(start), run.to_vec(), codec)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::{
         units::{Bytes, GIB, KIB, MIB, TIB},
     },
     disk::{
-        Access, Content, Geometry,
+        Access, Content, Geometry, Opening,
         image::{self, Format},
         vhdx,
     },
@@ -167,6 +167,7 @@ fn vhdx_rows(vhdx: &vhdx::Inspection) -> Vec<(&'static str, String)> {
     let vhdx::Blocks {
         total,
         present,
+        partial,
         not_present,
         zero,
         unmapped,
@@ -175,7 +176,11 @@ fn vhdx_rows(vhdx: &vhdx::Inspection) -> Vec<(&'static str, String)> {
     let absent = format!(
         "{not_present} not present, {zero} zero, {unmapped} unmapped, {undefined} undefined"
     );
-    rows.push(("blocks", format!("{total}: {present} present, {absent}")));
+    let present = match partial {
+        0 => format!("{present} present"),
+        partial => format!("{present} present, {partial} partly present"),
+    };
+    rows.push(("blocks", format!("{total}: {present}, {absent}")));
     rows
 }
 
@@ -221,13 +226,8 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
         Format::Vhdx => Some(vhdx::inspect(&storage).with_context(at)?),
         Format::Raw => None,
     };
-    let disk = image::open(
-        storage,
-        config.format,
-        Access::ReadOnly,
-        Arc::new(SystemIds::default()),
-    )
-    .with_context(at)?;
+    let opening = Opening::new(Access::ReadOnly, Arc::new(SystemIds::default()));
+    let disk = image::open(storage, config.format, &opening).with_context(at)?;
     let geometry = disk.geometry();
     let mut data_bytes = 0;
     let mut offset = 0;

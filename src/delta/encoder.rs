@@ -1,6 +1,6 @@
 //! Strings frames to a log: keeps the chain hash and the index, hands out header and trailer.
 //!
-//! The bytes of the frames do not pass through here: whoever sends them sends [`EncodedFrame::bytes`] in the order in
+//! The bytes of the frames do not pass through here: whoever sends them sends [`EncodedFrame::parts`] in the order in
 //! which [`Encoder::frame`] was told about them.
 
 use bytes::Bytes;
@@ -77,15 +77,15 @@ impl Encoder {
 
     /// Adds the frame that is sent next. A delta takes at most [`DELTA_FRAMES_MAX`]; its readers refuse more.
     pub fn frame(&mut self, frame: &EncodedFrame) {
-        let header = &frame.bytes()[..FRAME_HEADER_BYTES];
-        self.chain.update(header);
+        let header = frame.header().to_bytes();
+        self.chain.update(&header);
         self.frames += 1;
-        self.position += to_u64(frame.bytes().len());
+        self.position += frame.header().frame_len();
         if self.frames > INDEX_FRAMES_MAX {
             self.index = None;
         }
         if let Some(index) = &mut self.index {
-            index.extend_from_slice(header);
+            index.extend_from_slice(&header);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::{fmt, io, str::FromStr, sync::Arc};
 
 use super::{
-    Access, Disk, Geometry,
+    Disk, Geometry, Opening,
     raw::{RawDisk, RawError},
     vhdx::{self, VhdxDisk},
 };
@@ -64,12 +64,11 @@ pub struct FormatError(String);
 pub fn open(
     storage: Arc<dyn Storage>,
     format: Format,
-    access: Access,
-    ids: Arc<dyn Ids>,
+    opening: &Opening,
 ) -> Result<Arc<dyn Disk>, OpenError> {
     Ok(match format {
-        Format::Raw => Arc::new(RawDisk::open(storage, access)?),
-        Format::Vhdx => Arc::new(VhdxDisk::open(storage, access, ids)?),
+        Format::Raw => Arc::new(RawDisk::open(storage, opening.access)?),
+        Format::Vhdx => Arc::new(VhdxDisk::open(storage, opening)?),
     })
 }
 

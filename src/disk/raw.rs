@@ -1,7 +1,7 @@
 //! A raw image: the disk's bytes and nothing else, in a file or on a block device.
 //!
 //! # Crash contract
-//! There is no metadata. A write is in the page cache when it returns and durable at the next flush.
+//! There is no metadata. A write is with the kernel when it returns and durable at the next flush.
 
 use std::{
     io,

@@ -307,18 +307,20 @@ fn copy_frames(
                     let (payload, fresh) = log.payload(&at.frame)?;
                     log.unpack(&at.frame, &payload)?;
                     read += fresh;
-                    EncodedFrame::copied(header, &payload)
+                    EncodedFrame::copied(header, payload)
                 }
                 FrameKind::Data => {
                     let (content, fresh) = cache.content(index, number)?;
                     read += fresh;
                     let start = to_usize(run.offset - header.run.offset);
-                    let raw = &content[start..][..to_usize(run.len)];
+                    let raw = content.slice(start..start + to_usize(run.len));
                     encode_data(disk, run.offset, raw, header.codec)
                 }
             };
             encoder.frame(&frame);
-            part.push(frame.bytes())?;
+            for bytes in frame.parts() {
+                part.push(&bytes)?;
+            }
         }
     }
     Ok(read)

@@ -27,7 +27,7 @@ use crate::{
         limits::LOG_RESIDENT_BYTES_MAX,
         units::Epoch,
     },
-    disk::{Access, Disk, image},
+    disk::{Access, Disk, Opening, image},
     storage::{Folder, Open, ledger::Ledger},
 };
 
@@ -222,17 +222,16 @@ impl Shared {
             let name = disk.file_name();
             let storage = self
                 .folder
-                .open(&name, Open::Write)
+                .open(&name, Open::WriteAside)
                 .map_err(ReplicaError::io("open", &name))?;
-            let ids = Arc::clone(&self.ids);
-            let image =
-                image::open(storage, disk.format, Access::ReadWrite, ids).map_err(|source| {
-                    ReplicaError::Image {
-                        operation: "open",
-                        name: name.clone(),
-                        source: Box::new(source),
-                    }
-                })?;
+            let opening = Opening::new(Access::ReadWrite, Arc::clone(&self.ids));
+            let image = image::open(storage, disk.format, &opening).map_err(|source| {
+                ReplicaError::Image {
+                    operation: "open",
+                    name: name.clone(),
+                    source: Box::new(source),
+                }
+            })?;
             let (expected, found) = (disk.geometry.size, image.geometry().size);
             if expected == found {
                 Ok(image)

@@ -65,7 +65,7 @@ fn fill_store(hosts: &Hosts) {
             let place = |n| (n * 7_919 + epoch * 104_729) % (DISK_BYTES / 4096) * 4096;
             (0..BLOCKS).map(place).collect()
         };
-        let frame = |offset: &u64| encode_data(DiskIndex(0), *offset, &raw, Codec::None);
+        let frame = |offset: &u64| encode_data(DiskIndex(0), *offset, raw.to_vec(), Codec::None);
         let frames: Vec<_> = offsets.iter().map(frame).collect();
         let (log, lineage) = log_after((ID, GENERATION), parent, &disk, &frames, epoch);
         let mut ingest = replica.begin(GENERATION).unwrap();

@@ -125,7 +125,12 @@ fn cost(retention: Retention, format: Format, place: impl Fn(u64, u64) -> u64) -
             for (word, bytes) in (0..).zip(raw.as_chunks_mut::<8>().0) {
                 *bytes = (epoch << 40 | block << 20 | word).to_le_bytes();
             }
-            encode_data(DiskIndex(0), place(epoch, block) * 4096, &raw, Codec::None)
+            encode_data(
+                DiskIndex(0),
+                place(epoch, block) * 4096,
+                raw.to_vec(),
+                Codec::None,
+            )
         };
         let frames: Vec<_> = blocks.map(frame).collect();
         let who = (MACHINE, GENERATION);

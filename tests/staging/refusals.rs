@@ -36,7 +36,7 @@ fn what_does_not_continue_the_replica_is_refused_and_changes_nothing() {
         parent: Some(model.lineages[&Epoch(2)]),
         disks: entries(),
     };
-    let frames = [encode_data(DiskIndex(0), 0, &[9; 4096], Codec::None)];
+    let frames = [encode_data(DiskIndex(0), 0, vec![9; 4096], Codec::None)];
     let refused = |header: &Header| {
         let (log, _) = log_of(header, &frames, Epoch(3));
         let steps = host.power.steps();

@@ -5,11 +5,15 @@ use std::sync::Arc;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::{disk::Geometry, storage::Storage};
+use crate::{
+    disk::{Geometry, parents::Parents},
+    storage::Storage,
+};
 
 use super::{
     Kind,
     bat::State,
+    chain,
     error::OpenError,
     format::{BAT_REGION, FILE_IDENTIFIER_BYTES, FILE_SIGNATURE, METADATA_REGION},
     header,
@@ -33,12 +37,42 @@ pub struct Inspection {
     pub region_tables_differ: bool,
     /// Size and sectors of the disk.
     pub geometry: Geometry,
-    /// Dynamic or fixed.
+    /// Dynamic, fixed or differencing.
     pub kind: Kind,
     /// Bytes of a block.
     pub block_size: u64,
     /// The identity that a guest sees.
     pub disk_id: Uuid,
+    /// How many blocks are in which state.
+    pub blocks: Blocks,
+    /// How a differencing image names its parent.
+    pub parent: Option<ParentLocator>,
+}
+
+/// How an image names its parent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ParentLocator {
+    /// What the entries mean.
+    pub id: Uuid,
+    /// Keys and values, in the order of the file.
+    pub entries: Vec<(String, String)>,
+}
+
+/// One image of the chain of parents.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Ancestor {
+    /// The file.
+    pub name: String,
+    /// Length of the file, after its log is replayed.
+    pub file_len: u64,
+    /// Size and sectors of its disk.
+    pub geometry: Geometry,
+    /// Dynamic, fixed or differencing.
+    pub kind: Kind,
+    /// Bytes of a block.
+    pub block_size: u64,
+    /// What its child's locator names.
+    pub data_write: Uuid,
     /// How many blocks are in which state.
     pub blocks: Blocks,
 }
@@ -87,7 +121,9 @@ pub struct Blocks {
     pub total: u64,
     /// In the file.
     pub present: u64,
-    /// Never written.
+    /// Partly in the file, partly in the parent.
+    pub partial: u64,
+    /// Never written: in the parent, if there is one.
     pub not_present: u64,
     /// Known to be zeros.
     pub zero: u64,
@@ -135,7 +171,31 @@ pub fn inspect(storage: &Arc<dyn Storage>) -> Result<Inspection, OpenError> {
         block_size: image.parameters.block_size,
         disk_id: image.parameters.disk_id,
         blocks: count(image.bat.states()),
+        parent: image.locator.map(|locator| ParentLocator {
+            id: locator.id,
+            entries: locator.entries,
+        }),
     })
+}
+
+/// The parents of the image in `storage`, nearest first, if all of them are there and belong together. None for an
+/// image that is no child.
+pub fn ancestors(
+    storage: &Arc<dyn Storage>,
+    parents: &Arc<dyn Parents>,
+) -> Result<Vec<Ancestor>, OpenError> {
+    let image = Image::read(Arc::clone(storage), &Replaying::InMemory)?;
+    let chain = chain::read(&image, parents)?;
+    let ancestor = |(name, image): (String, Image)| Ancestor {
+        name,
+        file_len: image.len,
+        geometry: image.parameters.geometry,
+        kind: image.parameters.kind,
+        block_size: image.parameters.block_size,
+        data_write: image.headers.current().data_write,
+        blocks: count(image.bat.states()),
+    };
+    Ok(chain.into_iter().map(ancestor).collect())
 }
 
 fn count(states: impl Iterator<Item = State>) -> Blocks {
@@ -147,7 +207,8 @@ fn count(states: impl Iterator<Item = State>) -> Blocks {
             State::Undefined => &mut blocks.undefined,
             State::Zero => &mut blocks.zero,
             State::Unmapped => &mut blocks.unmapped,
-            State::FullyPresent | State::PartiallyPresent => &mut blocks.present,
+            State::FullyPresent => &mut blocks.present,
+            State::PartiallyPresent => &mut blocks.partial,
         } += 1;
     }
     blocks
@@ -175,7 +236,7 @@ mod tests {
     use crate::{
         base::ids::SeededIds,
         disk::{
-            Access, Disk, Fua,
+            Access, Disk, Fua, Opening,
             vhdx::{CreateOptions, VhdxDisk, create},
         },
         storage::memory::{MemoryStorage, Power},
@@ -193,7 +254,8 @@ mod tests {
             physical_sector: 4096,
         };
         create(storage.as_ref(), &options, ids.as_ref()).unwrap();
-        let disk = VhdxDisk::open(Arc::clone(&storage), Access::ReadWrite, ids).unwrap();
+        let disk =
+            VhdxDisk::open(Arc::clone(&storage), &Opening::new(Access::ReadWrite, ids)).unwrap();
         disk.write_at(0, &[1; 512], Fua::No).unwrap();
         let dirty = inspect(&storage).unwrap();
         assert!(dirty.creator.starts_with("understudy "));
