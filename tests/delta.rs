@@ -13,11 +13,12 @@ use understudy::{
         checksum::Digest,
         clock::Timestamp,
         ids::{Generation, Lineage, MachineId, Name},
-        units::{DiskIndex, Epoch, Extent, to_usize},
+        units::{DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
     delta::{
         Codec, DecodeError, Decoder, DiskEntry, EncodedFrame, Encoder, Event, FrameKind, Header,
         LogKind, encode_data, encode_zero,
+        layout::FRAME_HEADER_BYTES,
         trailer::{FOOT_BYTES, Foot},
     },
 };
@@ -26,6 +27,11 @@ use uuid::Uuid;
 const DISK_BYTES: u64 = 1 << 20;
 /// The second disk does not end with a whole block.
 const ODD_DISK_BYTES: u64 = 64 * 1024 + 512;
+/// Logs folded into one, to epoch 42.
+const FOLDED: LogKind = LogKind::Folded(Lineage {
+    epoch: Epoch(42),
+    chain: Digest([0x5A; 32]),
+});
 
 fn header(kind: LogKind) -> Header {
     let disk = |name, size| DiskEntry {
@@ -41,7 +47,7 @@ fn header(kind: LogKind) -> Header {
             id: Uuid::from_u128(0x1234),
         },
         kind,
-        parent: (kind == LogKind::Delta).then_some(Lineage {
+        parent: (kind != LogKind::Initial).then_some(Lineage {
             epoch: Epoch(41),
             chain: Digest([0xA5; 32]),
         }),
@@ -120,6 +126,43 @@ fn the_bytes_of_version_1_stay_what_they_are() {
         lineage.chain.to_string(),
         "0f1570920a259b92acbdeac260ce58ad7251ec3909b32d8fca37c9c5c77cee5f"
     );
+}
+
+#[test]
+fn the_bytes_of_a_folded_log_stay_what_they_are() {
+    let (folded, lineage) = log(&header(FOLDED), &frames(Codec::None), 42);
+    assert!(
+        folded == golden("folded-v1.hrl"),
+        "see the head of this file"
+    );
+    assert_eq!(
+        LogKind::Folded(lineage),
+        FOLDED,
+        "the point is the one named"
+    );
+    let events = decode(&folded, 33).unwrap();
+    assert_eq!(events[0], Event::Header(header(FOLDED)));
+    let Some(Event::Trailer(trailer)) = events.last() else {
+        panic!("no trailer");
+    };
+    assert_eq!(trailer.lineage, lineage);
+    let foot_at = folded.len() - FOOT_BYTES;
+    let foot = Foot::parse(folded[foot_at..].try_into().unwrap(), to_u64(foot_at)).unwrap();
+    assert_ne!(foot.chain, lineage.chain, "the hash is that of these bytes");
+}
+
+/// Whoever changes the named point, or anything else, would have to change the hash in the foot as well.
+#[test]
+fn the_hash_of_a_folded_log_covers_the_point_it_names() {
+    let (one, point) = log(&header(FOLDED), &[], 42);
+    let other = Lineage {
+        chain: Digest([0x5B; 32]),
+        ..point
+    };
+    let (two, _) = log(&header(LogKind::Folded(other)), &[], 42);
+    let header_len = one.len() - FRAME_HEADER_BYTES - FOOT_BYTES;
+    let mixed = [&two[..header_len], &one[header_len..]].concat();
+    assert!(matches!(decode(&mixed, 64), Err(DecodeError::Chain { .. })));
 }
 
 /// Compressors may pack differently in another version; what they packed once must stay readable.
@@ -235,6 +278,8 @@ fn epochs_go_forward() {
         (LogKind::Delta, 41),
         (LogKind::Delta, 0),
         (LogKind::Initial, 1),
+        (FOLDED, 41),
+        (FOLDED, 43),
     ] {
         let (bytes, _) = log(&header(kind), &[], epoch);
         assert!(decode(&bytes, 100).is_err(), "{kind:?} {epoch}");
@@ -373,6 +418,7 @@ fn write_golden_files() {
     for (name, kind, codec, epoch) in [
         ("delta-v1.hrl", LogKind::Delta, Codec::None, 42),
         ("initial-v1.hrl", LogKind::Initial, Codec::None, 0),
+        ("folded-v1.hrl", FOLDED, Codec::None, 42),
         ("delta-v1-lz4.hrl", LogKind::Delta, Codec::Lz4, 42),
         ("delta-v1-zstd.hrl", LogKind::Delta, Codec::Zstd, 42),
     ] {

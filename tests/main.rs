@@ -5,6 +5,7 @@ mod cli;
 mod crash;
 mod cuts;
 mod delta;
+mod failover;
 mod formats;
 mod model;
 mod mount;

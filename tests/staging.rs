@@ -2,10 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
+mod bytes;
 mod cuts;
 mod points;
 mod random;
 mod refusals;
+mod thinning;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -79,6 +81,45 @@ fn specs() -> Vec<DiskSpec> {
         format: Format::Raw,
     };
     entries().into_iter().map(spec).collect()
+}
+
+/// A disk of a machine that has no other.
+pub(crate) fn one_disk(size: u64, format: Format) -> (DiskEntry, DiskSpec) {
+    let geometry = Geometry {
+        size,
+        logical_sector: 512,
+        physical_sector: 4096,
+    };
+    let entry = DiskEntry {
+        name: Name::new("disk").unwrap(),
+        size,
+        logical_sector: geometry.logical_sector,
+        physical_sector: geometry.physical_sector,
+    };
+    let spec = DiskSpec {
+        name: entry.name.clone(),
+        geometry,
+        format,
+    };
+    (entry, spec)
+}
+
+/// The log of one disk with these frames; its cut is at second `epoch`.
+pub(crate) fn log_after(
+    (machine, generation): (MachineId, Generation),
+    parent: Option<Lineage>,
+    disk: &DiskEntry,
+    frames: &[EncodedFrame],
+    epoch: u64,
+) -> (Vec<u8>, Lineage) {
+    let header = Header {
+        machine,
+        generation,
+        kind: parent.map_or(LogKind::Initial, |_| LogKind::Delta),
+        parent,
+        disks: vec![disk.clone()],
+    };
+    log_of(&header, frames, Epoch(epoch))
 }
 
 fn log_of(header: &Header, frames: &[EncodedFrame], epoch: Epoch) -> (Vec<u8>, Lineage) {
@@ -210,8 +251,8 @@ impl Host {
 fn options(newest: u32) -> ReplicaOptions {
     ReplicaOptions {
         format: None,
-        retention: Retention { newest },
-        log_bytes_max: None,
+        retention: Retention { newest, hourly: 0 },
+        space_max: None,
         sync_bytes: 8192,
     }
 }

@@ -250,7 +250,7 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
 }
 
 /// Reads `512`, `64K`, `20M`, `100G`, `2T`: powers of 1024.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is not a size: use a number with K, M, G or T");
     let digits = text
         .find(|c: char| !c.is_ascii_digit())

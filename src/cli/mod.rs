@@ -6,10 +6,12 @@
 
 pub mod bench;
 pub mod demo;
+pub mod failover;
 pub mod image;
 pub mod mount;
 pub mod output;
 pub mod pki;
+pub mod points;
 pub mod replica;
 pub mod status;
 
@@ -44,6 +46,12 @@ enum Verb {
     Replica(replica::ReplicaArgs),
     /// Show what the nodes of this host are doing.
     Status(status::StatusArgs),
+    /// List the recovery points of a machine's replica.
+    Points(points::PointsArgs),
+    /// Start a machine's disks from its replica: now as a test, beside the replication.
+    Failover(failover::FailoverArgs),
+    /// End test failovers and remove what was written in them.
+    Cancel(failover::CancelArgs),
     /// Create and examine image files.
     Image(image::ImageArgs),
     /// Measure throughput and latency of files and mounts, side by side.
@@ -90,6 +98,9 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Mount(args) => runtime()?.block_on(mount::run(args, out)),
         Verb::Replica(args) => runtime()?.block_on(replica::run(args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),
+        Verb::Points(args) => runtime()?.block_on(points::run(&args, out)),
+        Verb::Failover(args) => runtime()?.block_on(failover::run(&args, out)),
+        Verb::Cancel(args) => runtime()?.block_on(failover::cancel(&args, out)),
     }
 }
 

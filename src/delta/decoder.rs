@@ -240,7 +240,7 @@ impl Decoder {
                 crc: Crc32c::default(),
             })));
         }
-        let delta = matches!(&self.header, Some(header) if header.kind == LogKind::Delta);
+        let delta = matches!(&self.header, Some(header) if header.kind != LogKind::Initial);
         if delta && self.frames >= DELTA_FRAMES_MAX {
             return Err(DecodeError::Invalid {
                 part: "frame header",
@@ -293,13 +293,8 @@ impl Decoder {
         if foot.trailer_at != trailer_at {
             return Err(bad("it points to another trailer"));
         }
-        let parent = self.header.as_ref().and_then(|header| header.parent);
-        if parent.is_some_and(|parent| foot.epoch <= parent.epoch) {
-            return Err(bad("its epoch is not after its parent's"));
-        }
-        if parent.is_none() && foot.epoch.0 != 0 {
-            return Err(bad("the initial copy is epoch 0"));
-        }
+        let header = self.header.as_ref().ok_or(DecodeError::Stopped)?;
+        let point = header.point(&foot)?;
         let computed = chain_end(self.chain.clone(), head, foot);
         if computed != foot.chain {
             return Err(DecodeError::Chain {
@@ -307,7 +302,7 @@ impl Decoder {
                 stated: foot.chain,
             });
         }
-        Ok(foot.trailer(head))
+        Ok(foot.trailer(head, point))
     }
 
     /// The first `len` bytes of the buffer, if they are there.

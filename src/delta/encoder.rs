@@ -27,6 +27,7 @@ pub struct Encoder {
     /// The frame headers so far; nothing for a log without an index.
     index: Option<Vec<u8>>,
     consistency: Consistency,
+    kind: LogKind,
 }
 
 /// The start of every chain hash: the parent's hash and the header.
@@ -67,8 +68,9 @@ impl Encoder {
             frames: 0,
             position: to_u64(bytes.len()),
             // Nobody looks for a frame in an initial copy: it is applied from first to last.
-            index: (header.kind == LogKind::Delta).then(Vec::new),
+            index: (header.kind != LogKind::Initial).then(Vec::new),
             consistency: Consistency::Crash,
+            kind: header.kind,
         };
         (encoder, bytes.into())
     }
@@ -107,7 +109,8 @@ impl Encoder {
         self.consistency = consistency;
     }
 
-    /// Ends the log at the cut of `epoch`; the bytes are its trailer.
+    /// Ends the log at the cut of `epoch`; the bytes are its trailer. The lineage is the point it leads to. The epoch of a
+    /// folded log is the one its header names.
     pub fn finish(self, epoch: Epoch, cut: Timestamp) -> (Bytes, Lineage) {
         let index = self.index.unwrap_or_default();
         let head = TrailerHead {
@@ -129,9 +132,12 @@ impl Encoder {
         bytes.extend_from_slice(&head.to_bytes());
         bytes.extend_from_slice(&index);
         bytes.extend_from_slice(&foot.to_bytes());
-        let lineage = Lineage {
-            epoch,
-            chain: foot.chain,
+        let lineage = match self.kind {
+            LogKind::Folded(point) => point,
+            LogKind::Initial | LogKind::Delta => Lineage {
+                epoch,
+                chain: foot.chain,
+            },
         };
         (bytes.into(), lineage)
     }

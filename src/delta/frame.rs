@@ -60,6 +60,19 @@ pub struct EncodedFrame {
 }
 
 impl EncodedFrame {
+    /// The frame of a log again: its header, and the payload that was read behind it.
+    ///
+    /// # Panics
+    /// If the payload does not have the length that the header says.
+    pub fn copied(header: FrameHeader, payload: Bytes) -> Self {
+        assert_eq!(
+            u64::from(header.payload_len),
+            to_u64(payload.len()),
+            "the payload belongs to another frame"
+        );
+        Self { header, payload }
+    }
+
     /// The frame header.
     pub fn header(&self) -> &FrameHeader {
         &self.header

@@ -1,9 +1,11 @@
 //! Floor 2: what a guest sees. A [`Disk`] is bytes `0..size`; an image format gives it a place in a file.
 //!
-//! Reading order: this seam, then `raw`, then `parents`, then `vhdx`, then `image`, the one door to all formats.
+//! Reading order: this seam, then `raw`, then `parents`, then `vhdx`, then `image`, the one door to all formats; `layered` is a
+//! disk over another one.
 #![forbid(unsafe_code)]
 
 pub mod image;
+pub mod layered;
 pub mod parents;
 pub mod raw;
 pub mod vhdx;
@@ -120,6 +122,14 @@ pub trait Disk: Send + Sync + fmt::Debug {
 
     /// Flushes and leaves the image cleanly closed. Called once, with no other call in flight; later calls fail.
     fn close(&self) -> Result<(), DiskError>;
+}
+
+fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {
+    move |source| DiskError::Io {
+        operation,
+        offset,
+        source,
+    }
 }
 
 /// The run, if it lies inside a disk of `size` bytes.

@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use super::{Access, Content, Disk, DiskError, Fua, Geometry, Space, check_run};
+use super::{Access, Content, Disk, DiskError, Fua, Geometry, Space, check_run, failed};
 use crate::{
     base::units::{Extent, SECTOR_BYTES, to_usize},
     storage::Storage,
@@ -71,14 +71,6 @@ impl RawDisk {
         } else {
             Ok(())
         }
-    }
-}
-
-fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {
-    move |source| DiskError::Io {
-        operation,
-        offset,
-        source,
     }
 }
 

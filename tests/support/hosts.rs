@@ -432,8 +432,12 @@ impl Drop for Node {
 
 impl Drop for Hosts {
     fn drop(&mut self) {
-        // A primary that was killed last leaves its mount behind.
-        let _ = umount2(&self.mount(), MntFlags::MNT_DETACH);
+        // A primary that was killed last leaves its mount behind, a replica those of its test failovers.
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let places = table.lines().filter_map(|line| line.split(' ').nth(4));
+        for place in places.filter(|place| Path::new(place).starts_with(self.dir.path())) {
+            let _ = umount2(place, MntFlags::MNT_DETACH);
+        }
     }
 }
 
