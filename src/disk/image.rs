@@ -4,7 +4,8 @@ use std::{fmt, io, str::FromStr, sync::Arc};
 
 use super::{
     Access, Disk, Geometry,
-    raw::{RawDisk, RawError},
+    check::Report,
+    raw::{self, RawDisk, RawError},
     vhdx::{self, VhdxDisk},
 };
 use crate::{
@@ -81,6 +82,15 @@ pub fn detect(storage: &dyn Storage) -> io::Result<Option<Format>> {
         Ok(()) => Ok((signature == *vhdx::SIGNATURE).then_some(Format::Vhdx)),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// Checks the image in `storage`, which must have the given format, without changing it. A read that fails is a finding
+/// like any other.
+pub fn check(storage: &Arc<dyn Storage>, format: Format) -> Report {
+    match format {
+        Format::Raw => raw::check(storage),
+        Format::Vhdx => vhdx::check(storage),
     }
 }
 

@@ -33,6 +33,7 @@
 //! Fixed disks keep their blocks; a discard writes zeros. Differencing disks are refused.
 
 mod bat;
+mod check;
 mod create;
 mod disk;
 mod error;
@@ -49,6 +50,7 @@ mod region;
 mod space;
 mod write;
 
+pub use check::check;
 pub use create::create;
 pub use disk::VhdxDisk;
 pub use error::{CreateError, OpenError};
