@@ -2,6 +2,7 @@
 
 use std::{fmt, io, str::FromStr, sync::Arc};
 
+pub use super::vhdx::Kind;
 use super::{
     Access, Disk, Geometry,
     check::Report,
@@ -94,22 +95,45 @@ pub fn check(storage: &Arc<dyn Storage>, format: Format) -> Report {
     }
 }
 
-/// Makes an image in the empty `storage`, durable: a dynamic VHDX, or a sparse raw file. `block_size` is in bytes and
-/// for VHDX only.
+/// What a new image is to be. What is not given is as usual for the format; what it cannot have is an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// How the file stores the disk.
+    pub format: Format,
+    /// Size and sectors. A raw image keeps only the size.
+    pub geometry: Geometry,
+    /// Whether blocks take space from the beginning. Not for raw images.
+    pub kind: Option<Kind>,
+    /// Bytes of a block. Not for raw images.
+    pub block_size: Option<u32>,
+}
+
+impl CreateOptions {
+    /// An image as usual for `format`.
+    pub fn new(format: Format, geometry: Geometry) -> Self {
+        Self {
+            format,
+            geometry,
+            kind: None,
+            block_size: None,
+        }
+    }
+}
+
+/// Makes an image in the empty `storage`, durable.
 pub fn create(
     storage: &dyn Storage,
-    format: Format,
-    geometry: Geometry,
-    block_size: Option<u32>,
+    options: &CreateOptions,
     ids: &dyn Ids,
 ) -> Result<(), CreateError> {
-    match format {
-        Format::Raw => create_raw(storage, geometry, block_size),
+    let geometry = options.geometry;
+    match options.format {
+        Format::Raw => create_raw(storage, options),
         Format::Vhdx => {
             let options = vhdx::CreateOptions {
                 size: geometry.size,
-                block_size: block_size.unwrap_or(vhdx::BLOCK_BYTES_DEFAULT),
-                kind: vhdx::Kind::Dynamic,
+                block_size: options.block_size.unwrap_or(vhdx::BLOCK_BYTES_DEFAULT),
+                kind: options.kind.unwrap_or(Kind::Dynamic),
                 logical_sector: geometry.logical_sector,
                 physical_sector: geometry.physical_sector,
             };
@@ -118,20 +142,19 @@ pub fn create(
     }
 }
 
-fn create_raw(
-    storage: &dyn Storage,
-    geometry: Geometry,
-    block_size: Option<u32>,
-) -> Result<(), CreateError> {
+fn create_raw(storage: &dyn Storage, options: &CreateOptions) -> Result<(), CreateError> {
     let refuse = |what: String| CreateError::Options {
         format: Format::Raw,
         what,
     };
-    let size = geometry.size;
+    let size = options.geometry.size;
     if size == 0 || size > DISK_BYTES_MAX || !size.is_multiple_of(SECTOR_BYTES) {
         return Err(refuse(format!("a size of {size} bytes")));
     }
-    if let Some(block_size) = block_size {
+    if let Some(kind) = options.kind {
+        return Err(refuse(format!("the kind {kind}")));
+    }
+    if let Some(block_size) = options.block_size {
         return Err(refuse(format!("blocks of {block_size} bytes")));
     }
     let len = storage.len()?;

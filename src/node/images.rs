@@ -83,7 +83,8 @@ impl ImageConfig {
     }
 }
 
-fn suffix_format(path: &Path) -> Option<Format> {
+/// The format that a file's suffix tells.
+pub fn suffix_format(path: &Path) -> Option<Format> {
     match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
         "vhdx" | "avhdx" => Some(Format::Vhdx),
         "raw" | "img" => Some(Format::Raw),

@@ -10,6 +10,7 @@
 //! A process that is killed loses nothing that was written.
 #![forbid(unsafe_code)]
 
+pub mod draft;
 pub mod file;
 pub mod ledger;
 pub mod memory;

@@ -29,7 +29,7 @@ struct Checked {
 
 /// Checks and tells; damage is an error after all of it was told.
 pub(super) fn run(args: &CheckArgs, out: &Output) -> anyhow::Result<()> {
-    let config = args.image.config()?;
+    let config = args.image.config(out)?;
     let (storage, _lock) = open_shared(&config)?;
     let report = image::check(&storage, config.format);
     let image = config.path.display().to_string();

@@ -1,19 +1,21 @@
 //! `image create`: a new, empty image.
 
-use std::{fs, path::PathBuf};
+use std::{io, path::PathBuf};
 
-use anyhow::Context;
+use anyhow::Context as _;
 
-use super::parse_size;
+use super::{new::NewImage, parse_size};
 use crate::{
-    base::{ids::SystemIds, units::Bytes},
-    cli::output::Output,
+    base::{
+        ids::{Ids as _, SystemIds},
+        units::Bytes,
+    },
+    cli::{output::Output, refused},
     disk::{
         Geometry,
-        image::{self, Format},
+        image::{self, CreateOptions},
     },
-    node::images::ImageConfig,
-    storage::file::FileStorage,
+    storage::draft::Draft,
 };
 
 /// Options of `create`.
@@ -24,58 +26,50 @@ pub(super) struct CreateArgs {
     /// Size that the guest sees: a number with K, M, G or T.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     size: u64,
-    /// Format [default: what the suffix says].
-    #[arg(long, value_name = "raw|vhdx")]
-    format: Option<Format>,
-    /// VHDX: unit of allocation, 1M to 256M, a power of two.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    block_size: Option<u64>,
-    /// Logical sector size in bytes.
-    #[arg(long, value_name = "512|4096", default_value_t = 512)]
-    sector: u32,
+    #[command(flatten)]
+    new: NewImage,
 }
 
 /// Makes the image.
 pub(super) fn run(args: &CreateArgs, out: &Output) -> anyhow::Result<()> {
-    let config = ImageConfig::new(args.path.clone(), args.format)?;
-    create(&config, args.size, args.block_size, args.sector)?;
+    let path = &args.path;
+    let new = args.new.options(path)?;
+    let ids = SystemIds::default();
+    let options = CreateOptions {
+        format: new.format,
+        geometry: Geometry {
+            size: args.size,
+            logical_sector: new.logical_sector.unwrap_or(512),
+            physical_sector: new.physical_sector.unwrap_or(4096),
+        },
+        kind: new.kind,
+        block_size: new.block_size,
+    };
+    let at = || format!("cannot create {}", path.display());
+    let draft = Draft::create(path, ids.uuid());
+    let draft = draft
+        .map_err(|error| not_made(path, error))
+        .with_context(at)?;
+    image::create(draft.storage().as_ref(), &options, &ids).with_context(at)?;
+    let published = draft.publish();
+    published
+        .map_err(|error| not_made(path, error))
+        .with_context(at)?;
     out.line(&format!(
         "made {} ({}, {})",
-        args.path.display(),
-        config.format,
+        path.display(),
+        new.format,
         Bytes(args.size)
     ));
     Ok(())
 }
 
-fn create(
-    config: &ImageConfig,
-    size: u64,
-    block_size: Option<u64>,
-    sector: u32,
-) -> anyhow::Result<()> {
-    let path = &config.path;
-    let block_size = block_size
-        .map(u32::try_from)
-        .transpose()
-        .context("a VHDX block has at most 256 MiB")?;
-    let geometry = Geometry {
-        size,
-        logical_sector: sector,
-        physical_sector: 4096,
-    };
-    let storage = FileStorage::create_new(path)
-        .with_context(|| format!("cannot create {}", path.display()))?;
-    let made = image::create(
-        &storage,
-        config.format,
-        geometry,
-        block_size,
-        &SystemIds::default(),
-    );
-    if made.is_err() {
-        // A half-made image would be taken for a damaged one.
-        let _ = fs::remove_file(path);
+fn not_made(path: &std::path::Path, error: io::Error) -> anyhow::Error {
+    match error.kind() {
+        io::ErrorKind::AlreadyExists => refused(format!(
+            "{} exists already and is never overwritten; choose another name",
+            path.display()
+        )),
+        _ => error.into(),
     }
-    made.with_context(|| format!("cannot create {}", path.display()))
 }

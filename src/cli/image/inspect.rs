@@ -44,7 +44,7 @@ struct Inspection {
 
 /// Shows the image.
 pub(super) fn run(args: &InspectArgs, out: &Output) -> anyhow::Result<()> {
-    let inspection = inspect(&args.image.config()?)?;
+    let inspection = inspect(&args.image.config(out)?)?;
     if args.json {
         return out.json(&inspection);
     }

@@ -1,15 +1,27 @@
 //! `understudy image`: make, examine and change image files. One file for each verb.
 
 mod check;
+mod convert;
 mod create;
 mod inspect;
+mod new;
 
-use std::{fs::File, path::PathBuf, sync::Arc};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+};
+
+use anyhow::Context as _;
 
 use super::output::Output;
 use crate::{
     base::units::{GIB, KIB, MIB, TIB},
-    disk::{Access, image::Format},
+    disk::{
+        Access,
+        image::{self, Format, FormatError},
+    },
     node::images::{self, ImageConfig, ImageError},
     storage::{Storage, file::FileStorage},
 };
@@ -29,6 +41,8 @@ enum ImageVerb {
     Inspect(inspect::InspectArgs),
     /// Find everything that is wrong with an image, without changing it: exit code 1 if there are errors.
     Check(check::CheckArgs),
+    /// Make the same disk in another file, in any format and kind. SRC is not changed, DST is complete or not there.
+    Convert(convert::ConvertArgs),
 }
 
 /// Runs the verb.
@@ -37,6 +51,7 @@ pub fn run(args: &ImageArgs, out: &Output) -> anyhow::Result<()> {
         ImageVerb::Create(args) => create::run(args, out),
         ImageVerb::Inspect(args) => inspect::run(args, out),
         ImageVerb::Check(args) => check::run(args, out),
+        ImageVerb::Convert(args) => convert::run(args, out),
     }
 }
 
@@ -45,15 +60,70 @@ pub fn run(args: &ImageArgs, out: &Output) -> anyhow::Result<()> {
 struct Existing {
     /// The image file.
     path: PathBuf,
-    /// Format [default: what the suffix says].
-    #[arg(long, value_name = "raw|vhdx")]
-    format: Option<Format>,
+    /// Format [default: what the suffix says]; `detect` looks into the file, which a guest may have written.
+    #[arg(long, value_name = "raw|vhdx|detect")]
+    format: Option<Reading>,
+}
+
+/// The source of a conversion and how it is to be read.
+#[derive(Clone, Debug, clap::Args)]
+struct Source {
+    /// The image file to read.
+    #[arg(value_name = "SRC")]
+    source: PathBuf,
+    /// Format of SRC [default: what its suffix says]; `detect` looks into the file, which a guest may have written.
+    #[arg(long, value_name = "raw|vhdx|detect")]
+    from: Option<Reading>,
+}
+
+/// How a person says what an image is.
+#[derive(Clone, Copy, Debug)]
+enum Reading {
+    As(Format),
+    Detect,
+}
+
+impl FromStr for Reading {
+    type Err = FormatError;
+
+    fn from_str(text: &str) -> Result<Self, FormatError> {
+        match text {
+            "detect" => Ok(Self::Detect),
+            _ => text.parse().map(Self::As),
+        }
+    }
 }
 
 impl Existing {
-    fn config(&self) -> Result<ImageConfig, ImageError> {
-        ImageConfig::new(self.path.clone(), self.format)
+    fn config(&self, out: &Output) -> anyhow::Result<ImageConfig> {
+        config(&self.path, self.format, out)
     }
+}
+
+impl Source {
+    fn config(&self, out: &Output) -> anyhow::Result<ImageConfig> {
+        config(&self.source, self.from, out)
+    }
+}
+
+/// The image at `path`; what is detected is said.
+fn config(path: &Path, reading: Option<Reading>, out: &Output) -> anyhow::Result<ImageConfig> {
+    let format = match reading {
+        None => None,
+        Some(Reading::As(format)) => Some(format),
+        Some(Reading::Detect) => {
+            let storage = FileStorage::open(path, Access::ReadOnly);
+            let seen = storage.and_then(|storage| image::detect(&storage));
+            let seen = seen.with_context(|| format!("cannot look into {}", path.display()))?;
+            let said = match seen {
+                Some(format) => format!("it has the signature of {format}"),
+                None => "it has no signature and is taken as raw".into(),
+            };
+            out.note(&format!("{}: {said}", path.display()));
+            Some(seen.unwrap_or(Format::Raw))
+        }
+    };
+    Ok(ImageConfig::new(path.to_owned(), format)?)
 }
 
 /// The file of an image that nobody writes to while the second value lives.

@@ -71,6 +71,15 @@ pub enum Kind {
     Fixed,
 }
 
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Dynamic => "dynamic",
+            Self::Fixed => "fixed",
+        })
+    }
+}
+
 /// What a new disk is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreateOptions {
