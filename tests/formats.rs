@@ -28,6 +28,8 @@ use understudy::{
     storage::{Storage, file::FileStorage},
 };
 
+mod vhd;
+
 const MIB: u64 = 1 << 20;
 
 #[derive(Deserialize)]
@@ -44,16 +46,7 @@ struct Sample {
 }
 
 /// Samples that this program does not read yet, each with the reason. It must refuse them; none is passed in silence.
-const NOT_YET: [(&str, &str); 14] = [
-    ("qemu/virtualpc-dynamic.vhd.bz2", "VHD"),
-    ("dfvfs/ext2.vhd.gz", "VHD"),
-    ("dfvfs/image-differential.vhd.gz", "VHD"),
-    ("dfvfs/image.vhd.gz", "VHD"),
-    ("plaso/image.vhd.gz", "VHD"),
-    ("vhd-forensic/minimal.vhd.gz", "VHD"),
-    ("vhd-forensic/original-size-mismatch.vhd.gz", "VHD"),
-    ("qemu-10.0.2/dyn.vhd.gz", "VHD"),
-    ("qemu-10.0.2/fixed.vhd.gz", "VHD"),
+const NOT_YET: [(&str, &str); 5] = [
     (
         "vhdx-rs/vhdxrs-child-4096-linkfixed.vhdx.gz",
         "differencing",
@@ -154,7 +147,7 @@ fn samples_read_as_their_makers_meant() {
     let catalog: Catalog = toml::from_str(&catalog).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let (mut read, mut refused) = (0, 0);
-    for sample in &catalog.disk {
+    for sample in catalog.disk.iter().filter(|sample| !vhd::is_one(sample)) {
         let path = dir.path().join("image");
         unpack(&shared.join("disks").join(&sample.file), &path).unwrap();
         let before = fs::read(&path).unwrap();

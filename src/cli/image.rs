@@ -36,9 +36,9 @@ enum ImageVerb {
         #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         size: u64,
         /// Format [default: what the suffix says].
-        #[arg(long, value_name = "raw|vhdx")]
+        #[arg(long, value_name = "raw|vhd|vhdx")]
         format: Option<Format>,
-        /// VHDX: unit of allocation, 1M to 256M, a power of two.
+        /// VHD and VHDX: unit of allocation, a power of two: 512K or 1M to 256M.
         #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         block_size: Option<u64>,
         /// Logical sector size in bytes.
@@ -50,7 +50,7 @@ enum ImageVerb {
         /// The image file.
         path: PathBuf,
         /// Format [default: what the suffix says].
-        #[arg(long, value_name = "raw|vhdx")]
+        #[arg(long, value_name = "raw|vhd|vhdx")]
         format: Option<Format>,
         /// Print JSON.
         #[arg(long)]
@@ -189,7 +189,7 @@ fn create(
     let block_size = block_size
         .map(u32::try_from)
         .transpose()
-        .context("a VHDX block has at most 256 MiB")?;
+        .context("a block has at most 256 MiB")?;
     let geometry = Geometry {
         size,
         logical_sector: sector,
@@ -219,7 +219,7 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
     let file_bytes = storage.len()?;
     let vhdx = match config.format {
         Format::Vhdx => Some(vhdx::inspect(&storage).with_context(at)?),
-        Format::Raw => None,
+        Format::Raw | Format::Vhd => None,
     };
     let disk = image::open(
         storage,

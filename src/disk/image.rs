@@ -5,6 +5,7 @@ use std::{fmt, io, str::FromStr, sync::Arc};
 use super::{
     Access, Disk, Geometry,
     raw::{RawDisk, RawError},
+    vhd::{self, VhdDisk},
     vhdx::{self, VhdxDisk},
 };
 use crate::{
@@ -18,6 +19,8 @@ use crate::{
 pub enum Format {
     /// The disk's bytes and nothing else.
     Raw,
+    /// Virtual PC's and Hyper-V's format before that, and Azure's.
+    Vhd,
     /// Hyper-V's format since 2012.
     Vhdx,
 }
@@ -28,6 +31,9 @@ pub enum OpenError {
     /// As a raw image.
     #[error(transparent)]
     Raw(#[from] RawError),
+    /// As a VHD image.
+    #[error(transparent)]
+    Vhd(#[from] vhd::OpenError),
     /// As a VHDX image.
     #[error(transparent)]
     Vhdx(#[from] vhdx::OpenError),
@@ -36,6 +42,9 @@ pub enum OpenError {
 /// Why an image is not made.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
+    /// As a VHD image.
+    #[error(transparent)]
+    Vhd(#[from] vhd::CreateError),
     /// As a VHDX image.
     #[error(transparent)]
     Vhdx(#[from] vhdx::CreateError),
@@ -57,7 +66,7 @@ pub enum CreateError {
 
 /// A text that names no format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no image format is called {0:?}; there are raw and vhdx")]
+#[error("no image format is called {0:?}; there are raw, vhd and vhdx")]
 pub struct FormatError(String);
 
 /// Opens the image in `storage`, which must have the given format.
@@ -69,23 +78,33 @@ pub fn open(
 ) -> Result<Arc<dyn Disk>, OpenError> {
     Ok(match format {
         Format::Raw => Arc::new(RawDisk::open(storage, access)?),
+        Format::Vhd => Arc::new(VhdDisk::open(storage, access)?),
         Format::Vhdx => Arc::new(VhdxDisk::open(storage, access, ids)?),
     })
 }
 
-/// The format that the first eight bytes name. Nothing is said of raw images, which have no signature: a guest writes
-/// every byte of one and could make it look like anything, so a file is raw only if a person says so.
+/// The format whose signs the file bears: the first eight bytes, or, for a fixed VHD, the footer at its end. Two formats
+/// at once are none. Nothing is said of raw images, which have no signature: a guest writes every byte of one and could
+/// make it look like anything, so a file is raw only if a person says so.
 pub fn detect(storage: &dyn Storage) -> io::Result<Option<Format>> {
-    let mut signature = [0; vhdx::SIGNATURE.len()];
-    match storage.read_at(0, &mut signature) {
-        Ok(()) => Ok((signature == *vhdx::SIGNATURE).then_some(Format::Vhdx)),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-        Err(error) => Err(error),
-    }
+    let mut signature = [0; 8];
+    let first = match storage.read_at(0, &mut signature) {
+        Ok(()) if signature == *vhdx::SIGNATURE => Some(Format::Vhdx),
+        Ok(()) if signature == *vhd::SIGNATURE => Some(Format::Vhd),
+        Ok(()) => None,
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    Ok(match (first, vhd::is_fixed(storage)?) {
+        (Some(Format::Vhdx), true) => None,
+        (None, true) => Some(Format::Vhd),
+        (first, _) => first,
+    })
 }
 
-/// Makes an image in the empty `storage`, durable: a dynamic VHDX, or a sparse raw file. `block_size` is in bytes and
-/// for VHDX only.
+/// Makes an image in the empty `storage`, durable: a dynamic VHD or VHDX, or a sparse raw file. `block_size` is in bytes
+/// and not for raw files. A VHD has no word for sectors larger than 512 bytes: physical ones do not matter to it, logical
+/// ones are refused.
 pub fn create(
     storage: &dyn Storage,
     format: Format,
@@ -95,6 +114,7 @@ pub fn create(
 ) -> Result<(), CreateError> {
     match format {
         Format::Raw => create_raw(storage, geometry, block_size),
+        Format::Vhd => create_vhd(storage, geometry, block_size, ids),
         Format::Vhdx => {
             let options = vhdx::CreateOptions {
                 size: geometry.size,
@@ -132,10 +152,31 @@ fn create_raw(
     Ok(storage.sync()?)
 }
 
+fn create_vhd(
+    storage: &dyn Storage,
+    geometry: Geometry,
+    block_size: Option<u32>,
+    ids: &dyn Ids,
+) -> Result<(), CreateError> {
+    if u64::from(geometry.logical_sector) != SECTOR_BYTES {
+        return Err(CreateError::Options {
+            format: Format::Vhd,
+            what: format!("sectors of {} bytes", geometry.logical_sector),
+        });
+    }
+    let options = vhd::CreateOptions {
+        size: geometry.size,
+        block_size: block_size.unwrap_or(vhd::BLOCK_BYTES_DEFAULT),
+        kind: vhd::Kind::Dynamic,
+    };
+    Ok(vhd::create(storage, &options, ids)?)
+}
+
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Raw => "raw",
+            Self::Vhd => "vhd",
             Self::Vhdx => "vhdx",
         })
     }
@@ -147,6 +188,7 @@ impl FromStr for Format {
     fn from_str(text: &str) -> Result<Self, FormatError> {
         match text {
             "raw" => Ok(Self::Raw),
+            "vhd" => Ok(Self::Vhd),
             "vhdx" => Ok(Self::Vhdx),
             _ => Err(FormatError(text.to_owned())),
         }

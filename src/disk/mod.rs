@@ -1,10 +1,11 @@
 //! Floor 2: what a guest sees. A [`Disk`] is bytes `0..size`; an image format gives it a place in a file.
 //!
-//! Reading order: this seam, then `raw`, then `vhdx`, then `image`, the one door to all formats.
+//! Reading order: this seam, then `raw`, then `vhd` and `vhdx`, then `image`, the one door to all formats.
 #![forbid(unsafe_code)]
 
 pub mod image;
 pub mod raw;
+pub mod vhd;
 pub mod vhdx;
 
 use std::{fmt, io};

@@ -85,6 +85,7 @@ impl ImageConfig {
 
 fn suffix_format(path: &Path) -> Option<Format> {
     match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
+        "vhd" | "avhd" => Some(Format::Vhd),
         "vhdx" | "avhdx" => Some(Format::Vhdx),
         "raw" | "img" => Some(Format::Raw),
         _ => None,
