@@ -21,7 +21,7 @@ use understudy::{
         units::{Extent, to_usize},
     },
     disk::{
-        Access, Content, Disk, Fua, Geometry, Space,
+        Access, Content, Disk, Fua, Geometry, Opening, Space,
         image::{self, Format},
         vhdx::{self, CreateOptions, Kind, VhdxDisk},
     },
@@ -59,6 +59,10 @@ const NOT_YET: [(&str, &str); 5] = [
 
 fn ids() -> Arc<dyn Ids> {
     Arc::new(SystemIds::default())
+}
+
+fn reading() -> Opening {
+    Opening::new(Access::ReadOnly, ids())
 }
 
 fn shared() -> Option<PathBuf> {
@@ -137,7 +141,7 @@ fn open_file(path: &Path, access: Access) -> Result<Arc<dyn Disk>, String> {
     let storage = Arc::new(FileStorage::open(path, access).map_err(|e| e.to_string())?);
     let format = image::detect(storage.as_ref()).map_err(|e| e.to_string())?;
     let format = format.ok_or("no known signature")?;
-    image::open(storage, format, access, ids()).map_err(|e| e.to_string())
+    image::open(storage, format, &Opening::new(access, ids())).map_err(|e| e.to_string())
 }
 
 #[test]
@@ -197,7 +201,7 @@ fn our_own_samples_read_as_qemu_does() {
         let format = image::detect(storage.as_ref()).unwrap();
         assert_eq!(format.is_none(), sample.file == "plain.raw");
         let format = format.unwrap_or(Format::Raw);
-        let disk = image::open(storage, format, Access::ReadOnly, ids()).unwrap();
+        let disk = image::open(storage, format, &reading()).unwrap();
         assert_eq!(
             Some(digest(disk.as_ref())),
             sample.raw_sha256,
@@ -278,7 +282,7 @@ fn check(path: &Path, geometry: Geometry) {
 fn create(path: &Path, options: &CreateOptions) -> VhdxDisk {
     let storage = Arc::new(FileStorage::create_new(path).unwrap());
     vhdx::create(storage.as_ref(), options, ids().as_ref()).unwrap();
-    VhdxDisk::open(storage, Access::ReadWrite, ids()).unwrap()
+    VhdxDisk::open(storage, &Opening::new(Access::ReadWrite, ids())).unwrap()
 }
 
 const DYNAMIC: CreateOptions = CreateOptions {
@@ -353,7 +357,7 @@ fn other_programs_find_our_images_sound() {
             assert!(same, "{options:?}: {text}");
         }
         let reference = Arc::new(reference);
-        let reference = image::open(reference, Format::Raw, Access::ReadOnly, ids()).unwrap();
+        let reference = image::open(reference, Format::Raw, &reading()).unwrap();
         assert_same(
             open_file(&path, Access::ReadOnly).unwrap().as_ref(),
             reference.as_ref(),

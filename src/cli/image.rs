@@ -11,7 +11,7 @@ use crate::{
         units::{Bytes, GIB, KIB, MIB, TIB},
     },
     disk::{
-        Access, Content, Geometry,
+        Access, Content, Geometry, Opening,
         image::{self, Format},
         vhdx,
     },
@@ -221,13 +221,8 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
         Format::Vhdx => Some(vhdx::inspect(&storage).with_context(at)?),
         Format::Raw | Format::Vhd => None,
     };
-    let disk = image::open(
-        storage,
-        config.format,
-        Access::ReadOnly,
-        Arc::new(SystemIds::default()),
-    )
-    .with_context(at)?;
+    let opening = Opening::new(Access::ReadOnly, Arc::new(SystemIds::default()));
+    let disk = image::open(storage, config.format, &opening).with_context(at)?;
     let geometry = disk.geometry();
     let mut data_bytes = 0;
     let mut offset = 0;

@@ -3,7 +3,7 @@
 use std::{fmt, io, str::FromStr, sync::Arc};
 
 use super::{
-    Access, Disk, Geometry,
+    Disk, Geometry, Opening,
     raw::{RawDisk, RawError},
     vhd::{self, VhdDisk},
     vhdx::{self, VhdxDisk},
@@ -73,13 +73,12 @@ pub struct FormatError(String);
 pub fn open(
     storage: Arc<dyn Storage>,
     format: Format,
-    access: Access,
-    ids: Arc<dyn Ids>,
+    opening: &Opening,
 ) -> Result<Arc<dyn Disk>, OpenError> {
     Ok(match format {
-        Format::Raw => Arc::new(RawDisk::open(storage, access)?),
-        Format::Vhd => Arc::new(VhdDisk::open(storage, access)?),
-        Format::Vhdx => Arc::new(VhdxDisk::open(storage, access, ids)?),
+        Format::Raw => Arc::new(RawDisk::open(storage, opening.access)?),
+        Format::Vhd => Arc::new(VhdDisk::open(storage, opening)?),
+        Format::Vhdx => Arc::new(VhdxDisk::open(storage, opening)?),
     })
 }
 

@@ -10,7 +10,7 @@ use std::{
 use crate::{
     base::ids::{Ids, Name, NameError},
     disk::{
-        Access, Disk,
+        Access, Disk, Opening,
         image::{self, Format},
     },
     storage::file::FileStorage,
@@ -129,13 +129,14 @@ impl OpenImage {
         }
         let stamp = stamp(path).map_err(failed)?;
         let storage = FileStorage::open(path, access).map_err(failed)?;
-        let disk = image::open(Arc::new(storage), config.format, access, Arc::clone(ids)).map_err(
-            |source| ImageError::Content {
+        let opening = Opening::new(access, Arc::clone(ids));
+        let disk = image::open(Arc::new(storage), config.format, &opening).map_err(|source| {
+            ImageError::Content {
                 path: path.clone(),
                 format: config.format,
                 source: Box::new(source),
-            },
-        )?;
+            }
+        })?;
         Ok(Self {
             config: config.clone(),
             disk,

@@ -25,8 +25,7 @@ fn a_fixed_vhd_is_known_by_its_end_alone() {
     let disk = image::open(
         Arc::clone(&storage) as _,
         Format::Vhd,
-        Access::ReadWrite,
-        ids(),
+        &Opening::new(Access::ReadWrite, ids()),
     )
     .unwrap();
     assert_eq!(disk.geometry().size, 1 << 20);

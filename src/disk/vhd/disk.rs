@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     base::units::{Extent, to_usize},
-    disk::{Access, Content, Disk, DiskError, Fua, Geometry, Space, check_run},
+    disk::{Access, Content, Disk, DiskError, Fua, Geometry, Opening, Space, check_run},
     storage::Storage,
 };
 
@@ -29,7 +29,7 @@ pub struct VhdDisk {
 
 impl VhdDisk {
     /// Opens the image in `storage`.
-    pub fn open(storage: Arc<dyn Storage>, access: Access) -> Result<Self, OpenError> {
+    pub fn open(storage: Arc<dyn Storage>, opening: &Opening) -> Result<Self, OpenError> {
         let footers = Footers::read(storage.as_ref())?;
         let current = footers.current()?;
         let size = current.size()?;
@@ -52,7 +52,7 @@ impl VhdDisk {
                 physical_sector: 512,
             },
             storage,
-            access,
+            access: opening.access,
             written: AtomicBool::new(false),
             stopped: OnceLock::new(),
         })
