@@ -21,12 +21,14 @@ use understudy::{
         units::{Extent, to_usize},
     },
     disk::{
-        Access, Content, Disk, Fua, Geometry, Space,
+        Access, Content, Disk, Fua, Geometry, Opening, Space,
         image::{self, Format},
         vhdx::{self, CreateOptions, Kind, VhdxDisk},
     },
     storage::{Storage, file::FileStorage},
 };
+
+mod vhd;
 
 const MIB: u64 = 1 << 20;
 
@@ -44,16 +46,7 @@ struct Sample {
 }
 
 /// Samples that this program does not read yet, each with the reason. It must refuse them; none is passed in silence.
-const NOT_YET: [(&str, &str); 14] = [
-    ("qemu/virtualpc-dynamic.vhd.bz2", "VHD"),
-    ("dfvfs/ext2.vhd.gz", "VHD"),
-    ("dfvfs/image-differential.vhd.gz", "VHD"),
-    ("dfvfs/image.vhd.gz", "VHD"),
-    ("plaso/image.vhd.gz", "VHD"),
-    ("vhd-forensic/minimal.vhd.gz", "VHD"),
-    ("vhd-forensic/original-size-mismatch.vhd.gz", "VHD"),
-    ("qemu-10.0.2/dyn.vhd.gz", "VHD"),
-    ("qemu-10.0.2/fixed.vhd.gz", "VHD"),
+const NOT_YET: [(&str, &str); 5] = [
     (
         "vhdx-rs/vhdxrs-child-4096-linkfixed.vhdx.gz",
         "differencing",
@@ -66,6 +59,10 @@ const NOT_YET: [(&str, &str); 14] = [
 
 fn ids() -> Arc<dyn Ids> {
     Arc::new(SystemIds::default())
+}
+
+fn reading() -> Opening {
+    Opening::new(Access::ReadOnly, ids())
 }
 
 fn shared() -> Option<PathBuf> {
@@ -144,7 +141,7 @@ fn open_file(path: &Path, access: Access) -> Result<Arc<dyn Disk>, String> {
     let storage = Arc::new(FileStorage::open(path, access).map_err(|e| e.to_string())?);
     let format = image::detect(storage.as_ref()).map_err(|e| e.to_string())?;
     let format = format.ok_or("no known signature")?;
-    image::open(storage, format, access, ids()).map_err(|e| e.to_string())
+    image::open(storage, format, &Opening::new(access, ids())).map_err(|e| e.to_string())
 }
 
 #[test]
@@ -154,7 +151,7 @@ fn samples_read_as_their_makers_meant() {
     let catalog: Catalog = toml::from_str(&catalog).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let (mut read, mut refused) = (0, 0);
-    for sample in &catalog.disk {
+    for sample in catalog.disk.iter().filter(|sample| !vhd::is_one(sample)) {
         let path = dir.path().join("image");
         unpack(&shared.join("disks").join(&sample.file), &path).unwrap();
         let before = fs::read(&path).unwrap();
@@ -204,7 +201,7 @@ fn our_own_samples_read_as_qemu_does() {
         let format = image::detect(storage.as_ref()).unwrap();
         assert_eq!(format.is_none(), sample.file == "plain.raw");
         let format = format.unwrap_or(Format::Raw);
-        let disk = image::open(storage, format, Access::ReadOnly, ids()).unwrap();
+        let disk = image::open(storage, format, &reading()).unwrap();
         assert_eq!(
             Some(digest(disk.as_ref())),
             sample.raw_sha256,
@@ -285,7 +282,7 @@ fn check(path: &Path, geometry: Geometry) {
 fn create(path: &Path, options: &CreateOptions) -> VhdxDisk {
     let storage = Arc::new(FileStorage::create_new(path).unwrap());
     vhdx::create(storage.as_ref(), options, ids().as_ref()).unwrap();
-    VhdxDisk::open(storage, Access::ReadWrite, ids()).unwrap()
+    VhdxDisk::open(storage, &Opening::new(Access::ReadWrite, ids())).unwrap()
 }
 
 const DYNAMIC: CreateOptions = CreateOptions {
@@ -360,7 +357,7 @@ fn other_programs_find_our_images_sound() {
             assert!(same, "{options:?}: {text}");
         }
         let reference = Arc::new(reference);
-        let reference = image::open(reference, Format::Raw, Access::ReadOnly, ids()).unwrap();
+        let reference = image::open(reference, Format::Raw, &reading()).unwrap();
         assert_same(
             open_file(&path, Access::ReadOnly).unwrap().as_ref(),
             reference.as_ref(),

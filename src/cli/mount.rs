@@ -37,7 +37,7 @@ pub struct MountArgs {
     #[arg(long, value_name = "NAME")]
     machine: Option<Name>,
     /// Format of the images [default: what their suffix says]. Contents are never guessed from.
-    #[arg(long, value_name = "raw|vhdx")]
+    #[arg(long, value_name = "raw|vhd|vhdx")]
     format: Option<Format>,
     /// Show the disks for reading only; the images are not changed, not even to replay a log.
     #[arg(long, conflicts_with_all = ["state", "replicate_to"])]

@@ -4,9 +4,10 @@ use std::{fmt, io, str::FromStr, sync::Arc};
 
 pub use super::vhdx::Kind;
 use super::{
-    Access, Disk, Geometry,
+    Access, Disk, Geometry, Opening,
     check::Report,
-    raw::{self, RawDisk, RawError},
+    raw::{RawDisk, RawError},
+    vhd::{self, VhdDisk},
     vhdx::{self, VhdxDisk},
 };
 use crate::{
@@ -20,6 +21,8 @@ use crate::{
 pub enum Format {
     /// The disk's bytes and nothing else.
     Raw,
+    /// Virtual PC's and Hyper-V's format before that, and Azure's.
+    Vhd,
     /// Hyper-V's format since 2012.
     Vhdx,
 }
@@ -30,6 +33,9 @@ pub enum OpenError {
     /// As a raw image.
     #[error(transparent)]
     Raw(#[from] RawError),
+    /// As a VHD image.
+    #[error(transparent)]
+    Vhd(#[from] vhd::OpenError),
     /// As a VHDX image.
     #[error(transparent)]
     Vhdx(#[from] vhdx::OpenError),
@@ -38,6 +44,9 @@ pub enum OpenError {
 /// Why an image is not made.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
+    /// As a VHD image.
+    #[error(transparent)]
+    Vhd(#[from] vhd::CreateError),
     /// As a VHDX image.
     #[error(transparent)]
     Vhdx(#[from] vhdx::CreateError),
@@ -59,38 +68,50 @@ pub enum CreateError {
 
 /// A text that names no format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no image format is called {0:?}; there are raw and vhdx")]
+#[error("no image format is called {0:?}; there are raw, vhd and vhdx")]
 pub struct FormatError(String);
 
 /// Opens the image in `storage`, which must have the given format.
 pub fn open(
     storage: Arc<dyn Storage>,
     format: Format,
-    access: Access,
-    ids: Arc<dyn Ids>,
+    opening: &Opening,
 ) -> Result<Arc<dyn Disk>, OpenError> {
     Ok(match format {
-        Format::Raw => Arc::new(RawDisk::open(storage, access)?),
-        Format::Vhdx => Arc::new(VhdxDisk::open(storage, access, ids)?),
+        Format::Raw => Arc::new(RawDisk::open(storage, opening.access)?),
+        Format::Vhd => Arc::new(VhdDisk::open(storage, opening)?),
+        Format::Vhdx => Arc::new(VhdxDisk::open(storage, opening)?),
     })
 }
 
-/// The format that the first eight bytes name. Nothing is said of raw images, which have no signature: a guest writes
-/// every byte of one and could make it look like anything, so a file is raw only if a person says so.
+/// The format whose signs the file bears: the first eight bytes, or, for a fixed VHD, the footer at its end. Two formats
+/// at once are none. Nothing is said of raw images, which have no signature: a guest writes every byte of one and could
+/// make it look like anything, so a file is raw only if a person says so.
 pub fn detect(storage: &dyn Storage) -> io::Result<Option<Format>> {
-    let mut signature = [0; vhdx::SIGNATURE.len()];
-    match storage.read_at(0, &mut signature) {
-        Ok(()) => Ok((signature == *vhdx::SIGNATURE).then_some(Format::Vhdx)),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-        Err(error) => Err(error),
-    }
+    let mut signature = [0; 8];
+    let first = match storage.read_at(0, &mut signature) {
+        Ok(()) if signature == *vhdx::SIGNATURE => Some(Format::Vhdx),
+        Ok(()) if signature == *vhd::SIGNATURE => Some(Format::Vhd),
+        Ok(()) => None,
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    Ok(match (first, vhd::is_fixed(storage)?) {
+        (Some(Format::Vhdx), true) => None,
+        (None, true) => Some(Format::Vhd),
+        (first, _) => first,
+    })
 }
 
 /// Checks the image in `storage`, which must have the given format, without changing it. A read that fails is a finding
 /// like any other.
-pub fn check(storage: &Arc<dyn Storage>, format: Format) -> Report {
+pub fn check(storage: &Arc<dyn Storage>, format: Format, ids: &Arc<dyn Ids>) -> Report {
     match format {
-        Format::Raw => raw::check(storage),
+        Format::Raw => Report::of_opening(RawDisk::open(Arc::clone(storage), Access::ReadOnly)),
+        Format::Vhd => {
+            let opening = Opening::new(Access::ReadOnly, Arc::clone(ids));
+            Report::of_opening(VhdDisk::open(Arc::clone(storage), &opening))
+        }
         Format::Vhdx => vhdx::check(storage),
     }
 }
@@ -120,7 +141,8 @@ impl CreateOptions {
     }
 }
 
-/// Makes an image in the empty `storage`, durable.
+/// Makes an image in the empty `storage`, durable. A VHD has no word for sectors larger than 512 bytes: physical ones do
+/// not matter to it, logical ones are refused.
 pub fn create(
     storage: &dyn Storage,
     options: &CreateOptions,
@@ -129,6 +151,7 @@ pub fn create(
     let geometry = options.geometry;
     match options.format {
         Format::Raw => create_raw(storage, options),
+        Format::Vhd => create_vhd(storage, options, ids),
         Format::Vhdx => {
             let options = vhdx::CreateOptions {
                 size: geometry.size,
@@ -165,10 +188,34 @@ fn create_raw(storage: &dyn Storage, options: &CreateOptions) -> Result<(), Crea
     Ok(storage.sync()?)
 }
 
+fn create_vhd(
+    storage: &dyn Storage,
+    options: &CreateOptions,
+    ids: &dyn Ids,
+) -> Result<(), CreateError> {
+    let logical_sector = options.geometry.logical_sector;
+    if u64::from(logical_sector) != SECTOR_BYTES {
+        return Err(CreateError::Options {
+            format: Format::Vhd,
+            what: format!("logical sectors of {logical_sector} bytes"),
+        });
+    }
+    let options = vhd::CreateOptions {
+        size: options.geometry.size,
+        block_size: options.block_size.unwrap_or(vhd::BLOCK_BYTES_DEFAULT),
+        kind: match options.kind {
+            None | Some(Kind::Dynamic) => vhd::Kind::Dynamic,
+            Some(Kind::Fixed) => vhd::Kind::Fixed,
+        },
+    };
+    Ok(vhd::create(storage, &options, ids)?)
+}
+
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Raw => "raw",
+            Self::Vhd => "vhd",
             Self::Vhdx => "vhdx",
         })
     }
@@ -180,6 +227,7 @@ impl FromStr for Format {
     fn from_str(text: &str) -> Result<Self, FormatError> {
         match text {
             "raw" => Ok(Self::Raw),
+            "vhd" => Ok(Self::Vhd),
             "vhdx" => Ok(Self::Vhdx),
             _ => Err(FormatError(text.to_owned())),
         }

@@ -1,17 +1,20 @@
 //! Floor 2: what a guest sees. A [`Disk`] is bytes `0..size`; an image format gives it a place in a file.
 //!
-//! Reading order: this seam, then `raw`, then `vhdx`, then `image`, the one door to all formats; `check` is what their
-//! checkers find.
+//! Reading order: this seam, then `raw`, then `parents`, then `vhd` and `vhdx`, then `image`, the one door to all formats;
+//! `check` is what their checkers find.
 #![forbid(unsafe_code)]
 
 pub mod check;
 pub mod image;
+pub mod parents;
 pub mod raw;
+pub mod vhd;
 pub mod vhdx;
 
-use std::{fmt, io};
+use std::{fmt, io, sync::Arc};
 
-use crate::base::units::Extent;
+use self::parents::{NoParents, Parents};
+use crate::base::{ids::Ids, units::Extent};
 pub use crate::storage::{Access, Fua, Space};
 
 /// The fixed properties of a disk.
@@ -23,6 +26,34 @@ pub struct Geometry {
     pub logical_sector: u32,
     /// Smallest unit the medium writes without reading first: 512 or 4096 bytes.
     pub physical_sector: u32,
+}
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// For reading, or for writing as well.
+    pub access: Access,
+    /// Where new identities in the image come from.
+    pub ids: Arc<dyn Ids>,
+    /// Where a differencing image finds its parent.
+    pub parents: Arc<dyn Parents>,
+}
+
+impl Opening {
+    /// Without parents: a differencing image is refused.
+    pub fn new(access: Access, ids: Arc<dyn Ids>) -> Self {
+        Self {
+            access,
+            ids,
+            parents: Arc::new(NoParents),
+        }
+    }
+
+    /// With parents.
+    #[must_use]
+    pub fn with_parents(self, parents: Arc<dyn Parents>) -> Self {
+        Self { parents, ..self }
+    }
 }
 
 /// What a run of a disk holds.

@@ -39,7 +39,7 @@ use crate::{
         units::{BLOCK_BYTES, Extent, KIB, MIB, to_u64, to_usize},
     },
     disk::{
-        Access, Content, Disk, DiskError, Fua, Geometry,
+        Access, Content, Disk, DiskError, Fua, Geometry, Opening,
         image::{self, CreateOptions, Format, Kind},
     },
     storage::{Storage, draft::Draft, file::FileStorage},
@@ -269,11 +269,10 @@ fn new_disk(
         }
     })?;
     let storage: Arc<dyn Storage> = Arc::clone(storage) as _;
-    image::open(storage, plan.format, Access::ReadWrite, Arc::clone(ids)).map_err(|source| {
-        ConvertError::Open {
-            target: target(),
-            source: Box::new(source),
-        }
+    let opening = Opening::new(Access::ReadWrite, Arc::clone(ids));
+    image::open(storage, plan.format, &opening).map_err(|source| ConvertError::Open {
+        target: target(),
+        source: Box::new(source),
     })
 }
 
@@ -515,10 +514,12 @@ mod tests {
             storage.write_at(0, &vec![5; 16 << 20], Fua::No).unwrap();
             storage
         };
-        let raw = |storage| RawDisk::open(storage, Access::ReadWrite).unwrap();
+        let raw = |storage: &Arc<MemoryStorage>| {
+            RawDisk::open(Arc::clone(storage) as _, Access::ReadWrite).unwrap()
+        };
         let (power, stop) = (Power::new(), AtomicBool::new(false));
         let storage = file(&power);
-        let (source, target) = (raw(file(&Power::new())), raw(Arc::clone(&storage)));
+        let (source, target) = (raw(&file(&Power::new())), raw(&storage));
         let plan = Conversion {
             source: ImageConfig::new("a.raw".into(), None).unwrap(),
             target: "b.raw".into(),

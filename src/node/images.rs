@@ -10,7 +10,7 @@ use std::{
 use crate::{
     base::ids::{Ids, Name, NameError},
     disk::{
-        Access, Disk,
+        Access, Disk, Opening,
         image::{self, Format},
     },
     storage::file::FileStorage,
@@ -86,6 +86,7 @@ impl ImageConfig {
 /// The format that a file's suffix tells.
 pub fn suffix_format(path: &Path) -> Option<Format> {
     match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
+        "vhd" | "avhd" => Some(Format::Vhd),
         "vhdx" | "avhdx" => Some(Format::Vhdx),
         "raw" | "img" => Some(Format::Raw),
         _ => None,
@@ -120,13 +121,14 @@ impl OpenImage {
         let lock = lock(path, access)?;
         let stamp = stamp(path).map_err(failed)?;
         let storage = FileStorage::open(path, access).map_err(failed)?;
-        let disk = image::open(Arc::new(storage), config.format, access, Arc::clone(ids)).map_err(
-            |source| ImageError::Content {
+        let opening = Opening::new(access, Arc::clone(ids));
+        let disk = image::open(Arc::new(storage), config.format, &opening).map_err(|source| {
+            ImageError::Content {
                 path: path.clone(),
                 format: config.format,
                 source: Box::new(source),
-            },
-        )?;
+            }
+        })?;
         Ok(Self {
             config: config.clone(),
             disk,

@@ -31,7 +31,7 @@ use crate::{
     },
     delta::Consistency,
     disk::{
-        Access, Disk, Geometry,
+        Access, Disk, Geometry, Opening,
         image::{self, Format},
     },
     storage::{Folder, Open, ledger::Ledger},
@@ -300,15 +300,14 @@ impl Shared {
                 .folder
                 .open(&name, Open::Write)
                 .map_err(ReplicaError::io("open", &name))?;
-            let ids = Arc::clone(&self.ids);
-            let image =
-                image::open(storage, disk.format, Access::ReadWrite, ids).map_err(|source| {
-                    ReplicaError::Image {
-                        operation: "open",
-                        name: name.clone(),
-                        source: Box::new(source),
-                    }
-                })?;
+            let opening = Opening::new(Access::ReadWrite, Arc::clone(&self.ids));
+            let image = image::open(storage, disk.format, &opening).map_err(|source| {
+                ReplicaError::Image {
+                    operation: "open",
+                    name: name.clone(),
+                    source: Box::new(source),
+                }
+            })?;
             let (expected, found) = (disk.geometry.size, image.geometry().size);
             if expected == found {
                 Ok(image)

@@ -55,6 +55,12 @@ impl FileStorage {
         Self::new(file, path, true)
     }
 
+    /// Wraps a file that is open for reading.
+    pub(super) fn read_only(file: File) -> io::Result<Self> {
+        Self::new(file, Path::new(""), false)
+    }
+
+    /// `path` is looked at only to write.
     fn new(file: File, path: &Path, write: bool) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {

@@ -25,7 +25,7 @@ use understudy::{
     },
     coord::state::ReplicationState,
     disk::{
-        Access,
+        Access, Opening,
         image::{self, Format},
     },
     net::pki,
@@ -447,8 +447,8 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
 /// An image, opened for reading.
 pub(crate) fn open_image(path: &Path) -> Arc<dyn understudy::disk::Disk> {
     let storage = FileStorage::open(path, Access::ReadOnly).unwrap();
-    let ids = Arc::new(SystemIds::default());
-    image::open(Arc::new(storage), format_of(path), Access::ReadOnly, ids).unwrap()
+    let opening = Opening::new(Access::ReadOnly, Arc::new(SystemIds::default()));
+    image::open(Arc::new(storage), format_of(path), &opening).unwrap()
 }
 
 /// Compares the disks in two closed images, by this program and by QEMU.

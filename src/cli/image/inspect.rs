@@ -9,7 +9,7 @@ use crate::{
     base::{ids::SystemIds, units::Bytes},
     cli::output::Output,
     disk::{
-        Access, Content, Geometry,
+        Access, Content, Geometry, Opening,
         image::{self, Format},
         vhdx,
     },
@@ -136,15 +136,10 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
     let file_bytes = storage.len()?;
     let vhdx = match config.format {
         Format::Vhdx => Some(vhdx::inspect(&storage).with_context(at)?),
-        Format::Raw => None,
+        Format::Raw | Format::Vhd => None,
     };
-    let disk = image::open(
-        storage,
-        config.format,
-        Access::ReadOnly,
-        Arc::new(SystemIds::default()),
-    )
-    .with_context(at)?;
+    let opening = Opening::new(Access::ReadOnly, Arc::new(SystemIds::default()));
+    let disk = image::open(storage, config.format, &opening).with_context(at)?;
     let geometry = disk.geometry();
     let mut data_bytes = 0;
     let mut offset = 0;

@@ -61,7 +61,7 @@ struct Existing {
     /// The image file.
     path: PathBuf,
     /// Format [default: what the suffix says]; `detect` looks into the file, which a guest may have written.
-    #[arg(long, value_name = "raw|vhdx|detect")]
+    #[arg(long, value_name = "raw|vhd|vhdx|detect")]
     format: Option<Reading>,
 }
 
@@ -72,7 +72,7 @@ struct Source {
     #[arg(value_name = "SRC")]
     source: PathBuf,
     /// Format of SRC [default: what its suffix says]; `detect` looks into the file, which a guest may have written.
-    #[arg(long, value_name = "raw|vhdx|detect")]
+    #[arg(long, value_name = "raw|vhd|vhdx|detect")]
     from: Option<Reading>,
 }
 

@@ -9,11 +9,8 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use crate::{
-    base::{
-        ids::Ids,
-        units::{Extent, to_u64, to_usize},
-    },
-    disk::{Access, Content, Disk, DiskError, Fua, Geometry, Space as Keeping, check_run},
+    base::units::{Extent, to_u64, to_usize},
+    disk::{Access, Content, Disk, DiskError, Fua, Geometry, Opening, Space as Keeping, check_run},
     storage::Storage,
 };
 
@@ -65,11 +62,8 @@ pub(super) struct Piece {
 
 impl VhdxDisk {
     /// Opens the image in `storage`. A log left by a crash is replayed: into the file, or, for reading only, in memory.
-    pub fn open(
-        storage: Arc<dyn Storage>,
-        access: Access,
-        ids: Arc<dyn Ids>,
-    ) -> Result<Self, OpenError> {
+    pub fn open(storage: Arc<dyn Storage>, opening: &Opening) -> Result<Self, OpenError> {
+        let (access, ids) = (opening.access, Arc::clone(&opening.ids));
         let replay = match access {
             Access::ReadOnly => Replaying::InMemory,
             Access::ReadWrite => Replaying::InPlace(ids.as_ref()),

@@ -175,7 +175,7 @@ mod tests {
     use crate::{
         base::ids::SeededIds,
         disk::{
-            Access, Disk, Fua,
+            Access, Disk, Fua, Opening,
             vhdx::{CreateOptions, VhdxDisk, create},
         },
         storage::memory::{MemoryStorage, Power},
@@ -193,7 +193,8 @@ mod tests {
             physical_sector: 4096,
         };
         create(storage.as_ref(), &options, ids.as_ref()).unwrap();
-        let disk = VhdxDisk::open(Arc::clone(&storage), Access::ReadWrite, ids).unwrap();
+        let disk =
+            VhdxDisk::open(Arc::clone(&storage), &Opening::new(Access::ReadWrite, ids)).unwrap();
         disk.write_at(0, &[1; 512], Fua::No).unwrap();
         let dirty = inspect(&storage).unwrap();
         assert!(dirty.creator.starts_with("understudy "));

@@ -161,7 +161,7 @@ fn run(
 
 /// After a cut: opens, holds what it may, and works.
 fn live_on(storage: &Arc<MemoryStorage>, model: &mut Model, cut: bool, story: &str) {
-    let reader = VhdxDisk::open(Arc::clone(storage) as _, Access::ReadOnly, ids())
+    let reader = open_as(Arc::clone(storage), Access::ReadOnly)
         .unwrap_or_else(|error| panic!("{story}: read-only: {error:?}"));
     let seen = read_all(&reader);
     let disk = open(storage).unwrap_or_else(|error| panic!("{story}: {error:?}"));

@@ -33,7 +33,7 @@ fn dirty_image() -> Vec<u8> {
 fn use_it(bytes: &[u8]) {
     for access in [Access::ReadOnly, Access::ReadWrite] {
         let storage = MemoryStorage::with_bytes(bytes);
-        let Ok(disk) = VhdxDisk::open(storage as _, access, ids()) else {
+        let Ok(disk) = open_as(storage, access) else {
             continue;
         };
         let mut buf = vec![0; 8192];
@@ -128,11 +128,7 @@ fn refused(change: impl FnOnce(&mut Vec<u8>)) -> OpenError {
     let mut bytes = storage.bytes();
     change(&mut bytes);
     reseal(&mut bytes);
-    let opened = VhdxDisk::open(
-        MemoryStorage::with_bytes(&bytes) as _,
-        Access::ReadOnly,
-        ids(),
-    );
+    let opened = open_as(MemoryStorage::with_bytes(&bytes), Access::ReadOnly);
     opened.expect_err("it must be refused")
 }
 

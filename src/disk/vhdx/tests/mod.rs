@@ -13,7 +13,7 @@ use std::sync::{
 use super::*;
 use crate::{
     base::ids::{Ids, SeededIds},
-    disk::{Access, Disk},
+    disk::{Access, Disk, Opening},
     storage::Storage,
 };
 
@@ -35,7 +35,11 @@ fn options(size: u64, kind: Kind) -> CreateOptions {
 }
 
 fn open(storage: &Arc<impl Storage + 'static>) -> Result<VhdxDisk, OpenError> {
-    VhdxDisk::open(Arc::clone(storage) as _, Access::ReadWrite, ids())
+    open_as(Arc::clone(storage), Access::ReadWrite)
+}
+
+fn open_as(storage: Arc<impl Storage + 'static>, access: Access) -> Result<VhdxDisk, OpenError> {
+    VhdxDisk::open(storage, &Opening::new(access, ids()))
 }
 
 fn read_all(disk: &impl Disk) -> Vec<u8> {

@@ -131,7 +131,7 @@ fn a_read_only_disk_refuses_writes() {
         ids().as_ref(),
     )
     .unwrap();
-    let disk = VhdxDisk::open(storage as _, Access::ReadOnly, ids()).unwrap();
+    let disk = open_as(storage, Access::ReadOnly).unwrap();
     assert!(disk.write_at(0, &[1], Fua::No).is_err());
     assert!(disk.zero(Extent::new(0, 1), Space::Keep, Fua::No).is_err());
     disk.flush().unwrap();
