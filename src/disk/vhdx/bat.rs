@@ -30,6 +30,14 @@ const OFFSET_MASK: u64 = !(MIB - 1);
 /// Bytes of the table read at once.
 const READ_BYTES: u64 = MIB;
 
+/// What an entry stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    Block(u64),
+    Bitmap,
+    Padding,
+}
+
 /// What an entry says of its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
@@ -84,11 +92,23 @@ impl Entry {
         self.0.to_le_bytes()
     }
 
-    fn offset(self) -> u64 {
+    /// As it stands in a file that is only looked through: nothing is checked.
+    pub(super) fn from_bytes(bytes: [u8; 8]) -> Self {
+        Self(u64::from_le_bytes(bytes))
+    }
+
+    /// The whole word.
+    pub(super) fn word(self) -> u64 {
+        self.0
+    }
+
+    /// The offset, whatever the state is.
+    pub(super) fn offset(self) -> u64 {
         self.0 & OFFSET_MASK
     }
 
-    fn reserved(self) -> u64 {
+    /// The reserved bits.
+    pub(super) fn reserved(self) -> u64 {
         self.0 & !OFFSET_MASK & !STATE_MASK
     }
 }
@@ -126,13 +146,20 @@ impl Numbering {
         self.blocks.div_ceil(self.chunk_ratio) * (self.chunk_ratio + 1)
     }
 
-    /// The block of an entry, or nothing for a bitmap's.
-    fn block(self, entry: u64) -> Option<u64> {
+    /// What an entry stands for.
+    pub(super) fn role(self, entry: u64) -> Role {
         let (chunk, within) = (
             entry / (self.chunk_ratio + 1),
             entry % (self.chunk_ratio + 1),
         );
-        (within < self.chunk_ratio).then_some(chunk * self.chunk_ratio + within)
+        let block = chunk * self.chunk_ratio + within;
+        if within == self.chunk_ratio {
+            Role::Bitmap
+        } else if block < self.blocks {
+            Role::Block(block)
+        } else {
+            Role::Padding
+        }
     }
 }
 
@@ -192,19 +219,14 @@ impl Bat {
     pub(super) fn end(&self, block_size: u64, limit: u64) -> u64 {
         let ends = (0..self.numbering.entries()).filter_map(|number| {
             let entry = Entry(self.entries[to_usize(number)].load(Ordering::Acquire));
-            let len = match (entry.state()?, self.numbering.block(number)) {
-                (State::NotPresent | State::Zero, _) => return None,
-                (_, None) => MIB,
-                (_, Some(_)) => block_size,
+            let len = match (entry.state()?, self.numbering.role(number)) {
+                (State::NotPresent | State::Zero, _) | (_, Role::Padding) => return None,
+                (_, Role::Bitmap) => MIB,
+                (_, Role::Block(_)) => block_size,
             };
             (entry.offset() != 0).then(|| entry.offset().saturating_add(len))
         });
         ends.filter(|&end| end <= limit).max().unwrap_or(0)
-    }
-
-    /// Each block's state.
-    pub(super) fn states(&self) -> impl Iterator<Item = State> {
-        (0..self.numbering.blocks).filter_map(|block| self.get(block).state())
     }
 
     /// The number of the page that holds the entry of `block`.
@@ -278,9 +300,9 @@ impl Bat {
             if entry.reserved() != 0 {
                 return Err(corrupt(format!("reserved bits in {:#x}", entry.0)));
             }
-            let len = match (entry.state(), self.numbering.block(number)) {
-                (Some(State::FullyPresent), Some(_)) => block_size,
-                (Some(State::FullyPresent), None) => MIB,
+            let len = match (entry.state(), self.numbering.role(number)) {
+                (Some(State::FullyPresent), Role::Block(_)) => block_size,
+                (Some(State::FullyPresent), _) => MIB,
                 (None | Some(State::PartiallyPresent), _) => {
                     return Err(corrupt(format!("state {}", entry.0 & STATE_MASK)));
                 }
@@ -335,8 +357,9 @@ mod tests {
         let five_gib = numbering(5 << 30, 32 * MIB, 512);
         assert_eq!(five_gib.blocks, 160);
         assert_eq!([127, 128].map(|block| five_gib.entry(block)), [127, 129]);
-        assert_eq!(five_gib.block(128), None);
-        assert_eq!(five_gib.block(129), Some(128));
+        assert_eq!(five_gib.role(128), Role::Bitmap);
+        assert_eq!(five_gib.role(129), Role::Block(128));
+        assert_eq!(five_gib.role(161), Role::Padding);
         assert_eq!(five_gib.entries(), 161);
         assert_eq!(five_gib.entries_with_bitmaps(), 258);
         let exactly_one_chunk = numbering(4 << 30, 32 * MIB, 512);

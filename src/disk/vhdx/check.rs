@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::{disk::check::Report, storage::Storage};
 
-use super::open::{Image, Replaying};
+use super::survey::Survey;
 
 /// Everything that is wrong with the file in `storage`.
 pub fn check(storage: &Arc<dyn Storage>) -> Report {
-    Report::of_opening(Image::read(Arc::clone(storage), &Replaying::InMemory))
+    Survey::of(storage).report
 }

@@ -3,7 +3,7 @@
 //! Reading order: `format` is the bytes; `header`, `region`, `metadata` and `bat` check them; `log` replays and writes
 //! metadata; `open` puts these together; `space` finds room; `flight` knows who is still looking at an old place; `disk`
 //! is the disk, `write` how blocks come and go, `flush` how all of it becomes durable; `create` makes new files and
-//! `inspect` tells what is in one.
+//! `survey` looks through a whole file past its faults, for `check`, which finds them, and `inspect`, which shows the rest.
 //!
 //! # A write's journey
 //! ```text
@@ -48,13 +48,14 @@ mod occupancy;
 mod open;
 mod region;
 mod space;
+mod survey;
 mod write;
 
 pub use check::check;
 pub use create::create;
 pub use disk::VhdxDisk;
 pub use error::{CreateError, OpenError};
-pub use inspect::{Blocks, HeaderCopy, Inspection, Log, Region, inspect};
+pub use inspect::{Blocks, HeaderCopy, Inspection, Item, Log, LogState, Region, inspect};
 
 /// The first bytes of every VHDX file.
 pub const SIGNATURE: &[u8; 8] = format::FILE_SIGNATURE;

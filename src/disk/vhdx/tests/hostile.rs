@@ -31,6 +31,7 @@ fn dirty_image() -> Vec<u8> {
 
 /// Opens for reading and for writing; what opens must also read, write and close without a panic.
 fn use_it(bytes: &[u8]) {
+    agree(bytes);
     for access in [Access::ReadOnly, Access::ReadWrite] {
         let storage = MemoryStorage::with_bytes(bytes);
         let Ok(disk) = open_as(storage, access) else {
@@ -45,6 +46,24 @@ fn use_it(bytes: &[u8]) {
         }
         let _ = disk.flush();
         let _ = disk.close();
+    }
+}
+
+/// A check finds errors in what does not open, and in what opens only those that Hyper-V refuses and we do not.
+fn agree(bytes: &[u8]) {
+    let storage: Arc<dyn Storage> = MemoryStorage::with_bytes(bytes);
+    let report = check(&storage);
+    let opened = VhdxDisk::open(storage, &Opening::new(Access::ReadOnly, ids()));
+    let mut errors = report
+        .findings
+        .iter()
+        .filter(|finding| finding.severity == crate::disk::check::Severity::Error);
+    match opened {
+        Ok(_) => assert!(
+            errors.all(|finding| finding.message.contains("Hyper-V")),
+            "it opens: {report:#?}"
+        ),
+        Err(error) => assert!(!report.is_sound(), "{error}: {report:#?}"),
     }
 }
 

@@ -3,6 +3,7 @@
 mod crash;
 mod hostile;
 mod model;
+mod survey;
 mod threads;
 
 use std::sync::{
