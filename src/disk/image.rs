@@ -206,6 +206,7 @@ fn create_vhd(
         kind: match options.kind {
             None | Some(Kind::Dynamic) => vhd::Kind::Dynamic,
             Some(Kind::Fixed) => vhd::Kind::Fixed,
+            Some(Kind::Differencing) => vhd::Kind::Differencing,
         },
     };
     Ok(vhd::create(storage, &options, ids)?)

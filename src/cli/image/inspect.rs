@@ -232,14 +232,17 @@ fn blocks_text(blocks: vhdx::Blocks) -> String {
     let vhdx::Blocks {
         total,
         present,
+        partial,
         not_present,
         zero,
         unmapped,
         undefined,
         reserved,
+        bitmaps,
     } = blocks;
     format!(
-        "{total}: {present} present, {not_present} not present, {zero} zero, {unmapped} unmapped, \
-         {undefined} undefined, {reserved} damaged"
+        "{total}: {present} present, {partial} partly present, {not_present} not present, {zero} zero, {unmapped} unmapped, \
+         {undefined} undefined, {reserved} damaged; \
+         {bitmaps} sector bitmaps"
     )
 }

@@ -6,15 +6,18 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    disk::{Geometry, check::Report},
+    disk::{Geometry, check::Report, parents::Parents},
     storage::Storage,
 };
 
 use super::{
     Kind,
     bat::State,
+    chain,
+    error::OpenError,
     format::{Header, MetadataEntry, RegionEntry},
     metadata::{self, IS_REQUIRED, IS_USER, IS_VIRTUAL_DISK},
+    open::{Image, Replaying},
     region,
     survey::Survey,
 };
@@ -38,7 +41,7 @@ pub struct Inspection {
     pub metadata: Vec<Item>,
     /// Size and sectors of the disk.
     pub geometry: Option<Geometry>,
-    /// Dynamic or fixed.
+    /// Dynamic, fixed or differencing.
     pub kind: Option<Kind>,
     /// Bytes of a block.
     pub block_size: Option<u64>,
@@ -48,6 +51,34 @@ pub struct Inspection {
     pub blocks: Option<Blocks>,
     /// What a check of the file finds.
     pub report: Report,
+    /// How a differencing image names its parent.
+    pub parent: Option<ParentLocator>,
+}
+
+/// How an image names its parent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ParentLocator {
+    /// What the entries mean.
+    pub id: Uuid,
+    /// Keys and values, in the order of the file.
+    pub entries: Vec<(String, String)>,
+}
+
+/// One image of the chain of parents.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Ancestor {
+    /// The file.
+    pub name: String,
+    /// Length of the file, after its log is replayed.
+    pub file_len: u64,
+    /// Size and sectors of its disk.
+    pub geometry: Geometry,
+    /// Dynamic, fixed or differencing.
+    pub kind: Kind,
+    /// Bytes of a block.
+    pub block_size: u64,
+    /// What its child's locator names.
+    pub data_write: Uuid,
 }
 
 /// A valid header.
@@ -137,7 +168,9 @@ pub struct Blocks {
     pub total: u64,
     /// In the file.
     pub present: u64,
-    /// Never written.
+    /// Partly in the file, partly in the parent.
+    pub partial: u64,
+    /// Never written: in the parent, if there is one.
     pub not_present: u64,
     /// Known to be zeros.
     pub zero: u64,
@@ -147,6 +180,8 @@ pub struct Blocks {
     pub undefined: u64,
     /// In a state that no disk may have.
     pub reserved: u64,
+    /// Sector bitmaps in the file, of a differencing image.
+    pub bitmaps: u64,
 }
 
 impl Blocks {
@@ -157,9 +192,29 @@ impl Blocks {
             State::Undefined => &mut self.undefined,
             State::Zero => &mut self.zero,
             State::Unmapped => &mut self.unmapped,
-            State::FullyPresent | State::PartiallyPresent => &mut self.present,
+            State::FullyPresent => &mut self.present,
+            State::PartiallyPresent => &mut self.partial,
         }
     }
+}
+
+/// The parents of the image in `storage`, nearest first, if all of them are there and belong together. None for an
+/// image that is no child.
+pub fn ancestors(
+    storage: &Arc<dyn Storage>,
+    parents: &Arc<dyn Parents>,
+) -> Result<Vec<Ancestor>, OpenError> {
+    let image = Image::read(Arc::clone(storage), &Replaying::InMemory)?;
+    let chain = chain::read(&image, parents)?;
+    let ancestor = |(name, image): (String, Image)| Ancestor {
+        name,
+        file_len: image.len,
+        geometry: image.parameters.geometry,
+        kind: image.parameters.kind,
+        block_size: image.parameters.block_size,
+        data_write: image.headers.current().data_write,
+    };
+    Ok(chain.into_iter().map(ancestor).collect())
 }
 
 /// Reads every structure of the file in `storage`, past every fault, and changes nothing.
@@ -193,6 +248,10 @@ pub fn inspect(storage: &Arc<dyn Storage>) -> Inspection {
         block_size: parameters.map(|parameters| parameters.block_size),
         disk_id: parameters.map(|parameters| parameters.disk_id),
         blocks: survey.blocks,
+        parent: survey.locator.map(|locator| ParentLocator {
+            id: locator.id,
+            entries: locator.entries,
+        }),
         creator: survey.creator,
         report: survey.report,
     }

@@ -15,12 +15,14 @@ use crate::{
 };
 
 use super::{
+    Kind,
     bat::Bat,
     error::OpenError,
     format::{FILE_BYTES_MAX, FILE_SIGNATURE, HEADER_OFFSETS},
     header::Headers,
+    locator::Locator,
     log::replay::{Overlay, Replay},
-    metadata::Parameters,
+    metadata::{Items, Parameters},
     occupancy::Occupancy,
     region::Regions,
 };
@@ -42,6 +44,8 @@ pub(super) struct Image {
     pub(super) headers: Headers,
     pub(super) regions: Regions,
     pub(super) parameters: Parameters,
+    /// Where the parent is, if it has one.
+    pub(super) locator: Option<Locator>,
     pub(super) bat: Bat,
     pub(super) taken: Occupancy,
     /// One past the log and the regions.
@@ -72,13 +76,19 @@ impl Image {
         let mut taken = Occupancy::new(len);
         take_places(&mut taken, log, &regions)?;
         let fixed_end = taken.end();
-        let parameters = Parameters::read(storage.as_ref(), regions.metadata)?;
+        let items = Items::read(storage.as_ref(), regions.metadata)?;
+        let parameters = Parameters::read(&items)?;
+        let locator = match parameters.kind {
+            Kind::Differencing => Some(items.locator()?),
+            Kind::Dynamic | Kind::Fixed => None,
+        };
         let bat = Bat::read(storage.as_ref(), regions.bat, &parameters, &mut taken)?;
         Ok(Self {
             storage,
             headers,
             regions,
             parameters,
+            locator,
             bat,
             taken,
             fixed_end,

@@ -18,6 +18,7 @@ use crate::{
 };
 
 use super::{
+    Kind,
     error::OpenError,
     format::{
         self, BAT_REGION, FILE_BYTES_MAX, FILE_IDENTIFIER_BYTES, FILE_SIGNATURE, HEADER_BYTES,
@@ -26,8 +27,9 @@ use super::{
     },
     header,
     inspect::{Blocks, LogState},
+    locator::Locator,
     log::replay::{Overlay, Replay},
-    metadata::{self, Parameters},
+    metadata::{self, Items, Parameters},
     occupancy::Occupancy,
     region,
 };
@@ -49,6 +51,7 @@ pub(super) struct Survey {
     pub(super) tables: [Option<Vec<RegionEntry>>; 2],
     pub(super) items: Vec<MetadataEntry>,
     pub(super) parameters: Option<Parameters>,
+    pub(super) locator: Option<Locator>,
     pub(super) blocks: Option<Blocks>,
     /// The file, or the view of it that its log makes.
     storage: Arc<dyn Storage>,
@@ -67,6 +70,7 @@ impl Survey {
             tables: [None, None],
             items: Vec::new(),
             parameters: None,
+            locator: None,
             blocks: None,
             storage: Arc::clone(storage),
         };
@@ -335,9 +339,20 @@ impl Survey {
             let problem = format!("the required item {} is not known here", unknown.id);
             self.report.error(part, region.offset, problem);
         }
-        match Parameters::of_items(self.storage.as_ref(), region, &self.items) {
+        let storage = Arc::clone(&self.storage);
+        let items = Items::of(storage.as_ref(), region, entries);
+        match Parameters::read(&items) {
             Ok(parameters) => self.parameters = Some(parameters),
-            Err(error) => self.note(Some(error)),
+            Err(error) => return self.note(Some(error)),
+        }
+        if self
+            .parameters
+            .is_some_and(|found| found.kind == Kind::Differencing)
+        {
+            match items.locator() {
+                Ok(locator) => self.locator = Some(locator),
+                Err(error) => self.note(Some(error)),
+            }
         }
     }
 

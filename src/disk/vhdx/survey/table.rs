@@ -1,6 +1,10 @@
 //! The survey of the block allocation table: every entry against the rules, and against everything that has a place.
 
-use std::{collections::BTreeMap, io, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::Arc,
+};
 
 use crate::{
     base::units::{Extent, MIB, to_usize},
@@ -10,6 +14,7 @@ use crate::{
 
 use super::{
     super::{
+        Kind,
         bat::{Entry, Numbering, Role, State},
         inspect::Blocks,
         metadata::Parameters,
@@ -47,6 +52,9 @@ impl Survey {
             region,
             numbering,
             block_size: parameters.block_size,
+            has_parent: parameters.kind == Kind::Differencing,
+            bitmaps: BTreeSet::new(),
+            needed: BTreeMap::new(),
             blocks: Blocks {
                 total: numbering.blocks,
                 ..Blocks::default()
@@ -65,7 +73,12 @@ impl Survey {
         table.finish(taken);
         let (mut blocks, conflicts) = (table.blocks, table.conflicts);
         blocks.not_present = blocks.total.saturating_sub(
-            blocks.present + blocks.zero + blocks.unmapped + blocks.undefined + blocks.reserved,
+            blocks.present
+                + blocks.partial
+                + blocks.zero
+                + blocks.unmapped
+                + blocks.undefined
+                + blocks.reserved,
         );
         self.blocks = Some(blocks);
         if let Err(error) = walked {
@@ -126,6 +139,11 @@ struct Walk<'a> {
     region: Extent,
     numbering: Numbering,
     block_size: u64,
+    has_parent: bool,
+    /// Entries of the bitmaps that are there: one for each 4 GiB of the disk at most.
+    bitmaps: BTreeSet<u64>,
+    /// Entries of the bitmaps that a partial block needs, and of the first such block.
+    needed: BTreeMap<u64, u64>,
     blocks: Blocks,
     conflicts: Conflicts,
     /// Places that blocks without content keep.
@@ -181,10 +199,14 @@ impl Walk<'_> {
                         .push((number, Extent::new(offset, self.block_size)));
                 }
             }
-            State::PartiallyPresent => {
+            State::PartiallyPresent if !self.has_parent => {
                 self.error(number, "partially present in a disk without parent");
             }
-            State::FullyPresent => {
+            State::FullyPresent | State::PartiallyPresent => {
+                if state == State::PartiallyPresent {
+                    let (bitmap, _) = self.numbering.bitmap(block);
+                    self.needed.entry(bitmap).or_insert(number);
+                }
                 let is_last = block + 1 == self.numbering.blocks;
                 self.take(number, Extent::new(offset, self.block_size), is_last, taken);
             }
@@ -197,7 +219,11 @@ impl Walk<'_> {
                 if state == State::PartiallyPresent {
                     self.warning(number, "a sector bitmap in state 7, which is a block's");
                 }
-                self.warning(number, "a sector bitmap in a disk without parent");
+                if !self.has_parent {
+                    self.warning(number, "a sector bitmap in a disk without parent");
+                }
+                self.bitmaps.insert(number);
+                self.blocks.bitmaps += 1;
                 self.take(number, Extent::new(entry.offset(), MIB), false, taken);
             }
             Some(State::NotPresent) => {}
@@ -233,6 +259,14 @@ impl Walk<'_> {
 
     /// What can be said when all entries were seen.
     fn finish(&mut self, taken: &mut Occupancy) {
+        for (bitmap, block) in std::mem::take(&mut self.needed) {
+            if !self.bitmaps.contains(&bitmap) {
+                self.error(
+                    block,
+                    "partially present, and its sector bitmap is not there",
+                );
+            }
+        }
         for (number, run) in std::mem::take(&mut self.kept) {
             if let Err(problem) = taken.take_block(run, false) {
                 self.warning(
