@@ -404,9 +404,19 @@ fn raw_is_never_guessed() {
         logical_sector: 512,
         physical_sector: 4096,
     };
-    image::create(&storage, Format::Raw, geometry, None, ids().as_ref()).unwrap();
+    image::create(
+        &storage,
+        &image::CreateOptions::new(Format::Raw, geometry),
+        ids().as_ref(),
+    )
+    .unwrap();
     assert_eq!(image::detect(&storage).unwrap(), None);
-    image::create(&storage, Format::Vhdx, geometry, None, ids().as_ref()).unwrap_err();
+    image::create(
+        &storage,
+        &image::CreateOptions::new(Format::Vhdx, geometry),
+        ids().as_ref(),
+    )
+    .unwrap_err();
     assert_eq!("vhdx".parse(), Ok(Format::Vhdx));
     assert!("VHDX ".parse::<Format>().is_err());
 }

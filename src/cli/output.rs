@@ -125,6 +125,15 @@ impl Progress {
         }
     }
 
+    /// It is complete, or it failed and the failure is told elsewhere.
+    pub fn finish_if(self, complete: bool) {
+        match (complete, &self.bar) {
+            (true, _) => self.finish(),
+            (false, Some(bar)) => bar.finish_and_clear(),
+            (false, None) => {}
+        }
+    }
+
     /// It is complete.
     pub fn finish(self) {
         if let Some(bar) = self.bar {

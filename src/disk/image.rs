@@ -2,9 +2,11 @@
 
 use std::{fmt, io, str::FromStr, sync::Arc};
 
+pub use super::vhdx::Kind;
 use super::{
     Disk, Geometry, Opening,
-    raw::{RawDisk, RawError},
+    check::Report,
+    raw::{self, RawDisk, RawError},
     vhd::{self, VhdDisk},
     vhdx::{self, VhdxDisk},
 };
@@ -101,24 +103,56 @@ pub fn detect(storage: &dyn Storage) -> io::Result<Option<Format>> {
     })
 }
 
-/// Makes an image in the empty `storage`, durable: a dynamic VHD or VHDX, or a sparse raw file. `block_size` is in bytes
-/// and not for raw files. A VHD has no word for sectors larger than 512 bytes: physical ones do not matter to it, logical
-/// ones are refused.
+/// Checks the image in `storage`, which must have the given format, without changing it. A read that fails is a finding
+/// like any other.
+pub fn check(storage: &Arc<dyn Storage>, format: Format) -> Report {
+    match format {
+        Format::Raw => raw::check(storage),
+        Format::Vhd => vhd::check(storage),
+        Format::Vhdx => vhdx::check(storage),
+    }
+}
+
+/// What a new image is to be. What is not given is as usual for the format; what it cannot have is an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// How the file stores the disk.
+    pub format: Format,
+    /// Size and sectors. A raw image keeps only the size, and so does a VHD, whose sectors have 512 bytes.
+    pub geometry: Geometry,
+    /// Whether blocks take space from the beginning. Not for raw images.
+    pub kind: Option<Kind>,
+    /// Bytes of a block. Not for raw images.
+    pub block_size: Option<u32>,
+}
+
+impl CreateOptions {
+    /// An image as usual for `format`.
+    pub fn new(format: Format, geometry: Geometry) -> Self {
+        Self {
+            format,
+            geometry,
+            kind: None,
+            block_size: None,
+        }
+    }
+}
+
+/// Makes an image in the empty `storage`, durable.
 pub fn create(
     storage: &dyn Storage,
-    format: Format,
-    geometry: Geometry,
-    block_size: Option<u32>,
+    options: &CreateOptions,
     ids: &dyn Ids,
 ) -> Result<(), CreateError> {
-    match format {
-        Format::Raw => create_raw(storage, geometry, block_size),
-        Format::Vhd => create_vhd(storage, geometry, block_size, ids),
+    let geometry = options.geometry;
+    match options.format {
+        Format::Raw => create_raw(storage, options),
+        Format::Vhd => create_vhd(storage, options, ids),
         Format::Vhdx => {
             let options = vhdx::CreateOptions {
                 size: geometry.size,
-                block_size: block_size.unwrap_or(vhdx::BLOCK_BYTES_DEFAULT),
-                kind: vhdx::Kind::Dynamic,
+                block_size: options.block_size.unwrap_or(vhdx::BLOCK_BYTES_DEFAULT),
+                kind: options.kind.unwrap_or(Kind::Dynamic),
                 logical_sector: geometry.logical_sector,
                 physical_sector: geometry.physical_sector,
             };
@@ -127,20 +161,19 @@ pub fn create(
     }
 }
 
-fn create_raw(
-    storage: &dyn Storage,
-    geometry: Geometry,
-    block_size: Option<u32>,
-) -> Result<(), CreateError> {
+fn create_raw(storage: &dyn Storage, options: &CreateOptions) -> Result<(), CreateError> {
     let refuse = |what: String| CreateError::Options {
         format: Format::Raw,
         what,
     };
-    let size = geometry.size;
+    let size = options.geometry.size;
     if size == 0 || size > DISK_BYTES_MAX || !size.is_multiple_of(SECTOR_BYTES) {
         return Err(refuse(format!("a size of {size} bytes")));
     }
-    if let Some(block_size) = block_size {
+    if let Some(kind) = options.kind {
+        return Err(refuse(format!("the kind {kind}")));
+    }
+    if let Some(block_size) = options.block_size {
         return Err(refuse(format!("blocks of {block_size} bytes")));
     }
     let len = storage.len()?;
@@ -153,20 +186,34 @@ fn create_raw(
 
 fn create_vhd(
     storage: &dyn Storage,
-    geometry: Geometry,
-    block_size: Option<u32>,
+    options: &CreateOptions,
     ids: &dyn Ids,
 ) -> Result<(), CreateError> {
-    if u64::from(geometry.logical_sector) != SECTOR_BYTES {
+    let Geometry {
+        size,
+        logical_sector,
+        ..
+    } = options.geometry;
+    if u64::from(logical_sector) != SECTOR_BYTES {
         return Err(CreateError::Options {
             format: Format::Vhd,
-            what: format!("sectors of {} bytes", geometry.logical_sector),
+            what: format!("sectors of {logical_sector} bytes"),
+        });
+    }
+    let kind = match options.kind {
+        None | Some(Kind::Dynamic) => vhd::Kind::Dynamic,
+        Some(Kind::Fixed) => vhd::Kind::Fixed,
+    };
+    if let (vhd::Kind::Fixed, Some(block_size)) = (kind, options.block_size) {
+        return Err(CreateError::Options {
+            format: Format::Vhd,
+            what: format!("blocks of {block_size} bytes when it is fixed"),
         });
     }
     let options = vhd::CreateOptions {
-        size: geometry.size,
-        block_size: block_size.unwrap_or(vhd::BLOCK_BYTES_DEFAULT),
-        kind: vhd::Kind::Dynamic,
+        size,
+        block_size: options.block_size.unwrap_or(vhd::BLOCK_BYTES_DEFAULT),
+        kind,
     };
     Ok(vhd::create(storage, &options, ids)?)
 }

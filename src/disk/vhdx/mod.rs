@@ -33,6 +33,7 @@
 //! Fixed disks keep their blocks; a discard writes zeros. Differencing disks are refused.
 
 mod bat;
+mod check;
 mod create;
 mod disk;
 mod error;
@@ -49,6 +50,7 @@ mod region;
 mod space;
 mod write;
 
+pub use check::check;
 pub use create::create;
 pub use disk::VhdxDisk;
 pub use error::{CreateError, OpenError};
@@ -67,6 +69,15 @@ pub enum Kind {
     Dynamic,
     /// All blocks have their space from the beginning and keep it.
     Fixed,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Dynamic => "dynamic",
+            Self::Fixed => "fixed",
+        })
+    }
 }
 
 /// What a new disk is to be.
