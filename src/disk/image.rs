@@ -105,13 +105,10 @@ pub fn detect(storage: &dyn Storage) -> io::Result<Option<Format>> {
 
 /// Checks the image in `storage`, which must have the given format, without changing it. A read that fails is a finding
 /// like any other.
-pub fn check(storage: &Arc<dyn Storage>, format: Format, ids: &Arc<dyn Ids>) -> Report {
+pub fn check(storage: &Arc<dyn Storage>, format: Format) -> Report {
     match format {
         Format::Raw => Report::of_opening(RawDisk::open(Arc::clone(storage), Access::ReadOnly)),
-        Format::Vhd => {
-            let opening = Opening::new(Access::ReadOnly, Arc::clone(ids));
-            Report::of_opening(VhdDisk::open(Arc::clone(storage), &opening))
-        }
+        Format::Vhd => vhd::check(storage),
         Format::Vhdx => vhdx::check(storage),
     }
 }
@@ -121,7 +118,7 @@ pub fn check(storage: &Arc<dyn Storage>, format: Format, ids: &Arc<dyn Ids>) -> 
 pub struct CreateOptions {
     /// How the file stores the disk.
     pub format: Format,
-    /// Size and sectors. A raw image keeps only the size.
+    /// Size and sectors. A raw image keeps only the size, and so does a VHD, whose sectors have 512 bytes.
     pub geometry: Geometry,
     /// Whether blocks take space from the beginning. Not for raw images.
     pub kind: Option<Kind>,
@@ -193,21 +190,32 @@ fn create_vhd(
     options: &CreateOptions,
     ids: &dyn Ids,
 ) -> Result<(), CreateError> {
-    let logical_sector = options.geometry.logical_sector;
+    let Geometry {
+        size,
+        logical_sector,
+        ..
+    } = options.geometry;
     if u64::from(logical_sector) != SECTOR_BYTES {
         return Err(CreateError::Options {
             format: Format::Vhd,
-            what: format!("logical sectors of {logical_sector} bytes"),
+            what: format!("sectors of {logical_sector} bytes"),
+        });
+    }
+    let kind = match options.kind {
+        None | Some(Kind::Dynamic) => vhd::Kind::Dynamic,
+        Some(Kind::Fixed) => vhd::Kind::Fixed,
+        Some(Kind::Differencing) => vhd::Kind::Differencing,
+    };
+    if let (vhd::Kind::Fixed, Some(block_size)) = (kind, options.block_size) {
+        return Err(CreateError::Options {
+            format: Format::Vhd,
+            what: format!("blocks of {block_size} bytes when it is fixed"),
         });
     }
     let options = vhd::CreateOptions {
-        size: options.geometry.size,
+        size,
         block_size: options.block_size.unwrap_or(vhd::BLOCK_BYTES_DEFAULT),
-        kind: match options.kind {
-            None | Some(Kind::Dynamic) => vhd::Kind::Dynamic,
-            Some(Kind::Fixed) => vhd::Kind::Fixed,
-            Some(Kind::Differencing) => vhd::Kind::Differencing,
-        },
+        kind,
     };
     Ok(vhd::create(storage, &options, ids)?)
 }

@@ -1,12 +1,9 @@
 //! `image check`: everything that is wrong with an image, line by line or as JSON.
 
-use std::sync::Arc;
-
 use anyhow::bail;
 
 use super::{Existing, open_shared};
 use crate::{
-    base::ids::SystemIds,
     cli::output::Output,
     disk::{check::Report, image},
 };
@@ -34,11 +31,7 @@ struct Checked {
 pub(super) fn run(args: &CheckArgs, out: &Output) -> anyhow::Result<()> {
     let config = args.image.config(out)?;
     let (storage, _lock) = open_shared(&config)?;
-    let report = image::check(
-        &storage,
-        config.format,
-        &(Arc::new(SystemIds::default()) as _),
-    );
+    let report = image::check(&storage, config.format);
     let image = config.path.display().to_string();
     let (errors, warnings) = (report.errors, report.warnings);
     if args.json {

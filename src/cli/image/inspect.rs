@@ -9,8 +9,9 @@ use crate::{
     base::{ids::SystemIds, units::Bytes},
     cli::output::{self, Output},
     disk::{
-        Access, Content, Disk, DiskError, Geometry, Opening,
+        Access, Content, Disk, DiskError, Geometry,
         image::{self, Format},
+        vhd,
         vhdx::{self, LogState},
     },
     node::images::{self, ImageConfig, ImageError},
@@ -42,9 +43,15 @@ struct Inspection {
     data_bytes: Option<u64>,
     /// Why it does not open.
     refusal: Option<String>,
+    /// What only a VHD has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vhd: Option<vhd::Inspection>,
     /// What only a VHDX has.
     #[serde(skip_serializing_if = "Option::is_none")]
     vhdx: Option<vhdx::Inspection>,
+    /// The parents of a differencing VHDX, nearest first, if their folder was named and they are there.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    parents: Vec<vhdx::Ancestor>,
 }
 
 /// Shows the image; that it is damaged is an error after all of it was shown.
@@ -73,7 +80,7 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
     let file = FileStorage::open(path, Access::ReadOnly).with_context(at)?;
     let storage: Arc<dyn Storage> = Arc::new(file);
     let vhdx = (config.format == Format::Vhdx).then(|| vhdx::inspect(&storage));
-    let opening = Opening::new(Access::ReadOnly, Arc::new(SystemIds::default()));
+    let opening = config.opening(Access::ReadOnly, &(Arc::new(SystemIds::default()) as _))?;
     let mut inspection = Inspection {
         image: path.display().to_string(),
         format: config.format.to_string(),
@@ -82,8 +89,24 @@ fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
         geometry: None,
         data_bytes: None,
         refusal: None,
+        vhd: None,
         vhdx,
+        parents: Vec::new(),
     };
+    if config.format == Format::Vhd {
+        match vhd::inspect(&storage) {
+            Ok(vhd) => inspection.vhd = Some(vhd),
+            Err(error) => inspection.refusal = Some(output::chain(&error)),
+        }
+    }
+    let is_child = inspection
+        .vhdx
+        .as_ref()
+        .is_some_and(|vhdx| vhdx.parent.is_some());
+    if is_child && config.parents.is_some() {
+        // What is wrong with the chain is said by the open below.
+        inspection.parents = vhdx::ancestors(&storage, &opening.parents).unwrap_or_default();
+    }
     match image::open(storage, config.format, &opening) {
         Ok(disk) => {
             inspection.geometry = Some(disk.geometry());
@@ -107,7 +130,7 @@ fn stored(disk: &dyn Disk) -> Result<u64, DiskError> {
     Ok(bytes)
 }
 
-type Rows = Vec<(&'static str, String)>;
+pub(super) type Rows = Vec<(&'static str, String)>;
 
 fn rows(inspection: &Inspection) -> Rows {
     let mut rows = vec![
@@ -134,7 +157,18 @@ fn rows(inspection: &Inspection) -> Rows {
         rows.push(("allocated", Bytes(bytes).to_string()));
     }
     rows.push(("file", Bytes(inspection.file_bytes).to_string()));
+    rows.extend(inspection.vhd.iter().flat_map(super::vhd::vhd_rows));
     rows.extend(inspection.vhdx.iter().flat_map(vhdx_rows));
+    rows.extend(inspection.parents.iter().map(|parent| {
+        let text = format!(
+            "{}, {}, {}, data {}",
+            parent.name,
+            parent.kind,
+            Bytes(parent.geometry.size),
+            parent.data_write
+        );
+        ("parent", text)
+    }));
     rows
 }
 
@@ -170,6 +204,11 @@ fn vhdx_rows(vhdx: &vhdx::Inspection) -> Rows {
             .iter()
             .map(|item| ("metadata item", item_text(item))),
     );
+    if let Some(locator) = &vhdx.parent {
+        rows.push(("parent locator", locator.id.to_string()));
+        let entries = locator.entries.iter();
+        rows.extend(entries.map(|(key, value)| ("", format!("{key} = {value}"))));
+    }
     rows.extend(vhdx.blocks.map(|blocks| ("blocks", blocks_text(blocks))));
     let findings = vhdx.report.findings.iter();
     rows.extend(findings.map(|finding| ("finding", finding.to_string())));

@@ -20,8 +20,8 @@ pub(super) struct NewImage {
     /// Whether blocks take space when they are first written, or all from the beginning. Not for raw.
     #[arg(long, value_enum)]
     kind: Option<KindName>,
-    /// Unit of allocation: a power of two; VHD 512K or more [default: 2M], VHDX 1M to 256M
-    /// [default: 32M]. Not for raw.
+    /// Unit of allocation: a power of two; VHDX 1M to 256M [default: 32M], dynamic VHD
+    /// 512K to 256M [default: 2M]. Not for raw.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     block_size: Option<u64>,
     /// Logical sector size in bytes: what the guest addresses.

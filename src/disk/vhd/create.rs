@@ -24,7 +24,7 @@ use super::{
     error::CreateError,
     format::{
         BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, Chs, FEATURE_RESERVED, FOOTER_LEN, Footer, HEADER_LEN,
-        Header, KIND_DYNAMIC, KIND_FIXED, Locator, NO_OFFSET, SIZE_MAX, VERSION,
+        Header, KIND_DYNAMIC, KIND_FIXED, Locator, NO_OFFSET, SIZE_MAX, VERSION, WINDOWS,
     },
 };
 
@@ -51,7 +51,7 @@ pub fn create(
         version: VERSION,
         header_offset: NO_OFFSET,
         created: 0,
-        creator: *b"win ",
+        creator: WINDOWS,
         creator_version: CREATOR_VERSION,
         creator_host: *b"Wi2k",
         original_size: options.size,

@@ -2,6 +2,10 @@
 
 use std::io;
 
+use uuid::Uuid;
+
+use crate::disk::parents::ParentsError;
+
 /// Why a file does not open as a VHD.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -36,6 +40,38 @@ pub enum OpenError {
     /// The file is sound, as far as can be seen, and needs what this program does not do.
     #[error("the VHD file needs {0}, which is not supported")]
     Unsupported(String),
+    /// Opened for writing.
+    #[error(
+        "it is a differencing VHD, which is opened for reading only; convert it to a dynamic one to write to it"
+    )]
+    Differencing,
+    /// The parent was not found, or may not be used.
+    #[error(transparent)]
+    Parents(#[from] ParentsError),
+    /// The parent was found and does not open.
+    #[error("its parent {name} cannot be used")]
+    Parent {
+        /// The parent.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<OpenError>,
+    },
+    /// The file found is another disk, or one that was made anew.
+    #[error(
+        "its parent {name} is another disk: it has the identity {found}, the child was made on {wanted}; restore the right parent"
+    )]
+    WrongParent {
+        /// The file found.
+        name: String,
+        /// Its identity.
+        found: Uuid,
+        /// The one that the child knows.
+        wanted: Uuid,
+    },
+    /// Parents of parents without end.
+    #[error("its chain of parents has more than {0} images; merge some of them")]
+    ChainTooLong(usize),
 }
 
 impl OpenError {
@@ -44,6 +80,15 @@ impl OpenError {
             part,
             offset,
             problem: problem.into(),
+        }
+    }
+
+    pub(super) fn writing(part: &'static str, offset: u64) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            doing: "write",
+            part,
+            offset,
+            source,
         }
     }
 

@@ -35,6 +35,8 @@ pub(super) const NO_OFFSET: u64 = u64::MAX;
 pub(super) const VERSION: u32 = 0x0001_0000;
 /// The feature bit that is always set.
 pub(super) const FEATURE_RESERVED: u32 = 2;
+/// An entry of the table without block.
+pub(super) const ABSENT: u32 = u32::MAX;
 /// Largest disk, in bytes: 0xFF000000 sectors, the bound of Windows.
 pub(super) const SIZE_MAX: u64 = 2040 * GIB;
 /// Smallest block, in bytes: the bound of the Windows API. With it the table of the largest disk takes 16 MiB.
@@ -47,6 +49,9 @@ pub(super) const GEOMETRY_MAX: Chs = Chs {
     heads: 16,
     sectors: 255,
 };
+
+/// The creator whose disks everybody reads in their current size.
+pub(super) const WINDOWS: [u8; 4] = *b"win ";
 
 /// Kinds of disk in a footer.
 pub(super) const KIND_FIXED: u32 = 2;
@@ -194,6 +199,21 @@ impl Header {
     pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
         encode(self, Self::CHECKSUM_AT)
     }
+
+    /// The header in `bytes`, whatever its checksum; nothing if the signature is another one.
+    pub(super) fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
+        decode(bytes)
+    }
+
+    /// Whether the checksum is that of the bytes.
+    pub(super) fn is_sealed(bytes: &[u8; HEADER_BYTES]) -> bool {
+        is_sealed(bytes, Self::CHECKSUM_AT)
+    }
+}
+
+/// Bytes of the sector bitmap in front of a block.
+pub(super) fn bitmap_bytes(block_size: u64) -> u64 {
+    (block_size / SECTOR_BYTES / 8).next_multiple_of(SECTOR_BYTES)
 }
 
 fn decode<T>(bytes: &[u8]) -> Option<T>
@@ -247,6 +267,13 @@ mod tests {
         };
         let encoded = footer.encode();
         assert_eq!(encoded.iter().rposition(|&byte| byte != 0), Some(84));
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..8].copy_from_slice(b"cxsparse");
+        let mut header = Header::decode(&bytes).unwrap();
+        header.locators[7].offset = 0xEE;
+        let encoded = header.encode();
+        assert_eq!(encoded.iter().rposition(|&byte| byte != 0), Some(767));
+        assert!(Header::is_sealed(&encoded));
     }
 
     /// Sizes and what Virtual PC, or qemu for the last ones, makes of them.

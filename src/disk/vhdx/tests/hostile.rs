@@ -72,7 +72,7 @@ fn agree(bytes: &[u8]) {
             "it opens: {report:#?}"
         ),
         // Its parent is not here, and the file is not to blame for that.
-        Err(OpenError::Parents { .. }) => {}
+        Err(OpenError::NoParent { .. }) => {}
         Err(error) => assert!(!report.is_sound(), "{error}: {report:#?}"),
     }
 }
