@@ -20,6 +20,7 @@ use std::{fmt, io::IsTerminal as _, process::ExitCode};
 use clap::Parser;
 
 use self::output::Output;
+use crate::node::{convert::ConvertError, images::ImageError};
 
 /// Disaster recovery for the disks of virtual machines: mount VM disks, track every write, replicate, fail over.
 #[derive(Debug, Parser)]
@@ -52,7 +53,7 @@ enum Verb {
     Failover(failover::FailoverArgs),
     /// End test failovers and remove what was written in them.
     Cancel(failover::CancelArgs),
-    /// Create and examine image files.
+    /// Create, examine, check and convert image files.
     Image(image::ImageArgs),
     /// Measure throughput and latency of files and mounts, side by side.
     Bench(bench::BenchArgs),
@@ -128,6 +129,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 
 fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause.is::<Refused>()
+        || matches!(cause.downcast_ref(), Some(ImageError::InUse(_)))
+        || cause.downcast_ref().is_some_and(ConvertError::is_refusal)
         || cause.is::<crate::protocol::message::Refusal>()
         || cause
             .downcast_ref::<crate::net::DialError>()

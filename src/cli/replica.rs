@@ -35,7 +35,7 @@ pub struct ReplicaArgs {
     #[arg(long, value_name = "NAME", required = true)]
     allow: Vec<Name>,
     /// Format of the replica's images [default: the primary's].
-    #[arg(long, value_name = "raw|vhdx")]
+    #[arg(long, value_name = "raw|vhd|vhdx")]
     format: Option<Format>,
     /// Newest epochs to keep as recovery points beside the latest; 0 keeps the latest alone.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = up_to(KEEP_NEWEST_MAX))]

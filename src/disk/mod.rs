@@ -1,13 +1,15 @@
 //! Floor 2: what a guest sees. A [`Disk`] is bytes `0..size`; an image format gives it a place in a file.
 //!
-//! Reading order: this seam, then `raw`, then `parents`, then `vhdx`, then `image`, the one door to all formats; `layered` is a
-//! disk over another one.
+//! Reading order: this seam, then `raw`, then `parents`, then `vhd` and `vhdx`, then `image`, the one door to all formats;
+//! `check` is what their checkers find, `layered` a disk over another one.
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod image;
 pub mod layered;
 pub mod parents;
 pub mod raw;
+pub mod vhd;
 pub mod vhdx;
 
 use std::{fmt, io, sync::Arc};

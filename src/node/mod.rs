@@ -15,6 +15,7 @@
 mod admission;
 pub mod control;
 mod conversation;
+pub mod convert;
 mod driver;
 mod exposure;
 pub mod images;

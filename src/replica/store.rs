@@ -160,7 +160,8 @@ impl Shared {
                 .folder
                 .open(&name, Open::CreateNew)
                 .map_err(ReplicaError::io("create", &name))?;
-            let made = image::create(&*storage, disk.format, disk.geometry, None, &*self.ids);
+            let options = image::CreateOptions::new(disk.format, disk.geometry);
+            let made = image::create(&*storage, &options, &*self.ids);
             made.map_err(|source| ReplicaError::Image {
                 operation: "create",
                 name,
