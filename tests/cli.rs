@@ -1,5 +1,7 @@
 //! The program as people and scripts meet it: exit codes, one clear line for what went wrong, nothing touched.
 
+mod checkers;
+mod images;
 mod nodes;
 mod peers;
 

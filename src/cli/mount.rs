@@ -39,6 +39,9 @@ pub struct MountArgs {
     /// Format of the images [default: what their suffix says]. Contents are never guessed from.
     #[arg(long, value_name = "raw|vhd|vhdx")]
     format: Option<Format>,
+    /// The folder that holds the parents of differencing images, below which they are looked for; never written to.
+    #[arg(long, value_name = "DIR")]
+    parents: Option<PathBuf>,
     /// Show the disks for reading only; the images are not changed, not even to replay a log.
     #[arg(long, conflicts_with_all = ["state", "replicate_to"])]
     read_only: bool,
@@ -134,8 +137,8 @@ fn config(args: MountArgs) -> anyhow::Result<PrimaryConfig> {
     let images = args
         .images
         .into_iter()
-        .map(|path| ImageConfig::new(path, args.format))
-        .collect::<Result<Vec<_>, _>>()?;
+        .map(|path| Ok(ImageConfig::new(path, args.format)?.with_parents(args.parents.clone())))
+        .collect::<anyhow::Result<Vec<_>>>()?;
     let first = images.first().context("a machine has at least one disk")?;
     let machine = args.machine.unwrap_or_else(|| first.name.clone());
     let replication = match (args.replicate_to, args.identity) {

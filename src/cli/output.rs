@@ -48,18 +48,7 @@ impl Output {
 
     /// A failure with its causes, outermost first, each said once.
     pub fn failure(&self, error: &anyhow::Error) {
-        let mut text = String::from("understudy: ");
-        let mut said = String::new();
-        for (depth, cause) in error.chain().enumerate() {
-            let cause = cause.to_string();
-            if said.contains(&cause) {
-                continue;
-            }
-            let separator = if depth == 0 { "" } else { ": " };
-            let _ = write!(text, "{separator}{cause}");
-            said.push_str(&cause);
-        }
-        eprintln!("{text}");
+        eprintln!("understudy: {}", chain(error.as_ref()));
     }
 
     /// What is being done now: on a terminal one line that the next one overwrites, elsewhere nothing.
@@ -95,6 +84,20 @@ impl Output {
             tenths: None,
         }
     }
+}
+
+/// An error with its causes, outermost first, each said once.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = String::new();
+    for cause in anyhow::Chain::new(error) {
+        let cause = cause.to_string();
+        if text.contains(&cause) {
+            continue;
+        }
+        let separator = if text.is_empty() { "" } else { ": " };
+        let _ = write!(text, "{separator}{cause}");
+    }
+    text
 }
 
 /// A running progress display.

@@ -46,6 +46,20 @@ pub struct Report {
 }
 
 impl Report {
+    /// The one finding that an open stops at, if it fails.
+    pub fn of_opening<T, E: std::error::Error>(opened: Result<T, E>) -> Self {
+        let mut report = Self::default();
+        if let Err(error) = opened {
+            let source = error.source().map(|source| format!(": {source}"));
+            report.error(
+                "file",
+                None,
+                format!("{error}{}", source.unwrap_or_default()),
+            );
+        }
+        report
+    }
+
     /// Notes a breach of a rule.
     pub fn error(
         &mut self,

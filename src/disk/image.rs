@@ -4,9 +4,9 @@ use std::{fmt, io, str::FromStr, sync::Arc};
 
 pub use super::vhdx::Kind;
 use super::{
-    Disk, Geometry, Opening,
+    Access, Disk, Geometry, Opening,
     check::Report,
-    raw::{self, RawDisk, RawError},
+    raw::{RawDisk, RawError},
     vhd::{self, VhdDisk},
     vhdx::{self, VhdxDisk},
 };
@@ -107,7 +107,7 @@ pub fn detect(storage: &dyn Storage) -> io::Result<Option<Format>> {
 /// like any other.
 pub fn check(storage: &Arc<dyn Storage>, format: Format) -> Report {
     match format {
-        Format::Raw => raw::check(storage),
+        Format::Raw => Report::of_opening(RawDisk::open(Arc::clone(storage), Access::ReadOnly)),
         Format::Vhd => vhd::check(storage),
         Format::Vhdx => vhdx::check(storage),
     }
@@ -138,7 +138,8 @@ impl CreateOptions {
     }
 }
 
-/// Makes an image in the empty `storage`, durable.
+/// Makes an image in the empty `storage`, durable. A VHD has no word for sectors larger than 512 bytes: physical ones do
+/// not matter to it, logical ones are refused.
 pub fn create(
     storage: &dyn Storage,
     options: &CreateOptions,
@@ -203,6 +204,7 @@ fn create_vhd(
     let kind = match options.kind {
         None | Some(Kind::Dynamic) => vhd::Kind::Dynamic,
         Some(Kind::Fixed) => vhd::Kind::Fixed,
+        Some(Kind::Differencing) => vhd::Kind::Differencing,
     };
     if let (vhd::Kind::Fixed, Some(block_size)) = (kind, options.block_size) {
         return Err(CreateError::Options {

@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use super::{Access, Content, Disk, DiskError, Fua, Geometry, Space, check::Report, check_run};
+use super::{Access, Content, Disk, DiskError, Fua, Geometry, Space, check_run};
 use crate::{
     base::units::{Extent, SECTOR_BYTES, to_usize},
     storage::Storage,
@@ -72,20 +72,6 @@ impl RawDisk {
             Ok(())
         }
     }
-}
-
-/// Checks the length of the raw image in `storage`: nothing else of it can be wrong.
-pub fn check(storage: &Arc<dyn Storage>) -> Report {
-    let mut report = Report::default();
-    if let Err(error) = RawDisk::open(Arc::clone(storage), Access::ReadOnly) {
-        let source = std::error::Error::source(&error).map(|source| format!(": {source}"));
-        report.error(
-            "file",
-            None,
-            format!("{error}{}", source.unwrap_or_default()),
-        );
-    }
-    report
 }
 
 fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {

@@ -3,10 +3,13 @@
 //! ```text
 //!   source, locked shared, read-only -> cursor over its runs -> worker: read, find zeros, write -> draft of the target
 //!                                                            -> worker: ...
+//!                                                                          syncer: every 64 MiB, beside the workers
 //! ```
 //! Each worker takes the next piece, reads it and writes it itself, so a piece is still in its processor's cache when it
-//! is written; handing pieces from readers to writers would move every byte between processors once more. Memory is one
-//! piece for each worker.
+//! is written; handing pieces from readers to writers would move every byte between processors once more. One worker
+//! writes at a time: file systems let one writer into a file at once, and waiting asleep here is cheaper than spinning
+//! there. Memory is one piece for each worker. The disk works while the copy goes on, so little is left to wait for when
+//! the last byte is written.
 //!
 //! What reads as zeros is not written, whether the source knows it or stores it: the target is new, so it reads as
 //! zeros there. A log that the source's last user left is replayed in memory; its file is not changed.
@@ -20,12 +23,12 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
 };
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 
 use super::images::{ImageConfig, ImageError, OpenImage};
@@ -33,7 +36,7 @@ use crate::{
     base::{
         checksum::is_zero,
         ids::Ids,
-        units::{BLOCK_BYTES, Extent, MIB, to_u64, to_usize},
+        units::{BLOCK_BYTES, Extent, KIB, MIB, to_u64, to_usize},
     },
     disk::{
         Access, Content, Disk, DiskError, Fua, Geometry, Opening,
@@ -43,9 +46,11 @@ use crate::{
 };
 
 /// Bytes that a worker reads and writes at once: large enough that calls cost nothing, small enough for a cache.
-const PIECE_BYTES: u64 = MIB;
-/// Threads that read and write: more than processors, because some wait for the disk.
-const WORKERS: usize = 4;
+const PIECE_BYTES: u64 = 256 * KIB;
+/// Threads that read and write: one writes while another reads and a third waits for the disk.
+const WORKERS: usize = 3;
+/// Bytes written between two syncs.
+const SYNC_BYTES: u64 = 64 * MIB;
 /// The smallest run of stored zeros that is left out, and its alignment: a block of the usual file systems.
 const ZERO_RUN_BYTES: u64 = BLOCK_BYTES;
 
@@ -194,7 +199,10 @@ pub fn convert(
         source: source.disk.as_ref(),
         target: target.as_ref(),
         plan,
+        file: draft.storage(),
         cursor: Mutex::new(0),
+        writing: Mutex::new(()),
+        unsynced: AtomicU64::new(0),
         stop,
         failed: AtomicBool::new(false),
     };
@@ -261,12 +269,8 @@ fn new_disk(
         }
     })?;
     let storage: Arc<dyn Storage> = Arc::clone(storage) as _;
-    image::open(
-        storage,
-        plan.format,
-        &Opening::new(Access::ReadWrite, Arc::clone(ids)),
-    )
-    .map_err(|source| ConvertError::Open {
+    let opening = Opening::new(Access::ReadWrite, Arc::clone(ids));
+    image::open(storage, plan.format, &opening).map_err(|source| ConvertError::Open {
         target: target(),
         source: Box::new(source),
     })
@@ -277,8 +281,14 @@ struct Copy<'a> {
     source: &'a dyn Disk,
     target: &'a dyn Disk,
     plan: &'a Conversion,
+    /// The file of the target.
+    file: Arc<dyn Storage>,
     /// Where the next piece starts.
     cursor: Mutex<u64>,
+    /// Held by the one who writes.
+    writing: Mutex<()>,
+    /// Bytes written since a sync was asked for.
+    unsynced: AtomicU64,
     stop: &'a AtomicBool,
     /// A worker failed: the others end as well.
     failed: AtomicBool,
@@ -294,11 +304,14 @@ impl Copy<'_> {
         progress(0, size);
         thread::scope(|scope| {
             let (sender, steps) = crossbeam_channel::bounded(2 * WORKERS);
+            let (due, syncs) = crossbeam_channel::bounded(1);
             for _ in 0..WORKERS {
-                let sender = sender.clone();
-                scope.spawn(move || self.work(&sender));
+                let (sender, due) = (sender.clone(), due.clone());
+                scope.spawn(move || self.work(&sender, &due));
             }
-            drop(sender);
+            // The workers hold the other ends: when they are through, so are the syncs and the steps.
+            drop(due);
+            scope.spawn(move || self.sync(&syncs, &sender));
             for step in steps {
                 match step {
                     Ok((passed, stored)) => {
@@ -320,7 +333,20 @@ impl Copy<'_> {
         }
     }
 
-    fn work(&self, steps: &Sender<Step>) {
+    /// Makes what was written durable beside the workers, whenever it is due.
+    fn sync(&self, due: &Receiver<()>, steps: &Sender<Step>) {
+        for () in due {
+            if let Err(source) = self.file.sync() {
+                let _ = steps.send(Err(ConvertError::File {
+                    target: self.plan.target.clone(),
+                    source,
+                }));
+                return;
+            }
+        }
+    }
+
+    fn work(&self, steps: &Sender<Step>, due: &Sender<()>) {
         let mut buf = vec![0; to_usize(PIECE_BYTES)];
         while !self.stop.load(Ordering::Relaxed) && !self.failed.load(Ordering::Relaxed) {
             let step = match self.next() {
@@ -331,6 +357,12 @@ impl Copy<'_> {
                 Ok(None) => return,
                 Err(error) => Err(error),
             };
+            let written = step.as_ref().map_or(0, |&(_, stored)| stored);
+            let unsynced = self.unsynced.fetch_add(written, Ordering::Relaxed) + written;
+            // A sync that is still under way is one more reason not to ask for another.
+            if unsynced >= SYNC_BYTES && due.try_send(()).is_ok() {
+                self.unsynced.store(0, Ordering::Relaxed);
+            }
             let is_over = step.is_err();
             if steps.send(step).is_err() || is_over {
                 return;
@@ -358,8 +390,10 @@ impl Copy<'_> {
         self.source
             .read_at(piece.offset, buf)
             .map_err(|e| self.unread(e))?;
+        let runs: Vec<_> = stored_runs(piece.offset, buf).collect();
         let mut written = 0;
-        for run in stored_runs(piece.offset, buf) {
+        let _one = self.writing.lock();
+        for run in runs {
             let bytes = &buf[run.clone()];
             let offset = piece.offset + to_u64(run.start);
             self.target
@@ -475,13 +509,17 @@ mod tests {
 
     #[test]
     fn a_failed_write_ends_all_workers_and_is_told() {
-        let raw = |power: &Arc<Power>| {
+        let file = |power: &Arc<Power>| {
             let storage = MemoryStorage::new(power);
             storage.write_at(0, &vec![5; 16 << 20], Fua::No).unwrap();
-            RawDisk::open(storage, Access::ReadWrite).unwrap()
+            storage
+        };
+        let raw = |storage: &Arc<MemoryStorage>| {
+            RawDisk::open(Arc::clone(storage) as _, Access::ReadWrite).unwrap()
         };
         let (power, stop) = (Power::new(), AtomicBool::new(false));
-        let (source, target) = (raw(&Power::new()), raw(&power));
+        let storage = file(&power);
+        let (source, target) = (raw(&file(&Power::new())), raw(&storage));
         let plan = Conversion {
             source: ImageConfig::new("a.raw".into(), None).unwrap(),
             target: "b.raw".into(),
@@ -496,7 +534,10 @@ mod tests {
             source: &source,
             target: &target,
             plan: &plan,
+            file: Arc::clone(&storage) as _,
             cursor: Mutex::new(0),
+            writing: Mutex::new(()),
+            unsynced: AtomicU64::new(0),
             stop,
             failed: AtomicBool::new(false),
         };

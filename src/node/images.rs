@@ -12,6 +12,7 @@ use crate::{
     disk::{
         Access, Disk, Opening,
         image::{self, Format},
+        parents::ParentRoot,
     },
     storage::file::FileStorage,
     volume::ImageStamp,
@@ -26,6 +27,8 @@ pub struct ImageConfig {
     pub format: Format,
     /// The disk's name: the file's name without its suffix.
     pub name: Name,
+    /// The folder that holds the parents of differencing images; without it such an image is refused.
+    pub parents: Option<PathBuf>,
 }
 
 /// Why an image cannot be used.
@@ -48,6 +51,15 @@ pub enum ImageError {
     File {
         /// The image.
         path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The folder of parents could not be opened.
+    #[error("cannot look for parents in {}", folder.display())]
+    Parents {
+        /// The folder.
+        folder: PathBuf,
         /// What the system said.
         #[source]
         source: io::Error,
@@ -79,7 +91,34 @@ impl ImageConfig {
         let Some(format) = format.or_else(|| suffix_format(&path)) else {
             return Err(ImageError::Suffix(path));
         };
-        Ok(Self { path, format, name })
+        Ok(Self {
+            path,
+            format,
+            name,
+            parents: None,
+        })
+    }
+
+    /// The same image, its parents being in `folder`.
+    #[must_use]
+    pub fn with_parents(self, folder: Option<PathBuf>) -> Self {
+        Self {
+            parents: folder,
+            ..self
+        }
+    }
+
+    /// How the image is opened.
+    pub fn opening(&self, access: Access, ids: &Arc<dyn Ids>) -> Result<Opening, ImageError> {
+        let opening = Opening::new(access, Arc::clone(ids));
+        let Some(folder) = &self.parents else {
+            return Ok(opening);
+        };
+        let root = ParentRoot::new(folder, &self.path).map_err(|source| ImageError::Parents {
+            folder: folder.clone(),
+            source,
+        })?;
+        Ok(opening.with_parents(Arc::new(root)))
     }
 }
 
@@ -121,7 +160,7 @@ impl OpenImage {
         let lock = lock(path, access)?;
         let stamp = stamp(path).map_err(failed)?;
         let storage = FileStorage::open(path, access).map_err(failed)?;
-        let opening = Opening::new(access, Arc::clone(ids));
+        let opening = config.opening(access, ids)?;
         let disk = image::open(Arc::new(storage), config.format, &opening).map_err(|source| {
             ImageError::Content {
                 path: path.clone(),

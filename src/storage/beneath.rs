@@ -19,6 +19,9 @@ use nix::{
 
 use super::{check_component, file::FileStorage};
 
+/// Attempts at a name while somebody renames folders: nobody does that for long but to do harm.
+const ATTEMPTS_MAX: u32 = 64;
+
 /// A folder that names are looked up beneath.
 #[derive(Debug)]
 pub struct Beneath {
@@ -114,7 +117,14 @@ impl Beneath {
         let how = OpenHow::new()
             .flags(how | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        openat2(&self.folder, path.as_str(), how)
+        for _ in 0..ATTEMPTS_MAX {
+            match openat2(&self.folder, path.as_str(), how) {
+                // A folder was renamed meanwhile: the kernel cannot tell whether the file is still beneath.
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                outcome => return outcome,
+            }
+        }
+        Err(Errno::EAGAIN)
     }
 
     /// The names as the folders spell them.

@@ -2,18 +2,19 @@
 
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use super::Existing;
 use crate::{
     base::{ids::SystemIds, units::Bytes},
-    cli::output::Output,
+    cli::output::{self, Output},
     disk::{
-        Access, Content, Geometry, Opening,
+        Access, Content, Disk, DiskError, Geometry,
         image::{self, Format},
-        vhd, vhdx,
+        vhd,
+        vhdx::{self, LogState},
     },
-    node::images::ImageConfig,
+    node::images::{self, ImageConfig, ImageError},
     storage::{Storage, file::FileStorage},
 };
 
@@ -32,211 +33,255 @@ pub(super) struct InspectArgs {
 struct Inspection {
     image: String,
     format: String,
-    geometry: Geometry,
+    /// Another process uses the image, so what is shown may change while it is read.
+    in_use: bool,
     /// Length of the file in bytes, holes included.
     file_bytes: u64,
+    /// Size and sectors, if the image opens.
+    geometry: Option<Geometry>,
     /// Bytes of the disk that are stored rather than known to be zeros.
-    data_bytes: u64,
+    data_bytes: Option<u64>,
+    /// Why it does not open.
+    refusal: Option<String>,
     /// What only a VHD has.
     #[serde(skip_serializing_if = "Option::is_none")]
     vhd: Option<vhd::Inspection>,
     /// What only a VHDX has.
     #[serde(skip_serializing_if = "Option::is_none")]
     vhdx: Option<vhdx::Inspection>,
+    /// The parents of a differencing VHDX, nearest first, if their folder was named and they are there.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    parents: Vec<vhdx::Ancestor>,
 }
 
-/// Shows the image.
+/// Shows the image; that it is damaged is an error after all of it was shown.
 pub(super) fn run(args: &InspectArgs, out: &Output) -> anyhow::Result<()> {
-    let inspection = inspect(&args.image.config(out)?)?;
+    let config = args.image.config(out)?;
+    let inspection = inspect(&config)?;
     if args.json {
-        return out.json(&inspection);
-    }
-    for (label, value) in rows(&inspection) {
-        out.line(&format!("{label:<17} {value}"));
-    }
-    Ok(())
-}
-
-fn rows(inspection: &Inspection) -> Vec<(&'static str, String)> {
-    let Geometry {
-        size,
-        logical_sector,
-        physical_sector,
-    } = inspection.geometry;
-    let mut rows = vec![
-        ("image", inspection.image.clone()),
-        ("format", inspection.format.clone()),
-        ("size", format!("{} ({size} bytes)", Bytes(size))),
-        (
-            "sectors",
-            format!("{logical_sector} logical, {physical_sector} physical"),
-        ),
-        ("allocated", Bytes(inspection.data_bytes).to_string()),
-        ("file", Bytes(inspection.file_bytes).to_string()),
-    ];
-    rows.extend(inspection.vhd.iter().flat_map(vhd_rows));
-    rows.extend(inspection.vhdx.iter().flat_map(vhdx_rows));
-    rows
-}
-
-fn vhd_rows(vhd: &vhd::Inspection) -> Vec<(&'static str, String)> {
-    let mut rows = vec![("kind", format!("{:?}", vhd.kind))];
-    for (label, footer) in [("footer", &vhd.tail), ("footer copy", &vhd.head)] {
-        let Some(footer) = footer else {
-            if vhd.kind != vhd::Kind::Fixed || label == "footer" {
-                rows.push((label, "missing".into()));
-            }
-            continue;
-        };
-        let vhd::Chs {
-            cylinders,
-            heads,
-            sectors,
-        } = footer.geometry;
-        rows.push((
-            label,
-            format!(
-                "at {:#x}, checksum {}, by {}, id {}",
-                footer.offset,
-                good_or_wrong(footer.checksum_good),
-                footer.creator,
-                footer.id
-            ),
-        ));
-        rows.push((
-            "",
-            format!(
-                "{} bytes, {} when it was made, geometry {cylinders}/{heads}/{sectors}",
-                footer.current_size, footer.original_size
-            ),
-        ));
-    }
-    if let Some(dynamic) = &vhd.dynamic {
-        rows.push((
-            "header",
-            format!(
-                "at {:#x}, checksum {}, blocks of {}",
-                dynamic.offset,
-                good_or_wrong(dynamic.checksum_good),
-                Bytes(dynamic.block_size)
-            ),
-        ));
-        rows.push((
-            "table",
-            format!(
-                "{} entries at {:#x}",
-                dynamic.bat_entries, dynamic.bat_offset
-            ),
-        ));
-        rows.push((
-            "blocks",
-            format!(
-                "{}: {} present, {} damaged",
-                dynamic.blocks, dynamic.blocks_present, dynamic.blocks_damaged
-            ),
-        ));
-        if let Some(parent) = &dynamic.parent {
-            rows.push(("parent", format!("{:?}, id {}", parent.name, parent.id)));
-            for locator in &parent.locators {
-                rows.push(("", format!("{} {:?}", locator.platform, locator.path)));
-            }
+        out.json(&inspection)?;
+    } else {
+        for (label, value) in rows(&inspection) {
+            out.line(&format!("{label:<17} {value}"));
         }
     }
-    rows
-}
-
-fn good_or_wrong(good: bool) -> &'static str {
-    if good { "good" } else { "wrong" }
-}
-
-fn vhdx_rows(vhdx: &vhdx::Inspection) -> Vec<(&'static str, String)> {
-    let kind = format!("{:?}, blocks of {}", vhdx.kind, Bytes(vhdx.block_size));
-    let mut rows = vec![
-        ("creator", vhdx.creator.clone()),
-        ("kind", kind),
-        ("disk id", vhdx.disk_id.to_string()),
-    ];
-    for (label, header) in ["header 1", "header 2"].into_iter().zip(&vhdx.headers) {
-        let text = header.as_ref().map_or_else(
-            || "damaged".into(),
-            |header| {
-                format!(
-                    "sequence {}, data {}, log {}",
-                    header.sequence, header.data_write, header.log
-                )
-            },
-        );
-        rows.push((label, text));
+    match inspection.refusal {
+        Some(refusal) => bail!("{} does not open: {refusal}", config.path.display()),
+        None => Ok(()),
     }
-    let log = &vhdx.log;
-    let state = match log.entries {
-        0 => "empty".into(),
-        entries => format!("{entries} entries to replay"),
-    };
-    rows.push((
-        "log",
-        format!("{} at {:#x}, {state}", Bytes(log.len), log.offset),
-    ));
-    for region in &vhdx.regions {
-        let place = format!("{} at {:#x}", Bytes(region.len), region.offset);
-        rows.push(("region", format!("{} {}, {place}", region.name, region.id)));
-    }
-    if vhdx.region_tables_differ {
-        rows.push((
-            "region tables",
-            "one copy is damaged or unlike the other".into(),
-        ));
-    }
-    let vhdx::Blocks {
-        total,
-        present,
-        not_present,
-        zero,
-        unmapped,
-        undefined,
-    } = vhdx.blocks;
-    let absent = format!(
-        "{not_present} not present, {zero} zero, {unmapped} unmapped, {undefined} undefined"
-    );
-    rows.push(("blocks", format!("{total}: {present} present, {absent}")));
-    rows
 }
 
 fn inspect(config: &ImageConfig) -> anyhow::Result<Inspection> {
     let path = &config.path;
     let at = || format!("cannot inspect {}", path.display());
+    // Readers and writers go on while somebody looks; without the lock what is seen may be of different moments.
+    let lock = images::lock(path, Access::ReadOnly);
+    let in_use = matches!(lock, Err(ImageError::InUse(_)));
     let file = FileStorage::open(path, Access::ReadOnly).with_context(at)?;
     let storage: Arc<dyn Storage> = Arc::new(file);
-    let file_bytes = storage.len()?;
-    let (vhd, vhdx) = match config.format {
-        Format::Raw => (None, None),
-        Format::Vhd => (Some(vhd::inspect(&storage).with_context(at)?), None),
-        Format::Vhdx => (None, Some(vhdx::inspect(&storage).with_context(at)?)),
+    let vhdx = (config.format == Format::Vhdx).then(|| vhdx::inspect(&storage));
+    let opening = config.opening(Access::ReadOnly, &(Arc::new(SystemIds::default()) as _))?;
+    let mut inspection = Inspection {
+        image: path.display().to_string(),
+        format: config.format.to_string(),
+        in_use,
+        file_bytes: storage.len().with_context(at)?,
+        geometry: None,
+        data_bytes: None,
+        refusal: None,
+        vhd: None,
+        vhdx,
+        parents: Vec::new(),
     };
-    let disk = image::open(
-        storage,
-        config.format,
-        &Opening::new(Access::ReadOnly, Arc::new(SystemIds::default())),
-    )
-    .with_context(at)?;
-    let geometry = disk.geometry();
-    let mut data_bytes = 0;
-    let mut offset = 0;
-    while offset < geometry.size {
+    if config.format == Format::Vhd {
+        match vhd::inspect(&storage) {
+            Ok(vhd) => inspection.vhd = Some(vhd),
+            Err(error) => inspection.refusal = Some(output::chain(&error)),
+        }
+    }
+    let is_child = inspection
+        .vhdx
+        .as_ref()
+        .is_some_and(|vhdx| vhdx.parent.is_some());
+    if is_child && config.parents.is_some() {
+        // What is wrong with the chain is said by the open below.
+        inspection.parents = vhdx::ancestors(&storage, &opening.parents).unwrap_or_default();
+    }
+    match image::open(storage, config.format, &opening) {
+        Ok(disk) => {
+            inspection.geometry = Some(disk.geometry());
+            inspection.data_bytes = Some(stored(disk.as_ref()).with_context(at)?);
+        }
+        Err(error) => inspection.refusal = Some(output::chain(&error)),
+    }
+    Ok(inspection)
+}
+
+/// Bytes that are not known to be zeros.
+fn stored(disk: &dyn Disk) -> Result<u64, DiskError> {
+    let (mut bytes, mut offset) = (0, 0);
+    while offset < disk.geometry().size {
         let (run, content) = disk.run_at(offset)?;
         if content == Content::Data {
-            data_bytes += run.len;
+            bytes += run.len;
         }
         offset = run.end();
     }
-    let (image, format) = (path.display().to_string(), config.format.to_string());
-    Ok(Inspection {
-        image,
-        format,
-        geometry,
-        file_bytes,
-        data_bytes,
-        vhd,
-        vhdx,
-    })
+    Ok(bytes)
+}
+
+pub(super) type Rows = Vec<(&'static str, String)>;
+
+fn rows(inspection: &Inspection) -> Rows {
+    let mut rows = vec![
+        ("image", inspection.image.clone()),
+        ("format", inspection.format.clone()),
+    ];
+    if inspection.in_use {
+        rows.push((
+            "in use",
+            "by another process: what is shown may be changing".into(),
+        ));
+    }
+    if let Some(Geometry {
+        size,
+        logical_sector,
+        physical_sector,
+    }) = inspection.geometry
+    {
+        rows.push(("size", format!("{} ({size} bytes)", Bytes(size))));
+        let sectors = format!("{logical_sector} logical, {physical_sector} physical");
+        rows.push(("sectors", sectors));
+    }
+    if let Some(bytes) = inspection.data_bytes {
+        rows.push(("allocated", Bytes(bytes).to_string()));
+    }
+    rows.push(("file", Bytes(inspection.file_bytes).to_string()));
+    rows.extend(inspection.vhd.iter().flat_map(super::vhd::vhd_rows));
+    rows.extend(inspection.vhdx.iter().flat_map(vhdx_rows));
+    rows.extend(inspection.parents.iter().map(|parent| {
+        let text = format!(
+            "{}, {}, {}, data {}",
+            parent.name,
+            parent.kind,
+            Bytes(parent.geometry.size),
+            parent.data_write
+        );
+        ("parent", text)
+    }));
+    rows
+}
+
+fn vhdx_rows(vhdx: &vhdx::Inspection) -> Rows {
+    let mut rows = vec![("creator", vhdx.creator.clone())];
+    if let (Some(kind), Some(block_size)) = (vhdx.kind, vhdx.block_size) {
+        rows.push(("kind", format!("{kind}, blocks of {}", Bytes(block_size))));
+    }
+    rows.extend(vhdx.disk_id.map(|id| ("disk id", id.to_string())));
+    rows.extend(header_rows(vhdx));
+    let state = match vhdx.log.state {
+        LogState::Clean => "clean".into(),
+        LogState::Dirty { entries } => format!("{entries} entries to replay"),
+        LogState::Damaged => "damaged".into(),
+        LogState::Unknown => "unknown".into(),
+    };
+    let log = &vhdx.log;
+    rows.push((
+        "log",
+        format!("{} at {:#x}, {state}", Bytes(log.len), log.offset),
+    ));
+    for (label, table) in ["region table 1", "region table 2"]
+        .into_iter()
+        .zip(&vhdx.region_tables)
+    {
+        match table {
+            None => rows.push((label, "damaged".into())),
+            Some(regions) => rows.extend(regions.iter().map(|region| (label, region_text(region)))),
+        }
+    }
+    rows.extend(
+        vhdx.metadata
+            .iter()
+            .map(|item| ("metadata item", item_text(item))),
+    );
+    if let Some(locator) = &vhdx.parent {
+        rows.push(("parent locator", locator.id.to_string()));
+        let entries = locator.entries.iter();
+        rows.extend(entries.map(|(key, value)| ("", format!("{key} = {value}"))));
+    }
+    rows.extend(vhdx.blocks.map(|blocks| ("blocks", blocks_text(blocks))));
+    let findings = vhdx.report.findings.iter();
+    rows.extend(findings.map(|finding| ("finding", finding.to_string())));
+    rows
+}
+
+fn header_rows(vhdx: &vhdx::Inspection) -> impl Iterator<Item = (&'static str, String)> {
+    let labels = [(1, "header 1"), (2, "header 2")];
+    labels
+        .into_iter()
+        .zip(&vhdx.headers)
+        .map(|((number, label), header)| {
+            let Some(header) = header else {
+                return (label, "damaged".into());
+            };
+            let current = if vhdx.current_header == Some(number) {
+                ", current"
+            } else {
+                ""
+            };
+            let text = format!(
+                "sequence {}, file {}, data {}, log {}{current}",
+                header.sequence, header.file_write, header.data_write, header.log
+            );
+            (label, text)
+        })
+}
+
+fn region_text(region: &vhdx::Region) -> String {
+    let need = if region.required {
+        "required"
+    } else {
+        "optional"
+    };
+    let place = format!("{} at {:#x}", Bytes(region.len), region.offset);
+    format!("{} {}, {place}, {need}", region.name, region.id)
+}
+
+fn item_text(item: &vhdx::Item) -> String {
+    let flags = [
+        (item.user, "user"),
+        (item.virtual_disk, "virtual disk"),
+        (item.required, "required"),
+    ];
+    let flags: Vec<_> = flags
+        .into_iter()
+        .filter_map(|(set, name)| set.then_some(name))
+        .collect();
+    let name = item.name.unwrap_or("unknown");
+    format!(
+        "{name} {}, {} bytes at {:#x}, {}",
+        item.id,
+        item.len,
+        item.offset,
+        flags.join(" + ")
+    )
+}
+
+fn blocks_text(blocks: vhdx::Blocks) -> String {
+    let vhdx::Blocks {
+        total,
+        present,
+        partial,
+        not_present,
+        zero,
+        unmapped,
+        undefined,
+        reserved,
+        bitmaps,
+    } = blocks;
+    format!(
+        "{total}: {present} present, {partial} partly present, {not_present} not present, {zero} zero, {unmapped} unmapped, \
+         {undefined} undefined, {reserved} damaged; \
+         {bitmaps} sector bitmaps"
+    )
 }

@@ -5,6 +5,7 @@ mod convert;
 mod create;
 mod inspect;
 mod new;
+mod vhd;
 
 use std::{
     fs::File,
@@ -63,6 +64,9 @@ struct Existing {
     /// Format [default: what the suffix says]; `detect` looks into the file, which a guest may have written.
     #[arg(long, value_name = "raw|vhd|vhdx|detect")]
     format: Option<Reading>,
+    /// Folder in which a differencing image finds its parents; they are only read.
+    #[arg(long, value_name = "DIR")]
+    parents: Option<PathBuf>,
 }
 
 /// The source of a conversion and how it is to be read.
@@ -70,10 +74,13 @@ struct Existing {
 struct Source {
     /// The image file to read.
     #[arg(value_name = "SRC")]
-    source: PathBuf,
+    path: PathBuf,
     /// Format of SRC [default: what its suffix says]; `detect` looks into the file, which a guest may have written.
     #[arg(long, value_name = "raw|vhd|vhdx|detect")]
     from: Option<Reading>,
+    /// Folder in which a differencing image finds its parents; they are only read.
+    #[arg(long, value_name = "DIR")]
+    parents: Option<PathBuf>,
 }
 
 /// How a person says what an image is.
@@ -96,13 +103,13 @@ impl FromStr for Reading {
 
 impl Existing {
     fn config(&self, out: &Output) -> anyhow::Result<ImageConfig> {
-        config(&self.path, self.format, out)
+        Ok(config(&self.path, self.format, out)?.with_parents(self.parents.clone()))
     }
 }
 
 impl Source {
     fn config(&self, out: &Output) -> anyhow::Result<ImageConfig> {
-        config(&self.source, self.from, out)
+        Ok(config(&self.path, self.from, out)?.with_parents(self.parents.clone()))
     }
 }
 

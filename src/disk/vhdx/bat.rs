@@ -6,7 +6,7 @@
 //! format allows in the smallest blocks), never what the file claims beyond that.
 //!
 //! Every 2^23 sectors, a chunk, one entry for a sector bitmap stands between those of the blocks; a disk without
-//! parent leaves it zero. Entries past the last block are padding: ignored when read, written as zeros.
+//! parent leaves it zero. Entries past the last block are padding: ignored when read, kept as they are.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,6 +16,7 @@ use crate::{
 };
 
 use super::{
+    Kind,
     error::OpenError,
     format::{PAGE, PAGE_BYTES, Page},
     metadata::Parameters,
@@ -30,10 +31,31 @@ const OFFSET_MASK: u64 = !(MIB - 1);
 /// Bytes of the table read at once.
 const READ_BYTES: u64 = MIB;
 
+/// Where the bytes of a block are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// In the file, at this offset.
+    File(u64),
+    /// Sector by sector, as the bitmap says, at this offset of the file or in the parent.
+    Mixed(u64),
+    /// In the parent.
+    Parent,
+    /// Nowhere: it reads as zeros.
+    Zeros,
+}
+
+/// What an entry stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    Block(u64),
+    Bitmap,
+    Padding,
+}
+
 /// What an entry says of its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// Never written: reads as zeros.
+    /// Never written: reads as the parent, or as zeros if there is none.
     NotPresent,
     /// Content given up: reads as zeros.
     Undefined,
@@ -74,7 +96,7 @@ impl Entry {
         })
     }
 
-    /// Where the block is, if it is in the file.
+    /// Where the block is, if all of it is in the file.
     pub(super) fn location(self) -> Option<u64> {
         (self.0 & STATE_MASK == 6).then_some(self.0 & OFFSET_MASK)
     }
@@ -84,11 +106,23 @@ impl Entry {
         self.0.to_le_bytes()
     }
 
-    fn offset(self) -> u64 {
+    /// As it stands in a file that is only looked through: nothing is checked.
+    pub(super) fn from_bytes(bytes: [u8; 8]) -> Self {
+        Self(u64::from_le_bytes(bytes))
+    }
+
+    /// The whole word.
+    pub(super) fn word(self) -> u64 {
+        self.0
+    }
+
+    /// The offset, whatever the state is.
+    pub(super) fn offset(self) -> u64 {
         self.0 & OFFSET_MASK
     }
 
-    fn reserved(self) -> u64 {
+    /// The reserved bits.
+    pub(super) fn reserved(self) -> u64 {
         self.0 & !OFFSET_MASK & !STATE_MASK
     }
 }
@@ -100,6 +134,8 @@ pub(super) struct Numbering {
     pub(super) blocks: u64,
     /// Blocks of a chunk; a power of two.
     chunk_ratio: u64,
+    /// There is a parent, and bitmaps with it.
+    has_parent: bool,
 }
 
 impl Numbering {
@@ -108,6 +144,7 @@ impl Numbering {
         Self {
             blocks: parameters.geometry.size.div_ceil(parameters.block_size),
             chunk_ratio: chunk / parameters.block_size,
+            has_parent: parameters.kind == Kind::Differencing,
         }
     }
 
@@ -116,23 +153,40 @@ impl Numbering {
         block + block / self.chunk_ratio
     }
 
-    /// Entries in use by a disk without parent.
+    /// Entries in use.
     pub(super) fn entries(self) -> u64 {
-        self.entry(self.blocks - 1) + 1
+        if self.has_parent {
+            self.entries_with_bitmaps()
+        } else {
+            self.entry(self.blocks - 1) + 1
+        }
     }
 
-    /// Entries that the same disk would use with a parent; what a new table has room for.
+    /// Entries that a disk with a parent uses; what every new table has room for.
     pub(super) fn entries_with_bitmaps(self) -> u64 {
         self.blocks.div_ceil(self.chunk_ratio) * (self.chunk_ratio + 1)
     }
 
-    /// The block of an entry, or nothing for a bitmap's.
-    fn block(self, entry: u64) -> Option<u64> {
+    /// What an entry stands for.
+    pub(super) fn role(self, entry: u64) -> Role {
         let (chunk, within) = (
             entry / (self.chunk_ratio + 1),
             entry % (self.chunk_ratio + 1),
         );
-        (within < self.chunk_ratio).then_some(chunk * self.chunk_ratio + within)
+        let block = chunk * self.chunk_ratio + within;
+        if within == self.chunk_ratio {
+            Role::Bitmap
+        } else if block < self.blocks {
+            Role::Block(block)
+        } else {
+            Role::Padding
+        }
+    }
+
+    /// The entry of the bitmap of `block`, and at which byte of the bitmap its bits begin.
+    pub(super) fn bitmap(self, block: u64) -> (u64, u64) {
+        let entry = block / self.chunk_ratio * (self.chunk_ratio + 1) + self.chunk_ratio;
+        (entry, block % self.chunk_ratio * (MIB / self.chunk_ratio))
     }
 }
 
@@ -177,9 +231,26 @@ impl Bat {
         Entry(self.slot(block).load(Ordering::Acquire))
     }
 
-    /// Where `block` is, if it is in the file.
+    /// Where `block` is, if all of it is in the file.
     pub(super) fn location(&self, block: u64) -> Option<u64> {
         self.get(block).location()
+    }
+
+    /// Where the bytes of `block` are.
+    pub(super) fn source(&self, block: u64) -> Source {
+        let entry = self.get(block);
+        match entry.state() {
+            Some(State::FullyPresent) => Source::File(entry.offset()),
+            Some(State::PartiallyPresent) => Source::Mixed(entry.offset()),
+            Some(State::NotPresent) if self.numbering.has_parent => Source::Parent,
+            _ => Source::Zeros,
+        }
+    }
+
+    /// The file offset of the first bit of `block`, one that is partially present.
+    pub(super) fn bits(&self, block: u64) -> u64 {
+        let (entry, within) = self.numbering.bitmap(block);
+        Entry(self.entries[to_usize(entry)].load(Ordering::Acquire)).offset() + within
     }
 
     /// Publishes a new entry of `block`.
@@ -192,19 +263,14 @@ impl Bat {
     pub(super) fn end(&self, block_size: u64, limit: u64) -> u64 {
         let ends = (0..self.numbering.entries()).filter_map(|number| {
             let entry = Entry(self.entries[to_usize(number)].load(Ordering::Acquire));
-            let len = match (entry.state()?, self.numbering.block(number)) {
-                (State::NotPresent | State::Zero, _) => return None,
-                (_, None) => MIB,
-                (_, Some(_)) => block_size,
+            let len = match (entry.state()?, self.numbering.role(number)) {
+                (State::NotPresent | State::Zero, _) | (_, Role::Padding) => return None,
+                (_, Role::Bitmap) => MIB,
+                (_, Role::Block(_)) => block_size,
             };
             (entry.offset() != 0).then(|| entry.offset().saturating_add(len))
         });
         ends.filter(|&end| end <= limit).max().unwrap_or(0)
-    }
-
-    /// Each block's state.
-    pub(super) fn states(&self) -> impl Iterator<Item = State> {
-        (0..self.numbering.blocks).filter_map(|block| self.get(block).state())
     }
 
     /// The number of the page that holds the entry of `block`.
@@ -232,6 +298,15 @@ impl Bat {
     pub(super) fn put(&self, page: &mut Page, block: u64, entry: Entry) {
         let at = to_usize(self.numbering.entry(block) % ENTRIES_PER_PAGE * ENTRY_BYTES);
         page[at..at + 8].copy_from_slice(&entry.0.to_le_bytes());
+    }
+
+    fn has_bitmap(&self, block: u64) -> bool {
+        let (entry, _) = self.numbering.bitmap(block);
+        let entry = Entry(self.entries[to_usize(entry)].load(Ordering::Relaxed));
+        matches!(
+            entry.state(),
+            Some(State::FullyPresent | State::PartiallyPresent)
+        )
     }
 
     fn slot(&self, block: u64) -> &AtomicU64 {
@@ -275,25 +350,39 @@ impl Bat {
                 let place = self.offset + number * ENTRY_BYTES;
                 OpenError::corrupt("BAT", place, format!("entry {number}: {problem}"))
             };
+            let role = self.numbering.role(number);
+            if role == Role::Padding {
+                continue;
+            }
             if entry.reserved() != 0 {
                 return Err(corrupt(format!("reserved bits in {:#x}", entry.0)));
             }
-            let len = match (entry.state(), self.numbering.block(number)) {
-                (Some(State::FullyPresent), Some(_)) => block_size,
-                (Some(State::FullyPresent), None) => MIB,
+            let has_parent = self.numbering.has_parent;
+            let len = match (entry.state(), role) {
+                (Some(State::PartiallyPresent), Role::Block(block)) if has_parent => {
+                    if !self.has_bitmap(block) {
+                        return Err(corrupt("its sector bitmap is not there".into()));
+                    }
+                    block_size
+                }
+                (Some(State::FullyPresent), Role::Block(_)) => block_size,
+                // Microsoft's own parser takes either state for a bitmap.
+                (Some(State::PartiallyPresent), Role::Bitmap) if has_parent => MIB,
+                (Some(State::FullyPresent), Role::Bitmap) => MIB,
                 (None | Some(State::PartiallyPresent), _) => {
                     return Err(corrupt(format!("state {}", entry.0 & STATE_MASK)));
                 }
                 _ => continue,
             };
-            let last = number + 1 == used;
+            let last = role == Role::Block(self.numbering.blocks - 1);
             taken
                 .take_block(Extent::new(entry.offset(), len), last)
                 .map_err(corrupt)?;
         }
-        for (_, entry) in words() {
+        for (number, entry) in words() {
+            let is_block = matches!(self.numbering.role(number), Role::Block(_));
             // A place kept by an undefined or unmapped block must not be given away; one that cannot be is no promise.
-            if matches!(entry.state(), Some(State::Undefined | State::Unmapped)) {
+            if is_block && matches!(entry.state(), Some(State::Undefined | State::Unmapped)) {
                 let _ = taken.take_block(Extent::new(entry.offset(), block_size), false);
             }
         }
@@ -335,8 +424,11 @@ mod tests {
         let five_gib = numbering(5 << 30, 32 * MIB, 512);
         assert_eq!(five_gib.blocks, 160);
         assert_eq!([127, 128].map(|block| five_gib.entry(block)), [127, 129]);
-        assert_eq!(five_gib.block(128), None);
-        assert_eq!(five_gib.block(129), Some(128));
+        assert_eq!(five_gib.role(128), Role::Bitmap);
+        assert_eq!(five_gib.role(129), Role::Block(128));
+        assert_eq!(five_gib.role(161), Role::Padding);
+        assert_eq!(five_gib.bitmap(127), (128, 127 * 8192));
+        assert_eq!(five_gib.bitmap(129), (257, 8192));
         assert_eq!(five_gib.entries(), 161);
         assert_eq!(five_gib.entries_with_bitmaps(), 258);
         let exactly_one_chunk = numbering(4 << 30, 32 * MIB, 512);
