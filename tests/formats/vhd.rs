@@ -198,7 +198,7 @@ fn other_programs_read_our_vhd_images() {
         change(&path, &raw, u64::from(options.block_size));
         assert_all_agree(&path, &raw, &story);
         // Larger: the table moves when there are many blocks more; and back to where data ends.
-        for size in [options.size + 512, 1 << 30, options.size + (10 << 20)] {
+        for size in [options.size + 512, 1 << 30, options.size + (20 << 20)] {
             let storage = FileStorage::open(&path, Access::ReadWrite).unwrap();
             vhd::resize(&storage, size).unwrap();
             reference.set_len(size).unwrap();
