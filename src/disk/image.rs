@@ -201,12 +201,8 @@ fn create_vhd(
             what: format!("sectors of {logical_sector} bytes"),
         });
     }
-    let kind = match options.kind {
-        None | Some(Kind::Dynamic) => vhd::Kind::Dynamic,
-        Some(Kind::Fixed) => vhd::Kind::Fixed,
-        Some(Kind::Differencing) => vhd::Kind::Differencing,
-    };
-    if let (vhd::Kind::Fixed, Some(block_size)) = (kind, options.block_size) {
+    let kind = options.kind.unwrap_or(Kind::Dynamic);
+    if let (Kind::Fixed, Some(block_size)) = (kind, options.block_size) {
         return Err(CreateError::Options {
             format: Format::Vhd,
             what: format!("blocks of {block_size} bytes when it is fixed"),

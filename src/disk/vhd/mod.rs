@@ -52,24 +52,13 @@ pub use format::Chs;
 pub use inspect::{Dynamic, FooterCopy, Inspection, ParentLocator, ParentName, inspect};
 pub use resize::{ResizeError, resize};
 
+pub use crate::disk::vhdx::Kind;
 use crate::storage::Storage;
 
 /// The first bytes of a footer, and of dynamic and differencing files.
 pub const SIGNATURE: &[u8; 8] = format::FOOTER_SIGNATURE;
 /// Block size of a new disk unless told otherwise, in bytes: what everybody chooses.
 pub const BLOCK_BYTES_DEFAULT: u32 = 2 * 1024 * 1024;
-
-/// How blocks get their space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// The disk's bytes one after the other, and a footer behind them.
-    Fixed,
-    /// A block takes space when it is first written.
-    Dynamic,
-    /// What is not in the file is in its parent.
-    Differencing,
-}
 
 /// What a new disk is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

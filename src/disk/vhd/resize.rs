@@ -7,7 +7,7 @@
 //! A cut at any step leaves the disk with its old size or with the new one, whole. Each arrow is a sync:
 //! ```text
 //!   dynamic, grow:   room cleared, table where it fits, old footer behind it -> header -> footer at the end -> its copy
-//!   dynamic, shrink: footer at the end -> its copy
+//!   dynamic, shrink: footer at the end -> its copy -> header
 //!   fixed, grow:     the old footer, with the old size, at the new end -> room cleared -> footer with the new size
 //!   fixed, shrink:   footer with the new size at the old end -> the same at the new end -> file cut off
 //! ```
@@ -25,6 +25,7 @@ use super::{
     create::check_size,
     error::OpenError,
     format::{Chs, FOOTER_BYTES, FOOTER_LEN, Footer, Header, WINDOWS},
+    header::Checked,
     open::{Image, Sparse},
 };
 
@@ -91,6 +92,11 @@ pub fn resize(storage: &dyn Storage, size: u64) -> Result<(), ResizeError> {
                 storage.write_at(at, &footer, Fua::No)?;
                 storage.sync()?;
             }
+            if size < image.size {
+                let entries = size.div_ceil(sparse.bat.block_size);
+                let header = &sparse.header;
+                write_header(storage, header, header.header.bat_offset, entries)?;
+            }
         }
     }
     Ok(())
@@ -126,24 +132,26 @@ fn make_room(storage: &dyn Storage, image: &Image, sparse: &Sparse, size: u64) -
         (table, table.end())
     };
     storage.sync()?;
-    let entries = u32::try_from(entries).expect("2040 GiB in the smallest blocks are 2^22");
-    let header = Header {
-        bat_offset: table.offset,
-        entries: entries.max(if tail == taken.limit {
-            header.header.entries
-        } else {
-            0
-        }),
+    write_header(storage, &sparse.header, table.offset, entries)?;
+    Ok(tail)
+}
+
+/// Makes the header name a table of `entries` at `bat_offset`: 7-Zip wants one entry for each block and no more.
+fn write_header(
+    storage: &dyn Storage,
+    header: &Checked,
+    bat_offset: u64,
+    entries: u64,
+) -> io::Result<()> {
+    let changed = Header {
+        bat_offset,
+        entries: u32::try_from(entries).expect("2040 GiB in the smallest blocks are 2^22"),
         ..header.header.clone()
     };
     // All that changed is in its first sector.
-    storage.write_at(
-        sparse.header.offset,
-        &header.encode()[..to_usize(SECTOR_BYTES)],
-        Fua::No,
-    )?;
-    storage.sync()?;
-    Ok(tail)
+    let sector = &changed.encode()[..to_usize(SECTOR_BYTES)];
+    storage.write_at(header.offset, sector, Fua::No)?;
+    storage.sync()
 }
 
 /// Where the first thing behind the table starts.

@@ -185,14 +185,14 @@ fn a_power_cut_at_any_step_loses_nothing_flushed() {
         run(&storage, &ops, &mut Model::new(), false).unwrap();
         let steps = power.steps() - before;
         for step in 0..=steps {
-            for seed in 0..4 {
+            for seed in 0..8 {
                 let power = Power::new();
                 let storage = blank(&power);
                 let mut model = Model::new();
                 power.cut_after(step);
                 let finished = run(&storage, &ops, &mut model, false).is_ok();
                 assert!(finished || step < steps);
-                power.restore(&mut kept(seed + step * 4));
+                power.restore(&mut kept(seed + step * 8));
                 let story = format!("history {history_seed}, cut after {step}, kept {seed}");
                 live_on(&storage, &mut model, true, &story);
             }
@@ -234,12 +234,12 @@ fn a_call_that_fails_once_at_any_step_does_no_harm() {
 #[test]
 fn an_image_is_complete_or_none_while_it_is_made() {
     for kind in [Kind::Dynamic, Kind::Fixed] {
-        for (step, seed) in (0..).flat_map(|step| (0..4).map(move |seed| (step, seed))) {
+        for (step, seed) in (0..).flat_map(|step| (0..64).map(move |seed| (step, seed))) {
             let power = Power::new();
             let storage = MemoryStorage::new(&power);
             power.cut_after(step);
             let made = create(storage.as_ref(), &options(SIZE, kind), ids().as_ref()).is_ok();
-            power.restore(&mut kept(step * 4 + seed));
+            power.restore(&mut kept(step * 64 + seed));
             match open(&storage) {
                 Ok(disk) => assert!(is_zero(&read_all(&disk))),
                 Err(OpenError::NotVhd) => assert!(!made),
@@ -255,29 +255,75 @@ fn an_image_is_complete_or_none_while_it_is_made() {
 /// Bytes under clear bits never show, whenever the bits are set.
 #[test]
 fn a_power_cut_while_gaps_are_filled_shows_nothing_in_them() {
-    for (step, seed) in (0..12).flat_map(|step| (0..8).map(move |seed| (step, seed))) {
+    for (step, seed) in (0..8).flat_map(|step| (0..16).map(move |seed| (step, seed))) {
         let power = Power::new();
         let storage = blank(&power);
         let disk = open(&storage).unwrap();
         disk.write_at(0, &[7; 8192], Fua::No).unwrap();
         let place = disk.blocks.as_ref().unwrap().bat.place(0).unwrap();
-        storage.write_at(place, &[0x0F; 128], Fua::No).unwrap();
+        storage.write_at(place, &[0x0F], Fua::No).unwrap();
         disk.close().unwrap();
         let disk = open(&storage).unwrap();
         power.cut_after(step);
-        let done = disk.write_at(2048, &[9; 512], Fua::Yes).is_ok();
-        power.restore(&mut kept(seed + step * 8));
+        let done = disk.write_at(1024, &[9; 512], Fua::Yes).is_ok();
+        power.restore(&mut kept(seed + step * 16));
         let bytes = read_all(&open(&storage).unwrap());
         for (sector, content) in bytes[..8192].chunks_exact(512).enumerate() {
             let byte = content[0];
             assert!(content.iter().all(|&other| other == byte));
-            let old = if sector % 8 < 4 { 0 } else { 7 };
-            let right = if sector == 4 { [old, 9] } else { [old, old] };
+            let old = if sector < 4 { 0 } else { 7 };
+            let right = if sector == 2 { [old, 9] } else { [old, old] };
             assert!(
                 right.contains(&byte),
                 "step {step}: sector {sector}: {byte}"
             );
-            assert!(sector != 4 || !done || byte == 9);
+            assert!(sector != 2 || !done || byte == 9);
+        }
+    }
+}
+
+/// The footer that was the end of the file becomes a part of a block, and nobody sees it there.
+#[test]
+fn a_power_cut_while_the_file_grows_shows_no_old_footer() {
+    let options = CreateOptions {
+        block_size: 1 << 20,
+        ..options(300 << 20, Kind::Dynamic)
+    };
+    for (step, seed) in (0..12).flat_map(|step| (0..16).map(move |seed| (step, seed))) {
+        let power = Power::new();
+        let storage = image(&power, &options);
+        let disk = open(&storage).unwrap();
+        let mut sectors = BTreeMap::new();
+        let mut write = |block: u64| {
+            sectors.insert(block * 2048, 3);
+            disk.write_at(block << 20, &[3; 512], Fua::No).is_ok()
+        };
+        let old_len = (0..255)
+            .map(|block| (write(block), storage.len().unwrap()).1)
+            .last();
+        disk.flush().unwrap();
+        power.cut_after(step);
+        let done = write(255);
+        power.restore(&mut kept(seed + step * 16));
+        let story = format!("cut after {step}, kept {seed}");
+        drop(disk);
+        let disk = open(&storage).unwrap();
+        let mut held = [0];
+        disk.read_at(255 << 20, &mut held).unwrap();
+        sectors.insert(255 * 2048, held[0]);
+        assert!([0, 3].contains(&held[0]));
+        assert_holds(&disk, &sectors, &story);
+        for block in 255..260u64 {
+            disk.write_at(block << 20, &[4; 512], Fua::No).unwrap();
+            sectors.insert(block * 2048, 4);
+        }
+        assert_holds(&disk, &sectors, &story);
+        if done {
+            assert!(
+                storage.len().unwrap() > old_len.unwrap() + (200 << 20),
+                "it grew"
+            );
+            break;
         }
     }
 }
