@@ -97,6 +97,27 @@ pub enum ParentsError {
     },
 }
 
+/// What a child in `folder` calls its parent at `parent`, both absolute and without links: the relative path as Windows
+/// writes it, `..\\base\\b.vhdx`. Nothing if a name is not text, or has a backslash in it.
+pub fn relative_path(folder: &Path, parent: &Path) -> Option<String> {
+    let names = |path: &Path| -> Option<Vec<String>> {
+        let parts = path.components();
+        parts
+            .map(|part| part.as_os_str().to_str().map(str::to_owned))
+            .collect()
+    };
+    let (from, to) = (names(folder)?, names(parent)?);
+    let shared = from.iter().zip(&to).take_while(|(a, b)| a == b).count();
+    let up = from.len() - shared;
+    let down = &to[shared..];
+    if down.is_empty() || down.iter().any(|name| name.contains('\\')) {
+        return None;
+    }
+    let start = if up == 0 { vec!["."] } else { vec![".."; up] };
+    let down = down.iter().map(String::as_str);
+    Some(start.into_iter().chain(down).collect::<Vec<_>>().join("\\"))
+}
+
 /// No parents: a differencing image is refused.
 #[derive(Clone, Copy, Debug)]
 pub struct NoParents;
@@ -301,6 +322,19 @@ mod tests {
     fn names(paths: &[&str]) -> Vec<Vec<String>> {
         let split = |path: &&str| path.split('/').map(str::to_owned).collect();
         paths.iter().map(split).collect()
+    }
+
+    #[test]
+    fn a_child_calls_its_parent_as_windows_would() {
+        let relative = |folder: &str, parent: &str| relative_path(folder.as_ref(), parent.as_ref());
+        let text = |text: &str| Some(text.to_owned());
+        assert_eq!(relative("/vm", "/vm/base.vhdx"), text(r".\base.vhdx"));
+        assert_eq!(relative("/vm", "/vm/a/b.vhdx"), text(r".\a\b.vhdx"));
+        assert_eq!(
+            relative("/vm/web/disks", "/vm/base/b.vhdx"),
+            text(r"..\..\base\b.vhdx")
+        );
+        assert_eq!(relative("/vm", r"/vm/a\b.vhdx"), None);
     }
 
     #[test]

@@ -36,7 +36,7 @@ use crate::{
     base::{
         checksum::is_zero,
         ids::Ids,
-        units::{BLOCK_BYTES, Extent, KIB, MIB, to_u64, to_usize},
+        units::{BLOCK_BYTES, Extent, MIB, to_u64, to_usize},
     },
     disk::{
         Access, Content, Disk, DiskError, Fua, Geometry, Opening,
@@ -45,8 +45,8 @@ use crate::{
     storage::{Storage, draft::Draft, file::FileStorage},
 };
 
-/// Bytes that a worker reads and writes at once: large enough that calls cost nothing, small enough for a cache.
-const PIECE_BYTES: u64 = 256 * KIB;
+/// Bytes that a worker reads and writes at once: large enough that a write past the page cache is worth its way.
+const PIECE_BYTES: u64 = MIB;
 /// Threads that read and write: one writes while another reads and a third waits for the disk.
 const WORKERS: usize = 3;
 /// Bytes written between two syncs.
@@ -200,7 +200,7 @@ pub fn convert(
         target: target.as_ref(),
         plan,
         file: draft.storage(),
-        cursor: Mutex::new(0),
+        cursor: Mutex::new(Cursor::default()),
         writing: Mutex::new(()),
         unsynced: AtomicU64::new(0),
         stop,
@@ -283,8 +283,8 @@ struct Copy<'a> {
     plan: &'a Conversion,
     /// The file of the target.
     file: Arc<dyn Storage>,
-    /// Where the next piece starts.
-    cursor: Mutex<u64>,
+    /// What the pieces are taken from next.
+    cursor: Mutex<Cursor>,
     /// Held by the one who writes.
     writing: Mutex<()>,
     /// Bytes written since a sync was asked for.
@@ -292,6 +292,22 @@ struct Copy<'a> {
     stop: &'a AtomicBool,
     /// A worker failed: the others end as well.
     failed: AtomicBool,
+}
+
+/// The rest of a run of the source.
+#[derive(Clone, Copy, Debug)]
+struct Cursor {
+    rest: Extent,
+    content: Content,
+}
+
+impl Default for Cursor {
+    fn default() -> Self {
+        Self {
+            rest: Extent::new(0, 0),
+            content: Content::Zero,
+        }
+    }
 }
 
 /// What a worker did: bytes of the disk passed, and bytes written for them.
@@ -373,16 +389,22 @@ impl Copy<'_> {
     /// The next run of zeros, or the next piece of data.
     fn next(&self) -> Result<Option<(Extent, Content)>, ConvertError> {
         let mut cursor = self.cursor.lock();
-        if *cursor >= self.source.geometry().size {
-            return Ok(None);
+        if cursor.rest.len == 0 {
+            let at = cursor.rest.offset;
+            if at >= self.source.geometry().size {
+                return Ok(None);
+            }
+            let (run, content) = self.source.run_at(at).map_err(|e| self.unread(e))?;
+            *cursor = Cursor { rest: run, content };
         }
-        let (mut run, content) = self.source.run_at(*cursor).map_err(|e| self.unread(e))?;
+        let Cursor { rest, content } = *cursor;
+        let mut piece = rest;
         if content == Content::Data {
-            let piece_end = (run.offset / PIECE_BYTES + 1) * PIECE_BYTES;
-            run.len = run.len.min(piece_end - run.offset);
+            let piece_end = (rest.offset / PIECE_BYTES + 1) * PIECE_BYTES;
+            piece.len = rest.len.min(piece_end - rest.offset);
         }
-        *cursor = run.end();
-        Ok(Some((run, content)))
+        cursor.rest = Extent::new(piece.end(), rest.len - piece.len);
+        Ok(Some((piece, content)))
     }
 
     /// Copies a piece but for its zeros, and counts what is written.
@@ -535,7 +557,7 @@ mod tests {
             target: &target,
             plan: &plan,
             file: Arc::clone(&storage) as _,
-            cursor: Mutex::new(0),
+            cursor: Mutex::new(Cursor::default()),
             writing: Mutex::new(()),
             unsynced: AtomicU64::new(0),
             stop,

@@ -43,7 +43,8 @@ impl Draft {
         };
         let path = folder.join(format!(".understudy-{}.part", id.simple()));
         Ok(Self {
-            storage: Arc::new(FileStorage::create_new(&path)?),
+            // It is written once and not read again.
+            storage: Arc::new(FileStorage::create_new(&path)?.written_aside(&path)),
             folder: File::open(folder)?,
             path,
             target: target.to_owned(),

@@ -20,7 +20,7 @@ pub(super) struct NewImage {
     /// Whether blocks take space when they are first written, or all from the beginning. Not for raw.
     #[arg(long, value_enum)]
     kind: Option<KindName>,
-    /// Unit of allocation: a power of two; VHDX 1M to 256M [default: 32M], dynamic VHD
+    /// Unit of allocation: a power of two; VHDX 1M to 256M [default: 32M, with a parent 2M], dynamic VHD
     /// 512K to 256M [default: 2M]. Not for raw.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     block_size: Option<u64>,

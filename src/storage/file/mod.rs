@@ -3,7 +3,7 @@
 //! I/O goes through the host's page cache. What is acknowledged therefore survives the death of the process, and a
 //! sync makes it survive a power cut; there is no alignment to keep and no second copy to align writes with.
 //!
-//! The exception are the long writes of a file opened with [`Open::WriteAside`]: see [`direct`].
+//! The exception are the long writes of a file that is written aside ([`FileStorage::written_aside`]): see [`direct`].
 
 mod direct;
 
@@ -60,6 +60,15 @@ impl FileStorage {
             .create_new(true)
             .open(path)?;
         Self::new(file, path, true)
+    }
+
+    /// The same file, at `path`, its long writes going past the page cache where the file system can do that.
+    #[must_use]
+    pub fn written_aside(self, path: &Path) -> Self {
+        Self {
+            direct: Direct::open(path),
+            ..self
+        }
     }
 
     /// Wraps a file that is open for reading.
@@ -242,11 +251,11 @@ impl Folder for FileFolder {
             }
         }
         let file = options.open(&path)?;
-        let mut storage = FileStorage::new(file, &path, how != Open::Read)?;
-        if how == Open::WriteAside {
-            storage.direct = Direct::open(&path);
-        }
-        Ok(Arc::new(storage))
+        let storage = FileStorage::new(file, &path, how != Open::Read)?;
+        Ok(Arc::new(match how {
+            Open::WriteAside => storage.written_aside(&path),
+            _ => storage,
+        }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
