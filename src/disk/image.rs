@@ -4,13 +4,10 @@ use std::{fmt, io, str::FromStr, sync::Arc};
 
 use super::{
     Access, Disk, Geometry,
-    raw::{RawDisk, RawError},
+    raw::{self, RawDisk, RawError},
     vhdx::{self, VhdxDisk},
 };
-use crate::{
-    base::{ids::Ids, limits::DISK_BYTES_MAX, units::SECTOR_BYTES},
-    storage::Storage,
-};
+use crate::{base::ids::Ids, storage::Storage};
 
 /// How a file stores a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -118,9 +115,8 @@ fn create_raw(
         what,
     };
     let size = geometry.size;
-    if size == 0 || size > DISK_BYTES_MAX || !size.is_multiple_of(SECTOR_BYTES) {
-        return Err(refuse(format!("a size of {size} bytes")));
-    }
+    raw::check_size(size)
+        .map_err(|problem| refuse(format!("a size of {size} bytes: {problem}")))?;
     if let Some(block_size) = block_size {
         return Err(refuse(format!("blocks of {block_size} bytes")));
     }

@@ -5,12 +5,14 @@
 
 pub mod image;
 pub mod raw;
+mod resize;
 pub mod vhdx;
 
 use std::{fmt, io};
 
 use crate::base::units::Extent;
 pub use crate::storage::{Access, Fua, Space};
+pub use resize::ResizeError;
 
 /// The fixed properties of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -38,7 +40,7 @@ pub enum DiskError {
     /// The storage below failed.
     #[error("{operation} failed at disk offset {offset:#x}")]
     Io {
-        /// The guest's operation: `read`, `write`, `zero`, `flush`.
+        /// The guest's operation: `read`, `write`, `zero`, `flush`, `resize`.
         operation: &'static str,
         /// First byte of the run concerned.
         offset: u64,
@@ -100,3 +102,6 @@ pub fn check_run(offset: u64, len: usize, size: u64) -> Result<Extent, DiskError
         _ => Err(DiskError::OutOfRange { run, size }),
     }
 }
+
+#[cfg(test)]
+pub(crate) mod enumeration;

@@ -18,7 +18,7 @@
 //! # Crash contract
 //! Order of what is made durable in a session; each arrow is a sync or a forced write:
 //! ```text
-//!   open dirty:  new FileWriteGuid -> pages replayed -> LogGuid nil, in both headers
+//!   open dirty:  new FileWriteGuid -> log entries -> pages replayed -> LogGuid nil, in both headers
 //!   first write: new FileWriteGuid and DataWriteGuid, in both headers -> unused end of the file cut off
 //!   first log:   empty entry -> LogGuid in both headers
 //!   flush:       payload and log entries, together

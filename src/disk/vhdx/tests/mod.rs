@@ -1,6 +1,7 @@
 //! Tests of the whole disk over storage in memory: against a model, through power cuts, and with hostile bytes.
 
 mod crash;
+mod enumeration;
 mod hostile;
 mod model;
 mod threads;
@@ -13,7 +14,7 @@ use std::sync::{
 use super::*;
 use crate::{
     base::ids::{Ids, SeededIds},
-    disk::{Access, Disk},
+    disk::{Access, Disk, enumeration::Random},
     storage::Storage,
 };
 
@@ -43,17 +44,4 @@ fn read_all(disk: &impl Disk) -> Vec<u8> {
     let mut bytes = vec![0xAA; len];
     disk.read_at(0, &mut bytes).unwrap();
     bytes
-}
-
-/// `SplitMix64`.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % limit
-    }
 }

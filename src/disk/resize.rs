@@ -1,0 +1,29 @@
+//! Why a disk is not resized.
+
+use super::DiskError;
+
+/// Why a disk keeps its size.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// No disk of the format can be that large.
+    #[error("a disk of this format cannot have {size} bytes: {problem}")]
+    Size {
+        /// The size asked for, in bytes.
+        size: u64,
+        /// Which rule it breaks.
+        problem: String,
+    },
+    /// There is, or may be, data behind the new end.
+    #[error(
+        "the disk cannot shrink to {size} bytes: there is data behind; {smallest} bytes is the smallest size"
+    )]
+    InUse {
+        /// The size asked for, in bytes.
+        size: u64,
+        /// The smallest size that loses nothing, in bytes.
+        smallest: u64,
+    },
+    /// The disk or the file below failed. The size is the old one or, after a power cut, perhaps the new one.
+    #[error("resizing the disk failed")]
+    Disk(#[from] DiskError),
+}

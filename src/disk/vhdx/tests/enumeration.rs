@@ -1,0 +1,113 @@
+//! Every cut of short stories, and of some long ones: see [`crate::disk::enumeration`].
+
+use std::{path::Path, process::Command};
+
+use super::*;
+use crate::{
+    base::{checksum::Sha256, units::Extent},
+    disk::{
+        Fua, Space,
+        enumeration::{Enumeration, Op, Refused, Subject},
+    },
+};
+
+const SIZE: u64 = (2 << 20) + 4096;
+
+struct Vhdx(Kind);
+
+impl Subject for Vhdx {
+    type Disk = VhdxDisk;
+
+    fn create(&self, storage: &dyn Storage) {
+        create(storage, &options(SIZE, self.0), ids().as_ref()).unwrap();
+    }
+
+    fn open(&self, storage: Arc<dyn Storage>, access: Access) -> Result<VhdxDisk, Refused> {
+        VhdxDisk::open(storage, access, ids()).map_err(|error| match error {
+            OpenError::NotVhdx => Refused::NoImage,
+            error => Refused::Damaged(error.to_string()),
+        })
+    }
+
+    fn resize(&self, disk: VhdxDisk, _: &Arc<dyn Storage>, _: u64) -> VhdxDisk {
+        disk
+    }
+
+    fn second_opinion(&self, file: &Path, bytes: &[u8]) -> Option<Result<(), String>> {
+        let tool = dumper()?;
+        let run = |mode: &[&str]| {
+            let output = Command::new("python3")
+                .arg(&tool)
+                .args(mode)
+                .arg(file)
+                .output();
+            let output = output.expect("the dumper runs");
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        let told = run(&[]);
+        let mut sum = Sha256::default();
+        sum.update(bytes);
+        let held = sum.finish().to_string();
+        // A header that was being written may be torn: that is why there are two.
+        let wrong = told.lines().find(|line| {
+            line.contains("!!")
+                && !line.contains("header1 invalid")
+                && !line.contains("header2 invalid")
+        });
+        Some(match wrong {
+            Some(_) => Err(told),
+            None if run(&["--sha"]).starts_with(&held) => Ok(()),
+            None => Err(format!("{told}it reads another content")),
+        })
+    }
+}
+
+fn dumper() -> Option<std::path::PathBuf> {
+    let shared = std::env::var_os("UNDERSTUDY_SHARED").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"),
+        std::path::PathBuf::from,
+    );
+    let tool = shared.join("tools/vhdx_dump.py");
+    if !tool.exists() {
+        eprintln!(
+            "SKIPPED: no second opinion, {} is not there",
+            tool.display()
+        );
+        return None;
+    }
+    Some(tool)
+}
+
+const fn sectors(at: u64, count: u64) -> Extent {
+    Extent::new(at, count * 512)
+}
+
+/// What a guest does, to two blocks and their border.
+const OPS: [Op; 9] = [
+    Op::Write(sectors(0, 9), Fua::No),
+    Op::Write(sectors(512, 1), Fua::Yes),
+    Op::Write(sectors((1 << 20) - 512, 2), Fua::No),
+    Op::Zero(Extent::new(0, 1 << 20), Space::Release, Fua::No),
+    Op::Zero(Extent::new(0, SIZE), Space::Release, Fua::Yes),
+    Op::Flush,
+    Op::Reopen,
+    Op::Kill,
+    Op::Zero(sectors(1024, 2), Space::Keep, Fua::No),
+];
+
+#[test]
+fn every_cut_of_every_short_story_of_a_dynamic_disk() {
+    let enumeration = Enumeration::new(&Vhdx(Kind::Dynamic), 8, 4096);
+    enumeration.all_stories(&OPS, 3);
+    eprintln!("dynamic disk: {}", enumeration.counts());
+}
+
+#[test]
+fn every_cut_while_an_image_is_made() {
+    for kind in [Kind::Dynamic, Kind::Fixed] {
+        let subject = Vhdx(kind);
+        let enumeration = Enumeration::new(&subject, 1, 1);
+        enumeration.creation(SIZE);
+        eprintln!("new {kind:?} image: {}", enumeration.counts());
+    }
+}
