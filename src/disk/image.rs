@@ -52,6 +52,17 @@ pub enum CreateError {
     },
 }
 
+/// Why the disk in an image keeps its size.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// The image does not open.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The disk in it cannot have that size, or something failed.
+    #[error(transparent)]
+    Resize(#[from] super::ResizeError),
+}
+
 /// A text that names no format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no image format is called {0:?}; there are raw and vhdx")]
@@ -101,6 +112,25 @@ pub fn create(
                 physical_sector: geometry.physical_sector,
             };
             Ok(vhdx::create(storage, &options, ids)?)
+        }
+    }
+}
+
+/// Gives the disk in the closed image in `storage` another size, in bytes, durably: larger, or smaller by what holds no
+/// data. After a power cut the disk has the old size or the new one.
+pub fn resize(
+    storage: Arc<dyn Storage>,
+    format: Format,
+    size: u64,
+    ids: Arc<dyn Ids>,
+) -> Result<(), ResizeError> {
+    match format {
+        Format::Raw => Ok(raw::resize(storage.as_ref(), size)?),
+        Format::Vhdx => {
+            let disk = VhdxDisk::open(storage, Access::ReadWrite, ids).map_err(OpenError::from)?;
+            disk.resize(size)?;
+            disk.close().map_err(super::ResizeError::from)?;
+            Ok(())
         }
     }
 }

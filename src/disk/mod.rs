@@ -14,7 +14,7 @@ use crate::base::units::Extent;
 pub use crate::storage::{Access, Fua, Space};
 pub use resize::ResizeError;
 
-/// The fixed properties of a disk.
+/// The properties of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Geometry {
     /// Bytes that the guest sees; a multiple of the logical sector size.
@@ -71,7 +71,8 @@ pub enum DiskError {
 /// the process; after [`flush`](Disk::flush), or with [`Fua::Yes`], a power cut as well. After a failed flush the disk
 /// stops: every later write and flush fails.
 pub trait Disk: Send + Sync + fmt::Debug {
-    /// Fixed properties.
+    /// Its properties. The sectors never change; the size does when somebody resizes the disk while it is open, so it is
+    /// one atomic load in a format that can. Whoever needs it twice in one operation asks once.
     fn geometry(&self) -> Geometry;
 
     /// Fills `buf` from `offset`.

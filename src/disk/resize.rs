@@ -15,7 +15,7 @@ pub enum ResizeError {
     },
     /// There is, or may be, data behind the new end.
     #[error(
-        "the disk cannot shrink to {size} bytes: there is data behind; {smallest} bytes is the smallest size"
+        "the disk cannot shrink to {size} bytes: what lies behind is in use, {smallest} bytes is the smallest size"
     )]
     InUse {
         /// The size asked for, in bytes.

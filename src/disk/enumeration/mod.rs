@@ -19,16 +19,16 @@ use std::{
     fmt,
     ops::{AddAssign, Range},
     path::Path,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 
 use model::{Held, Model, read};
 
 use crate::{
-    base::units::{Extent, to_u64, to_usize},
+    base::{
+        checksum::crc32c_of,
+        units::{Extent, to_u64, to_usize},
+    },
     disk::{Access, Disk, Fua, Space},
     storage::{
         Storage,
@@ -40,6 +40,8 @@ use crate::{
 const WHOLE_SUBSETS_MAX: usize = 6;
 /// Subsets at random of more than that.
 const RANDOM_SUBSETS: usize = 24;
+/// Largest disk that is shown to another program, in bytes: that reads all of it.
+const SHOWN_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of the unit in which a disk's content is followed.
 pub(crate) const SECTOR: u64 = 512;
 
@@ -103,7 +105,6 @@ pub(crate) struct Enumeration<'a, S> {
     continued_every: u64,
     /// One image in so many is shown to another program.
     shown_every: u64,
-    turns: AtomicU64,
     totals: Mutex<Counts>,
 }
 
@@ -123,7 +124,6 @@ impl<'a, S: Subject> Enumeration<'a, S> {
             subject,
             continued_every,
             shown_every,
-            turns: AtomicU64::new(1),
             totals: Mutex::default(),
         }
     }
@@ -268,8 +268,8 @@ impl<'a, S: Subject> Enumeration<'a, S> {
     }
 
     fn cut(&self, cut: &Cut, model: &Model, counts: &mut Counts, story: &str) {
-        for fates in fates(cut, counts) {
-            let turn = self.turns.fetch_add(1, Ordering::Relaxed);
+        let first = u64::from(crc32c_of(&[story.as_bytes()]));
+        for (turn, fates) in (first..).zip(fates(cut, counts)) {
             let image = cut.image(|index| fates[index]);
             let story = format!("{story}: {fates:?}");
             let reader = self.open(Arc::clone(&image) as _, Access::ReadOnly, &story);
@@ -288,9 +288,9 @@ impl<'a, S: Subject> Enumeration<'a, S> {
         }
     }
 
-    /// Writes a sector of each block, and some more, and finds exactly that after a clean close.
+    /// Writes a sector here and there and finds exactly that after a clean close.
     fn go_on(&self, disk: &S::Disk, image: &Arc<MemoryStorage>, mut held: Held, story: &str) {
-        for at in (0..held.size).step_by(1 << 20) {
+        for at in (0..held.size.min(8 << 20)).step_by(1 << 20) {
             let run = Extent::new(at + 5 * SECTOR, SECTOR);
             if run.end() <= held.size {
                 let tag = u64::MAX - at;
@@ -310,10 +310,14 @@ impl<'a, S: Subject> Enumeration<'a, S> {
     }
 
     fn show(&self, image: &MemoryStorage, disk: &S::Disk, counts: &mut Counts, story: &str) {
+        if disk.geometry().size > SHOWN_BYTES_MAX {
+            return;
+        }
         let mut file = tempfile::NamedTempFile::new().unwrap();
         image.write_to(file.as_file_mut()).unwrap();
         let mut bytes = vec![0; to_usize(disk.geometry().size)];
-        disk.read_at(0, &mut bytes).unwrap();
+        disk.read_at(0, &mut bytes)
+            .unwrap_or_else(|error| panic!("{story}: reading it: {error:?}"));
         if let Some(opinion) = self.subject.second_opinion(file.path(), &bytes) {
             opinion.unwrap_or_else(|problem| panic!("{story}: another program: {problem}"));
             counts.second_opinions += 1;

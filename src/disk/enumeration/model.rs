@@ -62,6 +62,8 @@ impl Model {
             }
             Op::Write(..) | Op::Zero(..) | Op::Kill => {}
             Op::Flush | Op::Reopen => after.cut.clone_from(&self.now),
+            // Refused, or as large as that already: nothing was done.
+            Op::Resize(_) if self.sizes == [size] => {}
             Op::Resize(_) => {
                 during.sizes.push(size);
                 after.sizes = vec![size];
@@ -138,6 +140,12 @@ pub(super) fn read(disk: &impl Disk, story: &str) -> Held {
         );
         at = run.end();
         if kind == Content::Zero {
+            for edge in [run.offset, run.end() - SECTOR] {
+                let mut bytes = vec![0xAA; to_usize(SECTOR)];
+                disk.read_at(edge, &mut bytes)
+                    .unwrap_or_else(|error| panic!("{story}: {edge:#x}: {error:?}"));
+                assert!(is_zero(&bytes), "{story}: {edge:#x} is not zero");
+            }
             continue;
         }
         let mut bytes = vec![0xAA; to_usize(run.len)];

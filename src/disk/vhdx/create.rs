@@ -59,9 +59,7 @@ pub fn create(
         return Err(CreateError::NotEmpty(len));
     }
     let numbering = Numbering::new(&parameters);
-    // Room for sector bitmaps too, so that the disk can get a parent later.
-    let bat_len = (numbering.entries_with_bitmaps() * ENTRY_BYTES).next_multiple_of(MIB);
-    let bat = Extent::new(BAT_OFFSET, bat_len);
+    let bat = Extent::new(BAT_OFFSET, numbering.region_len());
     let end = match options.kind {
         Kind::Dynamic => bat.end(),
         Kind::Fixed => bat.end() + numbering.blocks * parameters.block_size,

@@ -2,7 +2,10 @@
 
 use std::{
     fmt, io,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
@@ -36,7 +39,10 @@ const DATA_BLOCKS_PER_RUN: u64 = 256;
 /// A disk in a VHDX image.
 pub struct VhdxDisk {
     pub(super) storage: Arc<dyn Storage>,
+    /// As they were when the image was opened.
     pub(super) parameters: Parameters,
+    /// Bytes of the disk now; changed while all stripes are held.
+    pub(super) size: AtomicU64,
     pub(super) access: Access,
     pub(super) bat: Bat,
     pub(super) space: Space,
@@ -47,7 +53,7 @@ pub struct VhdxDisk {
     /// The checkpoint under way: the log position whose pages are in place, but not yet durably.
     pub(super) checkpoint: Mutex<Option<u64>>,
     /// One past the log and the regions: the file is never shorter.
-    pub(super) fixed_end: u64,
+    pub(super) fixed_end: AtomicU64,
     /// Why nothing may be written any more.
     pub(super) stopped: OnceLock<String>,
 }
@@ -80,20 +86,16 @@ impl VhdxDisk {
             regions,
             parameters,
             bat,
-            taken,
             fixed_end,
             len,
             ..
-        } = Image::read(storage, &replay)?;
-        let gaps = match access {
-            Access::ReadWrite => taken.gaps(parameters.block_size),
-            Access::ReadOnly => Vec::new(),
-        };
-        let space = Space::new(parameters.block_size, len, taken.end(), gaps);
+        } = Image::read_start(storage, &replay)?;
+        let space = Space::new(parameters.block_size, len);
         let journal = Journal::new(Arc::clone(&storage), ids, headers, regions.repair);
         Ok(Self {
             storage,
             parameters,
+            size: AtomicU64::new(parameters.geometry.size),
             access,
             bat,
             space,
@@ -101,7 +103,7 @@ impl VhdxDisk {
             flights: Flights::default(),
             stripes: [const { Mutex::new(()) }; STRIPES],
             checkpoint: Mutex::new(None),
-            fixed_end,
+            fixed_end: AtomicU64::new(fixed_end),
             stopped: OnceLock::new(),
         })
     }
@@ -119,6 +121,11 @@ impl VhdxDisk {
     /// The identity that a guest sees (SCSI vital product data, page 0x83).
     pub fn disk_id(&self) -> Uuid {
         self.parameters.disk_id
+    }
+
+    /// Bytes of the disk now.
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
     }
 
     /// Nothing may be written from now on, because of `reason`.
@@ -158,10 +165,31 @@ impl VhdxDisk {
         if self.journal.has_begun() {
             return Ok(());
         }
+        self.know_space().map_err(failed("write", 0))?;
         self.journal.begin(&self.space).map_err(|source| {
             self.stop("the headers of the image cannot be written");
             failed("write", 0)(source)
         })
+    }
+
+    /// Where `block` is, if it is in the file; `operation` wants to know for the sake of disk offset `at`.
+    pub(super) fn locate(
+        &self,
+        block: u64,
+        operation: &'static str,
+        at: u64,
+    ) -> Result<Option<u64>, DiskError> {
+        self.bat.location(block).map_err(failed(operation, at))
+    }
+
+    /// Reads the rest of the table, which tells what space is free. Nothing is written before that.
+    pub(super) fn know_space(&self) -> io::Result<()> {
+        // Whoever comes second waits until the first has told the space.
+        let _checkpoint = self.checkpoint.lock();
+        if let Some(taken) = self.bat.complete().map_err(OpenError::into_io)? {
+            self.space.begin(&taken);
+        }
+        Ok(())
     }
 
     /// Reads from a place in the file; what the file is too short for reads as zeros.
@@ -176,16 +204,12 @@ impl VhdxDisk {
         self.storage.read_at(offset, stored)
     }
 
-    /// The run of one kind at `offset` that one block or its absence explains.
-    fn piece_at(&self, offset: u64) -> io::Result<(u64, Content)> {
-        let Parameters {
-            geometry,
-            block_size,
-            ..
-        } = self.parameters;
+    /// The run of one kind at `offset` of a disk of `size` bytes that one block or its absence explains.
+    fn piece_at(&self, offset: u64, size: u64) -> io::Result<(u64, Content)> {
+        let block_size = self.parameters.block_size;
         let within = offset % block_size;
-        let end = (offset - within + block_size).min(geometry.size);
-        let Some(place) = self.bat.location(offset / block_size) else {
+        let end = (offset - within + block_size).min(size);
+        let Some(place) = self.bat.location(offset / block_size)? else {
             return Ok((end, Content::Zero));
         };
         let at = place + within;
@@ -202,18 +226,22 @@ impl VhdxDisk {
 
 impl Disk for VhdxDisk {
     fn geometry(&self) -> Geometry {
-        self.parameters.geometry
+        Geometry {
+            size: self.size(),
+            ..self.parameters.geometry
+        }
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
-        let run = check_run(offset, buf.len(), self.parameters.geometry.size)?;
+        let run = check_run(offset, buf.len(), self.size())?;
         let _flight = self.flights.start();
         for piece in self.pieces(run) {
             let part = &mut buf[to_usize(piece.done)..to_usize(piece.done + piece.len)];
-            match self.bat.location(piece.block) {
+            let at = offset + piece.done;
+            match self.locate(piece.block, "read", at)? {
                 Some(place) => self
                     .read_place(place + piece.within, part)
-                    .map_err(failed("read", offset + piece.done))?,
+                    .map_err(failed("read", at))?,
                 None => part.fill(0),
             }
         }
@@ -221,11 +249,12 @@ impl Disk for VhdxDisk {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> Result<(), DiskError> {
-        let run = check_run(offset, buf.len(), self.parameters.geometry.size)?;
+        let run = check_run(offset, buf.len(), self.size())?;
         self.begin_write()?;
         let flight = self.flights.start();
         for piece in self.pieces(run) {
-            let place = match self.bat.location(piece.block) {
+            let at = offset + piece.done;
+            let place = match self.locate(piece.block, "write", at)? {
                 Some(place) => place,
                 None => self.allocate(piece.block)?,
             };
@@ -236,7 +265,7 @@ impl Disk for VhdxDisk {
                     if fua == Fua::Yes {
                         self.stop_unless_full(&source);
                     }
-                    failed("write", offset + piece.done)(source)
+                    failed("write", at)(source)
                 })?;
         }
         drop(flight);
@@ -248,7 +277,7 @@ impl Disk for VhdxDisk {
     }
 
     fn zero(&self, run: Extent, space: Keeping, fua: Fua) -> Result<(), DiskError> {
-        check_run(run.offset, to_usize(run.len), self.parameters.geometry.size)?;
+        check_run(run.offset, to_usize(run.len), self.size())?;
         self.begin_write()?;
         self.zero_run(run, space)?;
         match fua {
@@ -262,11 +291,11 @@ impl Disk for VhdxDisk {
     }
 
     fn run_at(&self, offset: u64) -> Result<(Extent, Content), DiskError> {
-        let size = self.parameters.geometry.size;
+        let size = self.size();
         check_run(offset, 1, size)?;
         let _flight = self.flights.start();
         let reading = failed("read", offset);
-        let piece_at = |at| self.piece_at(at);
+        let piece_at = |at| self.piece_at(at, size);
         let found = (|| -> io::Result<_> {
             let (mut end, content) = piece_at(offset)?;
             let limit = match content {

@@ -2,8 +2,8 @@
 //!
 //! Reading order: `format` is the bytes; `header`, `region`, `metadata` and `bat` check them; `log` replays and writes
 //! metadata; `open` puts these together; `space` finds room; `flight` knows who is still looking at an old place; `disk`
-//! is the disk, `write` how blocks come and go, `flush` how all of it becomes durable; `create` makes new files and
-//! `inspect` tells what is in one.
+//! is the disk, `write` how blocks come and go, `resize` how the disk does, `flush` how all of it becomes durable; `create`
+//! makes new files and `inspect` tells what is in one.
 //!
 //! # A write's journey
 //! ```text
@@ -23,6 +23,7 @@
 //!   first log:   empty entry -> LogGuid in both headers
 //!   flush:       payload and log entries, together
 //!   checkpoint:  log entries -> pages in place -> entry with the new tail -> ring space used again
+//!   resize:      log emptied -> what is not looked at yet -> entry with the new size (see `resize`)
 //!   close:       log entries -> pages in place -> LogGuid nil -> unused end of the file cut off
 //! ```
 //! Therefore: a power cut loses nothing flushed, and of the rest each sector is old or new. The death of the process
@@ -46,6 +47,7 @@ mod metadata;
 mod occupancy;
 mod open;
 mod region;
+mod resize;
 mod space;
 mod write;
 

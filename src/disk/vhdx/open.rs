@@ -45,7 +45,6 @@ pub(super) struct Image {
     pub(super) regions: Regions,
     pub(super) parameters: Parameters,
     pub(super) bat: Bat,
-    pub(super) taken: Occupancy,
     /// One past the log and the regions.
     pub(super) fixed_end: u64,
     /// Length of the file.
@@ -53,8 +52,18 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// Reads the file in `storage`.
+    /// Reads the file in `storage`, all of it.
     pub(super) fn read(
+        storage: Arc<dyn Storage>,
+        replay: &Replaying<'_>,
+    ) -> Result<Self, OpenError> {
+        let image = Self::read_start(storage, replay)?;
+        image.bat.complete()?;
+        Ok(image)
+    }
+
+    /// Reads the file in `storage`, of a large table only the start: see [`super::bat`].
+    pub(super) fn read_start(
         storage: Arc<dyn Storage>,
         replay: &Replaying<'_>,
     ) -> Result<Self, OpenError> {
@@ -75,7 +84,7 @@ impl Image {
         take_places(&mut taken, log, &regions)?;
         let fixed_end = taken.end();
         let parameters = Parameters::read(storage.as_ref(), regions.metadata)?;
-        let bat = Bat::read(storage.as_ref(), regions.bat, &parameters, &mut taken)?;
+        let bat = Bat::read(Arc::clone(&storage), regions.bat, &parameters, taken)?;
         Ok(Self {
             storage,
             headers,
@@ -83,7 +92,6 @@ impl Image {
             regions,
             parameters,
             bat,
-            taken,
             fixed_end,
             len,
         })

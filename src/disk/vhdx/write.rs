@@ -5,11 +5,11 @@
 //! before it, whatever the time at which its bytes reach the old place, because nobody can look there any more and the
 //! place rests until the write has ended.
 
-use std::io;
+use std::{io, ops::Range};
 
 use crate::{
     base::units::{Extent, to_u64, to_usize},
-    disk::{DiskError, Space as Keeping},
+    disk::{DiskError, Space as Keeping, check_run},
 };
 
 use super::{
@@ -28,10 +28,12 @@ impl VhdxDisk {
     /// The place of `block`, which was absent a moment ago.
     pub(super) fn allocate(&self, block: u64) -> Result<u64, DiskError> {
         let _stripe = self.stripes[stripe(block)].lock();
-        if let Some(place) = self.bat.location(block) {
+        let offset = block * self.parameters.block_size;
+        // The disk may have shrunk since the caller looked; it does not while this is held.
+        check_run(offset, 1, self.size())?;
+        if let Some(place) = self.locate(block, "write", offset)? {
             return Ok(place);
         }
-        let offset = block * self.parameters.block_size;
         let place = self
             .space
             .take(self.storage.as_ref())
@@ -43,54 +45,100 @@ impl VhdxDisk {
         committed.map(|()| place)
     }
 
+    /// Places for all of some neighbouring blocks, which share no stripe.
+    pub(super) fn allocate_all(&self, blocks: Range<u64>) -> Result<(), DiskError> {
+        let _stripes: Vec<_> = blocks
+            .clone()
+            .map(|block| self.stripes[stripe(block)].lock())
+            .collect();
+        let offset = blocks.start * self.parameters.block_size;
+        let mut changes: Vec<BlockChange> = Vec::new();
+        let take = || {
+            for block in blocks {
+                if block < self.bat.blocks() && self.locate(block, "write", offset)?.is_none() {
+                    let place = self.space.take(self.storage.as_ref());
+                    let place = place.map_err(failed("write", offset))?;
+                    changes.push((block, Entry::present(place)));
+                }
+            }
+            Ok(())
+        };
+        let taken: Result<(), DiskError> = take();
+        if changes.is_empty() {
+            return taken;
+        }
+        let done = taken.and_then(|()| self.commit(&changes, offset));
+        if done.is_err() {
+            let places = changes.iter().filter_map(|(_, entry)| entry.location());
+            places.for_each(|place| self.space.give_back(place));
+        }
+        done
+    }
+
     /// Makes a run read as zeros.
     pub(super) fn zero_run(&self, run: Extent, space: Keeping) -> Result<(), DiskError> {
         let keeps = space == Keeping::Keep || self.parameters.kind == Kind::Fixed;
         let window_of = |block: u64| block / CHANGES_PER_REQUEST_MAX;
+        let size = self.size();
         let mut whole: Vec<u64> = Vec::new();
         for piece in self.pieces(run) {
             if whole
                 .first()
                 .is_some_and(|&first| window_of(first) != window_of(piece.block))
             {
-                self.discard(&whole)?;
+                if !self.discard(&whole, size)? {
+                    return self.zero_run(run, space);
+                }
                 whole.clear();
             }
-            if keeps || !self.is_whole(piece) {
+            if keeps || !self.is_whole(piece, size) {
                 self.zero_piece(run, piece, if keeps { Keeping::Keep } else { space })?;
-            } else if self.bat.location(piece.block).is_some() {
+            } else if self
+                .locate(piece.block, "zero", run.offset + piece.done)?
+                .is_some()
+            {
                 whole.push(piece.block);
             }
         }
-        self.discard(&whole)
+        if self.discard(&whole, size)? {
+            Ok(())
+        } else {
+            self.zero_run(run, space)
+        }
     }
 
     /// Zeros within a block that keeps its place.
     fn zero_piece(&self, run: Extent, piece: Piece, space: Keeping) -> Result<(), DiskError> {
         let _flight = self.flights.start();
-        let Some(place) = self.bat.location(piece.block) else {
+        let at = run.offset + piece.done;
+        let Some(place) = self.locate(piece.block, "zero", at)? else {
             return Ok(());
         };
         self.storage
             .zero(Extent::new(place + piece.within, piece.len), space)
-            .map_err(failed("zero", run.offset + piece.done))
+            .map_err(failed("zero", at))
     }
 
-    /// Gives up the places of whole blocks of one window.
-    fn discard(&self, blocks: &[u64]) -> Result<(), DiskError> {
+    /// Gives up the places of blocks of one window that are whole in a disk of `size` bytes. Does nothing, and says so, if
+    /// the disk has another size by now: its last block may have become longer.
+    fn discard(&self, blocks: &[u64], size: u64) -> Result<bool, DiskError> {
         let Some(&first) = blocks.first() else {
-            return Ok(());
+            return Ok(true);
         };
         let _stripes: Vec<_> = blocks
             .iter()
             .map(|&block| self.stripes[stripe(block)].lock())
             .collect();
-        let given_up: Vec<(u64, u64)> = blocks
-            .iter()
-            .filter_map(|&block| Some((block, self.bat.location(block)?)))
-            .collect();
+        if self.size() != size {
+            return Ok(false);
+        }
+        let mut given_up: Vec<(u64, u64)> = Vec::with_capacity(blocks.len());
+        for &block in blocks {
+            let at = block * self.parameters.block_size;
+            given_up.extend(self.locate(block, "zero", at)?.map(|place| (block, place)));
+        }
         if given_up.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let changes: Vec<BlockChange> = given_up
             .iter()
@@ -101,7 +149,7 @@ impl VhdxDisk {
         for (_, place) in given_up {
             self.space.discard(place, position);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Writes changes of the table, making room in the log if need be.
@@ -117,21 +165,32 @@ impl VhdxDisk {
             {
                 Ok(()) => return Ok(()),
                 Err(CommitError::Full) => self.make_room()?,
-                Err(CommitError::Failed(error)) => {
-                    return Err(failed("write", offset)(same(&error)));
-                }
-                Err(CommitError::Fatal(error)) => {
-                    self.stop("the log of the image cannot be started");
-                    return Err(failed("write", offset)(same(&error)));
-                }
+                Err(error) => return Err(self.commit_failed("write", offset, &error)),
             }
         }
     }
 
-    fn is_whole(&self, piece: Piece) -> bool {
+    /// What an entry that was not written means for `operation` at disk offset `at`.
+    pub(super) fn commit_failed(
+        &self,
+        operation: &'static str,
+        at: u64,
+        error: &CommitError,
+    ) -> DiskError {
+        failed(operation, at)(match error {
+            CommitError::Full => io::Error::other("the log of the image is full"),
+            CommitError::Failed(error) => same(error),
+            CommitError::Fatal(error) => {
+                self.stop("the log of the image cannot be started");
+                same(error)
+            }
+        })
+    }
+
+    fn is_whole(&self, piece: Piece, size: u64) -> bool {
         let block_size = self.parameters.block_size;
         let end = piece.block * block_size + piece.within + piece.len;
-        piece.within == 0 && (piece.len == block_size || end == self.parameters.geometry.size)
+        piece.within == 0 && (piece.len == block_size || end == size)
     }
 }
 

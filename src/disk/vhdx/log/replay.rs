@@ -200,7 +200,9 @@ impl Storage for Overlay {
         }
         let below = self.below.len()?.clamp(offset, end) - offset;
         let (stored, grown) = buf.split_at_mut(to_usize(below));
-        self.below.read_at(offset, stored)?;
+        if !stored.is_empty() {
+            self.below.read_at(offset, stored)?;
+        }
         grown.fill(0);
         for run in &self.replay.zeros {
             if let Some((part, _)) = part(buf, offset, *run) {

@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     base::{checksum::Sha256, units::Extent},
     disk::{
-        Fua, Space,
+        Fua, ResizeError, Space,
         enumeration::{Enumeration, Op, Refused, Subject},
     },
 };
@@ -29,8 +29,11 @@ impl Subject for Vhdx {
         })
     }
 
-    fn resize(&self, disk: VhdxDisk, _: &Arc<dyn Storage>, _: u64) -> VhdxDisk {
-        disk
+    fn resize(&self, disk: VhdxDisk, _: &Arc<dyn Storage>, size: u64) -> VhdxDisk {
+        match disk.resize(size) {
+            Ok(()) | Err(ResizeError::InUse { .. }) => disk,
+            Err(error) => panic!("{error:?}"),
+        }
     }
 
     fn second_opinion(&self, file: &Path, bytes: &[u8]) -> Option<Result<(), String>> {
@@ -84,22 +87,56 @@ const fn sectors(at: u64, count: u64) -> Extent {
 
 /// What a guest does, to two blocks and their border.
 const OPS: [Op; 9] = [
-    Op::Write(sectors(0, 9), Fua::No),
+    Op::Write(sectors((1 << 20) - 512, 9), Fua::No),
     Op::Write(sectors(512, 1), Fua::Yes),
-    Op::Write(sectors((1 << 20) - 512, 2), Fua::No),
     Op::Zero(Extent::new(0, 1 << 20), Space::Release, Fua::No),
     Op::Zero(Extent::new(0, SIZE), Space::Release, Fua::Yes),
     Op::Flush,
     Op::Reopen,
     Op::Kill,
-    Op::Zero(sectors(1024, 2), Space::Keep, Fua::No),
+    Op::Resize(SIZE - 4096),
+    Op::Resize(SIZE + (2 << 20)),
 ];
 
 #[test]
 fn every_cut_of_every_short_story_of_a_dynamic_disk() {
-    let enumeration = Enumeration::new(&Vhdx(Kind::Dynamic), 8, 4096);
+    let enumeration = Enumeration::new(&Vhdx(Kind::Dynamic), 16, 8192);
     enumeration.all_stories(&OPS, 3);
     eprintln!("dynamic disk: {}", enumeration.counts());
+}
+
+/// The region of the table has room for 128 GiB: it moves.
+#[test]
+fn every_cut_while_the_table_moves() {
+    let ops = [
+        Op::Write(sectors(512, 9), Fua::No),
+        Op::Zero(Extent::new(0, SIZE), Space::Release, Fua::No),
+        Op::Flush,
+        Op::Reopen,
+        Op::Resize(129 << 30),
+        Op::Resize(SIZE),
+    ];
+    let enumeration = Enumeration::new(&Vhdx(Kind::Dynamic), 16, 256);
+    for first in ops {
+        for last in ops {
+            enumeration.story(&[first, Op::Resize(129 << 30), last], 1);
+        }
+    }
+    eprintln!("moving table: {}", enumeration.counts());
+}
+
+#[test]
+fn every_cut_of_every_short_story_of_a_fixed_disk() {
+    let ops = [
+        Op::Write(sectors(512, 9), Fua::No),
+        Op::Zero(Extent::new(0, SIZE), Space::Release, Fua::Yes),
+        Op::Reopen,
+        Op::Resize(SIZE + (2 << 20)),
+        Op::Resize(SIZE - 4096),
+    ];
+    let enumeration = Enumeration::new(&Vhdx(Kind::Fixed), 8, 1024);
+    enumeration.all_stories(&ops, 3);
+    eprintln!("fixed disk: {}", enumeration.counts());
 }
 
 #[test]

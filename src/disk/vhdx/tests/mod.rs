@@ -3,6 +3,7 @@
 mod crash;
 mod enumeration;
 mod hostile;
+mod large;
 mod model;
 mod threads;
 
