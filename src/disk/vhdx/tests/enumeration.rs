@@ -105,6 +105,23 @@ fn every_cut_of_every_short_story_of_a_dynamic_disk() {
     eprintln!("dynamic disk: {}", enumeration.counts());
 }
 
+/// A place goes from block to block: discarded, durably so, cleared, durably so, and only then another's.
+#[test]
+fn every_cut_while_a_place_is_used_again() {
+    let enumeration = Enumeration::new(&Vhdx(Kind::Dynamic), 4, 1024);
+    let discard = Op::Zero(Extent::new(0, 1 << 20), Space::Release, Fua::No);
+    let other = Op::Write(sectors((1 << 20) + 4096, 3), Fua::No);
+    for flushes in 0..4 {
+        for last in [Op::Flush, Op::Kill, Op::Reopen, discard] {
+            let mut story = vec![Op::Write(sectors(4096, 9), Fua::No), Op::Flush, discard];
+            story.extend(std::iter::repeat_n(Op::Flush, flushes));
+            story.extend([other, last, Op::Write(sectors(0, 1), Fua::No), Op::Flush]);
+            enumeration.story(&story, 0);
+        }
+    }
+    eprintln!("a place used again: {}", enumeration.counts());
+}
+
 /// The region of the table has room for 128 GiB: it moves.
 #[test]
 fn every_cut_while_the_table_moves() {
@@ -122,6 +139,15 @@ fn every_cut_while_the_table_moves() {
             enumeration.story(&[first, Op::Resize(129 << 30), last], 1);
         }
     }
+    // What was flushed before the table moved is there in the new one.
+    let flushed = [
+        ops[0],
+        Op::Flush,
+        Op::Resize(129 << 30),
+        Op::Kill,
+        Op::Reopen,
+    ];
+    enumeration.story(&flushed, 0);
     eprintln!("moving table: {}", enumeration.counts());
 }
 
