@@ -52,7 +52,7 @@
 //! | 0 | [`base`]: units, identities, clocks, checksums, limits |
 //! | 1 | [`storage`]: bytes that last; [`delta`]: the `.hrl` codec; [`protocol`]: messages, sender, receiver |
 //! | 2 | [`disk`]: what a guest sees; [`track`]: which blocks changed |
-//! | 3 | [`volume`]: a disk that remembers; [`replica`]: stage, points, views, merge; [`coord`]: states and health |
+//! | 3 | [`volume`]: a disk that remembers; [`replica`]: stage, points, views, thinning, merge; [`coord`]: states and health |
 //! | 4 | [`shim`]: FUSE; [`net`]: QUIC; [`mod@bench`]: measuring |
 //! | 5 | [`node`]: configuration, loops, control socket |
 //! | 6 | [`cli`]: the verbs |

@@ -13,11 +13,12 @@ use understudy::{
         checksum::Digest,
         clock::Timestamp,
         ids::{Generation, Lineage, MachineId, Name},
-        units::{DiskIndex, Epoch, Extent, to_usize},
+        units::{DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
     delta::{
         Codec, DecodeError, Decoder, DiskEntry, EncodedFrame, Encoder, Event, FrameKind, Header,
         LogKind, encode_data, encode_zero,
+        layout::FRAME_HEADER_BYTES,
         trailer::{FOOT_BYTES, Foot},
     },
 };
@@ -26,6 +27,11 @@ use uuid::Uuid;
 const DISK_BYTES: u64 = 1 << 20;
 /// The second disk does not end with a whole block.
 const ODD_DISK_BYTES: u64 = 64 * 1024 + 512;
+/// Logs folded into one, to epoch 42.
+const FOLDED: LogKind = LogKind::Folded(Lineage {
+    epoch: Epoch(42),
+    chain: Digest([0x5A; 32]),
+});
 
 fn header(kind: LogKind) -> Header {
     let disk = |name, size| DiskEntry {
@@ -41,7 +47,7 @@ fn header(kind: LogKind) -> Header {
             id: Uuid::from_u128(0x1234),
         },
         kind,
-        parent: (kind == LogKind::Delta).then_some(Lineage {
+        parent: (kind != LogKind::Initial).then_some(Lineage {
             epoch: Epoch(41),
             chain: Digest([0xA5; 32]),
         }),
@@ -54,7 +60,10 @@ fn log(header: &Header, frames: &[EncodedFrame], epoch: u64) -> (Vec<u8>, Lineag
     let mut bytes = first.to_vec();
     for frame in frames {
         encoder.frame(frame);
-        bytes.extend_from_slice(frame.bytes());
+        frame
+            .parts()
+            .iter()
+            .for_each(|part| bytes.extend_from_slice(part));
     }
     let (last, lineage) = encoder.finish(Epoch(epoch), Timestamp(1_700_000_000_000_000));
     bytes.extend_from_slice(&last);
@@ -86,10 +95,10 @@ fn pattern(len: usize, seed: u8) -> Vec<u8> {
 
 fn frames(codec: Codec) -> Vec<EncodedFrame> {
     vec![
-        encode_data(DiskIndex(0), 8192, &pattern(8192, 1), codec),
+        encode_data(DiskIndex(0), 8192, pattern(8192, 1), codec),
         encode_zero(DiskIndex(0), Extent::new(4096, DISK_BYTES - 4096)),
-        encode_data(DiskIndex(1), 65536, &pattern(512, 2), codec),
-        encode_data(DiskIndex(0), 8192, &pattern(4096, 3), codec),
+        encode_data(DiskIndex(1), 65536, pattern(512, 2), codec),
+        encode_data(DiskIndex(0), 8192, pattern(4096, 3), codec),
     ]
 }
 
@@ -117,6 +126,43 @@ fn the_bytes_of_version_1_stay_what_they_are() {
         lineage.chain.to_string(),
         "0f1570920a259b92acbdeac260ce58ad7251ec3909b32d8fca37c9c5c77cee5f"
     );
+}
+
+#[test]
+fn the_bytes_of_a_folded_log_stay_what_they_are() {
+    let (folded, lineage) = log(&header(FOLDED), &frames(Codec::None), 42);
+    assert!(
+        folded == golden("folded-v1.hrl"),
+        "see the head of this file"
+    );
+    assert_eq!(
+        LogKind::Folded(lineage),
+        FOLDED,
+        "the point is the one named"
+    );
+    let events = decode(&folded, 33).unwrap();
+    assert_eq!(events[0], Event::Header(header(FOLDED)));
+    let Some(Event::Trailer(trailer)) = events.last() else {
+        panic!("no trailer");
+    };
+    assert_eq!(trailer.lineage, lineage);
+    let foot_at = folded.len() - FOOT_BYTES;
+    let foot = Foot::parse(folded[foot_at..].try_into().unwrap(), to_u64(foot_at)).unwrap();
+    assert_ne!(foot.chain, lineage.chain, "the hash is that of these bytes");
+}
+
+/// Whoever changes the named point, or anything else, would have to change the hash in the foot as well.
+#[test]
+fn the_hash_of_a_folded_log_covers_the_point_it_names() {
+    let (one, point) = log(&header(FOLDED), &[], 42);
+    let other = Lineage {
+        chain: Digest([0x5B; 32]),
+        ..point
+    };
+    let (two, _) = log(&header(LogKind::Folded(other)), &[], 42);
+    let header_len = one.len() - FRAME_HEADER_BYTES - FOOT_BYTES;
+    let mixed = [&two[..header_len], &one[header_len..]].concat();
+    assert!(matches!(decode(&mixed, 64), Err(DecodeError::Chain { .. })));
 }
 
 /// Compressors may pack differently in another version; what they packed once must stay readable.
@@ -232,6 +278,8 @@ fn epochs_go_forward() {
         (LogKind::Delta, 41),
         (LogKind::Delta, 0),
         (LogKind::Initial, 1),
+        (FOLDED, 41),
+        (FOLDED, 43),
     ] {
         let (bytes, _) = log(&header(kind), &[], epoch);
         assert!(decode(&bytes, 100).is_err(), "{kind:?} {epoch}");
@@ -247,12 +295,12 @@ fn epochs_go_forward() {
 #[test]
 fn frames_that_do_not_fit_their_disk_are_refused() {
     let bad = [
-        encode_data(DiskIndex(2), 0, &[1; 4096], Codec::None),
-        encode_data(DiskIndex(0), DISK_BYTES, &[1; 4096], Codec::None),
-        encode_data(DiskIndex(0), DISK_BYTES - 4096, &[1; 8192], Codec::None),
-        encode_data(DiskIndex(0), 512, &[1; 4096], Codec::None),
-        encode_data(DiskIndex(0), 0, &[1; 512], Codec::None),
-        encode_data(DiskIndex(1), 65536, &[1; 4096], Codec::None),
+        encode_data(DiskIndex(2), 0, vec![1; 4096], Codec::None),
+        encode_data(DiskIndex(0), DISK_BYTES, vec![1; 4096], Codec::None),
+        encode_data(DiskIndex(0), DISK_BYTES - 4096, vec![1; 8192], Codec::None),
+        encode_data(DiskIndex(0), 512, vec![1; 4096], Codec::None),
+        encode_data(DiskIndex(0), 0, vec![1; 512], Codec::None),
+        encode_data(DiskIndex(1), 65536, vec![1; 4096], Codec::None),
         encode_zero(DiskIndex(0), Extent::new(4096, u64::MAX - 4095)),
         encode_zero(DiskIndex(0), Extent::new(0, 0)),
     ];
@@ -273,6 +321,25 @@ fn frames_that_do_not_fit_their_disk_are_refused() {
     }
 }
 
+#[test]
+fn long_content_can_be_written_from_where_it_is() {
+    let frames: Vec<_> = (0..3)
+        .map(|n| encode_data(DiskIndex(0), n * 131_072, pattern(131_072, 9), Codec::None))
+        .collect();
+    let (bytes, _) = log(&header(LogKind::Delta), &frames, 42);
+    for step in [1000, 6500, 16_250, 65_000] {
+        let events = decode(&bytes, step).unwrap();
+        let starts: Vec<_> = events
+            .iter()
+            .filter_map(|event| match event {
+                Event::Frame { raw, .. } => Some(raw.as_ref()?.as_ptr().align_offset(4096)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(starts, [0; 3], "in pieces of {step} bytes");
+    }
+}
+
 fn any_frame() -> impl Strategy<Value = EncodedFrame> {
     let codec = prop::sample::select(Codec::ALL.to_vec());
     (
@@ -285,14 +352,14 @@ fn any_frame() -> impl Strategy<Value = EncodedFrame> {
     )
         .prop_map(|(data, block, blocks, seed, codec, odd)| {
             if odd {
-                return encode_data(DiskIndex(1), 65536, &pattern(512, seed), codec);
+                return encode_data(DiskIndex(1), 65536, pattern(512, seed), codec);
             }
             let run = Extent::new(block * 4096, blocks * 4096);
             if data {
                 encode_data(
                     DiskIndex(0),
                     run.offset,
-                    &pattern(to_usize(run.len), seed),
+                    pattern(to_usize(run.len), seed),
                     codec,
                 )
             } else {
@@ -351,6 +418,7 @@ fn write_golden_files() {
     for (name, kind, codec, epoch) in [
         ("delta-v1.hrl", LogKind::Delta, Codec::None, 42),
         ("initial-v1.hrl", LogKind::Initial, Codec::None, 0),
+        ("folded-v1.hrl", FOLDED, Codec::None, 42),
         ("delta-v1-lz4.hrl", LogKind::Delta, Codec::Lz4, 42),
         ("delta-v1-zstd.hrl", LogKind::Delta, Codec::Zstd, 42),
     ] {

@@ -419,7 +419,7 @@ async fn a_log_of_100_mib_arrives_intact() {
                 word.copy_from_slice(&(at ^ index.wrapping_mul(0x9E37_79B9)).to_le_bytes());
             }
             digest.update(&chunk);
-            log.write_chunk(chunk.into()).await.unwrap();
+            log.write_chunks(&mut [chunk.into()]).await.unwrap();
         }
         log.finish().unwrap();
         (near, digest.finish())
@@ -435,6 +435,11 @@ async fn a_log_of_100_mib_arrives_intact() {
     assert_eq!(digest.finish(), expected);
     assert!(near.stats().sent_bytes > 100 << 20);
     assert!(far.stats().received_bytes > 100 << 20);
+    let packet = near.stats().packet_bytes;
+    assert!(
+        packet > 9000,
+        "a loopback carries packets of more than {packet} bytes"
+    );
 }
 
 /// Control must get through while nobody reads the logs.
@@ -442,10 +447,13 @@ async fn a_log_of_100_mib_arrives_intact() {
 async fn unread_logs_do_not_hold_up_control() {
     let (_listener, (near, mut to_far), (far, mut to_near)) = pair().await;
     let mut log = near.open_log().await.unwrap();
-    let stuffing =
-        tokio::spawn(
-            async move { while log.write_chunk(vec![1; 1 << 20].into()).await.is_ok() {} },
-        );
+    let stuffing = tokio::spawn(async move {
+        while log
+            .write_chunks(&mut [vec![1; 1 << 20].into()])
+            .await
+            .is_ok()
+        {}
+    });
     let unread = far.accept_log().await.unwrap();
     let talk = async {
         for _ in 0..20 {
@@ -469,7 +477,7 @@ async fn a_log_that_is_broken_off_is_an_error_and_not_an_end() {
     let (_listener, (near, _near_control), (far, _far_control)) = pair().await;
     for explicit in [true, false] {
         let mut log = near.open_log().await.unwrap();
-        log.write_chunk(Bytes::from_static(b"half a log"))
+        log.write_chunks(&mut [Bytes::from_static(b"half a log")])
             .await
             .unwrap();
         let mut received = far.accept_log().await.unwrap();
@@ -492,12 +500,12 @@ async fn a_log_that_is_broken_off_is_an_error_and_not_an_end() {
     }
 
     let mut log = near.open_log().await.unwrap();
-    log.write_chunk(Bytes::from_static(b"unwanted"))
+    log.write_chunks(&mut [Bytes::from_static(b"unwanted")])
         .await
         .unwrap();
     far.accept_log().await.unwrap().stop(Reason::Busy);
     let error = loop {
-        if let Err(error) = log.write_chunk(Bytes::from_static(b"more")).await {
+        if let Err(error) = log.write_chunks(&mut [Bytes::from_static(b"more")]).await {
             break error;
         }
         tokio::task::yield_now().await;

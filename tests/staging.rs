@@ -2,10 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
+mod bytes;
 mod cuts;
 mod points;
 mod random;
 mod refusals;
+mod thinning;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -81,12 +83,54 @@ fn specs() -> Vec<DiskSpec> {
     entries().into_iter().map(spec).collect()
 }
 
+/// A disk of a machine that has no other.
+pub(crate) fn one_disk(size: u64, format: Format) -> (DiskEntry, DiskSpec) {
+    let geometry = Geometry {
+        size,
+        logical_sector: 512,
+        physical_sector: 4096,
+    };
+    let entry = DiskEntry {
+        name: Name::new("disk").unwrap(),
+        size,
+        logical_sector: geometry.logical_sector,
+        physical_sector: geometry.physical_sector,
+    };
+    let spec = DiskSpec {
+        name: entry.name.clone(),
+        geometry,
+        format,
+    };
+    (entry, spec)
+}
+
+/// The log of one disk with these frames; its cut is at second `epoch`.
+pub(crate) fn log_after(
+    (machine, generation): (MachineId, Generation),
+    parent: Option<Lineage>,
+    disk: &DiskEntry,
+    frames: &[EncodedFrame],
+    epoch: u64,
+) -> (Vec<u8>, Lineage) {
+    let header = Header {
+        machine,
+        generation,
+        kind: parent.map_or(LogKind::Initial, |_| LogKind::Delta),
+        parent,
+        disks: vec![disk.clone()],
+    };
+    log_of(&header, frames, Epoch(epoch))
+}
+
 fn log_of(header: &Header, frames: &[EncodedFrame], epoch: Epoch) -> (Vec<u8>, Lineage) {
     let (mut encoder, first) = Encoder::new(header);
     let mut bytes = first.to_vec();
     for frame in frames {
         encoder.frame(frame);
-        bytes.extend_from_slice(frame.bytes());
+        frame
+            .parts()
+            .iter()
+            .for_each(|part| bytes.extend_from_slice(part));
     }
     let (last, lineage) = encoder.finish(epoch, Timestamp(epoch.0 * 1_000_000));
     bytes.extend_from_slice(&last);
@@ -162,7 +206,7 @@ impl Model {
         for (n, byte) in run.iter_mut().enumerate() {
             *byte = u8::try_from((n / 512 * 31 + usize::from(seed)) % 251).unwrap() + 1;
         }
-        encode_data(index, to_u64(start), run, codec)
+        encode_data(index, to_u64(start), run.to_vec(), codec)
     }
 }
 
@@ -207,8 +251,8 @@ impl Host {
 fn options(newest: u32) -> ReplicaOptions {
     ReplicaOptions {
         format: None,
-        retention: Retention { newest },
-        log_bytes_max: None,
+        retention: Retention { newest, hourly: 0 },
+        space_max: None,
         sync_bytes: 8192,
     }
 }

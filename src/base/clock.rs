@@ -23,6 +23,28 @@ impl Timestamp {
     }
 }
 
+impl fmt::Display for Timestamp {
+    /// As `2026-11-23 03:04:05 UTC`, in the proleptic Gregorian calendar.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const DAYS_PER_400_YEARS: u64 = 146_097;
+        let seconds = self.0 / 1_000_000;
+        // Counted from 0000-03-01, so that a leap day is the last of its year.
+        let days = seconds / 86_400 + 719_468;
+        let (era, day) = (days / DAYS_PER_400_YEARS, days % DAYS_PER_400_YEARS);
+        let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+        let day = day - (365 * year + year / 4 - year / 100);
+        let month = (5 * day + 2) / 153;
+        let of_month = day - (153 * month + 2) / 5 + 1;
+        let month = if month < 10 { month + 3 } else { month - 9 };
+        let year = era * 400 + year + u64::from(month <= 2);
+        let (hour, minute) = (seconds / 3_600 % 24, seconds / 60 % 60);
+        let second = seconds % 60;
+        f.pad(&format!(
+            "{year:04}-{month:02}-{of_month:02} {hour:02}:{minute:02}:{second:02} UTC"
+        ))
+    }
+}
+
 /// Two clocks: one that people read and one that only ever goes forward.
 pub trait Clock: Send + Sync + fmt::Debug {
     /// Wall-clock time; may jump.
@@ -78,5 +100,27 @@ impl Clock for ManualClock {
 
     fn monotonic(&self) -> Duration {
         Duration::from_micros(self.0.load(Ordering::SeqCst))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against `date -u -d @SECONDS`.
+    #[test]
+    fn times_read_as_people_write_them() {
+        for (seconds, shown) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_399, "2000-02-28 23:59:59 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (951_868_800, "2000-03-01 00:00:00 UTC"),
+            (1_704_067_199, "2023-12-31 23:59:59 UTC"),
+            (1_709_164_800, "2024-02-29 00:00:00 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(Timestamp(seconds * 1_000_000 + 999_999).to_string(), shown);
+        }
+        assert!(!Timestamp(u64::MAX).to_string().is_empty());
     }
 }

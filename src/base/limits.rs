@@ -22,6 +22,16 @@ pub const DELTA_FRAMES_MAX: u64 = 16 * MIB;
 pub const PRESERVE_BYTES_MAX: u64 = 256 * MIB;
 /// Delta-log bytes that a primary may send beyond what the replica has made durable.
 pub const CREDIT_BYTES: u64 = 64 * MIB;
+/// Delta-log bytes of one machine that a replica keeps in memory after it wrote them, so that a merge or a fold that
+/// follows soon reads nothing: as much as a primary may send ahead.
+pub const LOG_RESIDENT_BYTES_MAX: u64 = CREDIT_BYTES;
+/// Delta logs of one machine that may lie on a replica before neighbours are folded although that saves little: what a
+/// view still opens in a moment, and far below the files a process may have open by default at its hard limit.
+pub const LOGS_MAX: usize = 1024;
+/// Most newest epochs that a replica may be told to keep as points of a machine: each is an open file.
+pub const KEEP_NEWEST_MAX: u32 = 4096;
+/// Most hours of which a replica may be told to keep the first point: a year.
+pub const KEEP_HOURS_MAX: u32 = 8784;
 /// Largest control message, in bytes: a greeting with [`DISKS_PER_MACHINE_MAX`] disks and their names.
 pub const MESSAGE_BYTES_MAX: usize = 256 * 1024;
 

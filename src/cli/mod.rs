@@ -6,10 +6,12 @@
 
 pub mod bench;
 pub mod demo;
+pub mod failover;
 pub mod image;
 pub mod mount;
 pub mod output;
 pub mod pki;
+pub mod points;
 pub mod replica;
 pub mod status;
 
@@ -18,6 +20,7 @@ use std::{fmt, io::IsTerminal as _, process::ExitCode};
 use clap::Parser;
 
 use self::output::Output;
+use crate::node::{convert::ConvertError, images::ImageError};
 
 /// Disaster recovery for the disks of virtual machines: mount VM disks, track every write, replicate, fail over.
 #[derive(Debug, Parser)]
@@ -44,7 +47,13 @@ enum Verb {
     Replica(replica::ReplicaArgs),
     /// Show what the nodes of this host are doing.
     Status(status::StatusArgs),
-    /// Create and examine image files.
+    /// List the recovery points of a machine's replica.
+    Points(points::PointsArgs),
+    /// Start a machine's disks from its replica: now as a test, beside the replication.
+    Failover(failover::FailoverArgs),
+    /// End test failovers and remove what was written in them.
+    Cancel(failover::CancelArgs),
+    /// Create, examine, check and convert image files.
     Image(image::ImageArgs),
     /// Measure throughput and latency of files and mounts, side by side.
     Bench(bench::BenchArgs),
@@ -90,6 +99,9 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Mount(args) => runtime()?.block_on(mount::run(args, out)),
         Verb::Replica(args) => runtime()?.block_on(replica::run(args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),
+        Verb::Points(args) => runtime()?.block_on(points::run(&args, out)),
+        Verb::Failover(args) => runtime()?.block_on(failover::run(&args, out)),
+        Verb::Cancel(args) => runtime()?.block_on(failover::cancel(&args, out)),
     }
 }
 
@@ -117,6 +129,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 
 fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause.is::<Refused>()
+        || matches!(cause.downcast_ref(), Some(ImageError::InUse(_)))
+        || cause.downcast_ref().is_some_and(ConvertError::is_refusal)
         || cause.is::<crate::protocol::message::Refusal>()
         || cause
             .downcast_ref::<crate::net::DialError>()

@@ -19,6 +19,8 @@ use crate::{
 
 /// The shim's own default, in the width of the flag.
 const THREADS_DEFAULT: u16 = 16;
+/// How often the initial copy is looked at: what waits for its last line waits no longer than this for nothing.
+const COPY_SHOWN_EVERY: Duration = Duration::from_millis(50);
 const _: () = assert!(
     crate::shim::THREADS_DEFAULT == 16,
     "the flag's default is the shim's"
@@ -37,8 +39,11 @@ pub struct MountArgs {
     #[arg(long, value_name = "NAME")]
     machine: Option<Name>,
     /// Format of the images [default: what their suffix says]. Contents are never guessed from.
-    #[arg(long, value_name = "raw|vhdx")]
+    #[arg(long, value_name = "raw|vhd|vhdx")]
     format: Option<Format>,
+    /// The folder that holds the parents of differencing images, below which they are looked for; never written to.
+    #[arg(long, value_name = "DIR")]
+    parents: Option<PathBuf>,
     /// Show the disks for reading only; the images are not changed, not even to replay a log.
     #[arg(long, conflicts_with_all = ["state", "replicate_to"])]
     read_only: bool,
@@ -126,7 +131,7 @@ async fn show_copy(primary: Arc<Primary>, mut progress: Progress) {
             (ReplicationState::Replicating, None) if seen => return progress.finish(),
             _ => {}
         }
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::sleep(COPY_SHOWN_EVERY).await;
     }
 }
 
@@ -134,8 +139,8 @@ fn config(args: MountArgs) -> anyhow::Result<PrimaryConfig> {
     let images = args
         .images
         .into_iter()
-        .map(|path| ImageConfig::new(path, args.format))
-        .collect::<Result<Vec<_>, _>>()?;
+        .map(|path| Ok(ImageConfig::new(path, args.format)?.with_parents(args.parents.clone())))
+        .collect::<anyhow::Result<Vec<_>>>()?;
     let first = images.first().context("a machine has at least one disk")?;
     let machine = args.machine.unwrap_or_else(|| first.name.clone());
     let replication = match (args.replicate_to, args.identity) {

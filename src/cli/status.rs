@@ -13,7 +13,10 @@ use crate::{
     coord::state::Role,
     node::{
         control,
-        status::{CopyStatus, DiskStatus, LatencyStatus, MachineStatus, NodeStatus, RpoStatus},
+        status::{
+            CopyStatus, DiskStatus, LastTest, LatencyStatus, MachineStatus, NodeStatus,
+            RecoveryStatus, RpoStatus, TestResult, TestStatus,
+        },
     },
 };
 
@@ -134,6 +137,7 @@ fn rows(machine: &MachineStatus) -> Vec<(&'static str, String)> {
             .base_epoch
             .map(|base| ("image epoch", base.to_string())),
     );
+    rows.extend(recovery_rows(machine));
     rows.extend(machine.copy.map(|copy| ("initial copy", copy_row(&copy))));
     let ms = |value: Option<u64>| value.map_or_else(|| "-".into(), |ms| format!("{ms} ms"));
     let RpoStatus {
@@ -175,6 +179,57 @@ fn rows(machine: &MachineStatus) -> Vec<(&'static str, String)> {
     );
     rows.extend(machine.disks.iter().map(|disk| ("disk", disk_row(disk))));
     rows
+}
+
+/// What a replica can go back to, and how that was tried.
+fn recovery_rows(machine: &MachineStatus) -> impl Iterator<Item = (&'static str, String)> {
+    let recovery = machine.recovery.iter();
+    let recovery = recovery.map(|recovery| ("recovery points", recovery_row(recovery)));
+    let tests = machine.tests.iter().map(|test| ("test", test_row(test)));
+    let last = machine.last_test.iter();
+    let last = last.map(|test| ("last test", last_test_row(test)));
+    recovery.chain(tests).chain(last)
+}
+
+fn recovery_row(recovery: &RecoveryStatus) -> String {
+    let since = recovery
+        .oldest
+        .map_or_else(String::new, |oldest| format!(", the oldest of {oldest}"));
+    let limit = recovery
+        .space_max
+        .map_or_else(String::new, |limit| format!(" of {}", Bytes(limit)));
+    let used = Bytes(recovery.log_bytes);
+    format!("{}{since}; {used}{limit} in delta logs", recovery.points)
+}
+
+fn test_row(test: &TestStatus) -> String {
+    let files: Vec<_> = test
+        .files
+        .iter()
+        .map(|file| file.display().to_string())
+        .collect();
+    format!(
+        "{} of epoch {}, {} written, at {}",
+        test.number,
+        test.point.epoch,
+        Bytes(test.written),
+        files.join(" ")
+    )
+}
+
+fn last_test_row(test: &LastTest) -> String {
+    let (number, epoch, cut, started) = (test.number, test.point.epoch, test.cut, test.started);
+    let result = match &test.result {
+        TestResult::Running => "is running".to_owned(),
+        TestResult::Ended => {
+            let ended = test
+                .ended
+                .map_or_else(String::new, |at| format!(" at {at}"));
+            format!("ended{ended}, {} written", Bytes(test.written))
+        }
+        TestResult::Failed(why) => format!("failed: {why}"),
+    };
+    format!("{number} of epoch {epoch} ({cut}), started {started}, {result}")
 }
 
 fn copy_row(copy: &CopyStatus) -> String {

@@ -95,6 +95,8 @@ pub struct Signs {
     pub stopped: Option<String>,
     /// Why a disk refuses work, if one does.
     pub disk: Option<String>,
+    /// Why fewer recovery points are there than were asked for, if that is so.
+    pub points: Option<String>,
     /// Time from one cut to the next that was asked for.
     pub interval: Duration,
     /// Age of the last durable point, if there is one.
@@ -123,6 +125,9 @@ impl Signs {
         };
         if let Some(disk) = &self.disk {
             say(Health::Critical, disk.clone());
+        }
+        if let Some(points) = &self.points {
+            say(Health::Warning, points.clone());
         }
         match self.state {
             ReplicationState::Error => {
@@ -188,6 +193,7 @@ mod tests {
             state,
             stopped: None,
             disk: None,
+            points: None,
             interval: Duration::from_secs(1),
             rpo: None,
         }
@@ -213,6 +219,12 @@ mod tests {
                 Health::Warning,
                 vec!["the last durable point is 31 s old".into()]
             )
+        );
+        let mut short = signs(ReplicationState::Replicating);
+        short.points = Some("space is short".into());
+        assert_eq!(
+            short.health(),
+            (Health::Warning, vec!["space is short".into()])
         );
         late.disk = Some("disk os stopped".into());
         let (health, reasons) = late.health();

@@ -1,12 +1,12 @@
 //! Takes a log apart as it arrives.
 //!
 //! Bytes go in through [`Decoder::feed`] in pieces of any size; [`Decoder::next`] gives what is complete. Call it until it
-//! gives nothing before feeding more: memory is then bounded by the largest frame and one piece. What comes out is
+//! gives nothing before feeding more: memory is then bounded by the largest frame and two pieces. What comes out is
 //! checked: structure, checksums, runs against the disk table, at the end counts, index and chain hash. Only a log whose
 //! [`Event::Trailer`] came out is whole; frames that came out before it may be applied where a half-applied log does no
 //! harm.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::{
     encoder::{chain_end, chain_start},
@@ -21,8 +21,13 @@ use super::{
 use crate::base::{
     checksum::{Crc32c, Sha256},
     limits::DELTA_FRAMES_MAX,
-    units::{to_u64, to_usize},
+    units::{BLOCK_BYTES, KIB, to_u64, to_usize},
 };
+
+/// A payload of at least so many bytes begins at a whole block of memory, where a disk can take it from.
+const ALIGNED_LEN_MIN: usize = to_usize(128 * KIB);
+/// Room behind such a payload for the rest of the piece that ends it. A longer piece costs a copy.
+const PIECE_ROOM: usize = to_usize(64 * KIB);
 
 /// What a log holds, in order: one header, frames, one trailer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +40,8 @@ pub enum Event {
         header: FrameHeader,
         /// Position of its payload in the log.
         at: u64,
-        /// The content, as long as the run; nothing for a run of zeros.
+        /// The content, as long as the run; nothing for a run of zeros. Long content that was not packed begins at a
+        /// multiple of [`BLOCK_BYTES`] in memory, if it came in pieces of ordinary length.
         raw: Option<Bytes>,
     },
     /// The last: the log is whole.
@@ -151,6 +157,7 @@ impl Decoder {
                         return Ok(None);
                     };
                     self.state = self.item(&bytes, at)?;
+                    self.align();
                 }
                 State::Payload(header) => {
                     let at = self.position;
@@ -190,6 +197,24 @@ impl Decoder {
         }
     }
 
+    /// Moves the beginning of a long payload to where it can be written from without moving all of it.
+    fn align(&mut self) {
+        let len = match &self.state {
+            State::Payload(header) => to_usize(u64::from(header.payload_len)),
+            _ => 0,
+        };
+        if len < ALIGNED_LEN_MIN || self.buffer.len() > PIECE_ROOM {
+            return;
+        }
+        let block = to_usize(BLOCK_BYTES);
+        let mut aligned = BytesMut::with_capacity(block + len + PIECE_ROOM);
+        let unaligned = aligned.as_ptr().align_offset(block);
+        aligned.put_bytes(0, unaligned);
+        aligned.advance(unaligned);
+        aligned.extend_from_slice(&self.buffer);
+        self.buffer = aligned;
+    }
+
     /// The state after a frame header or the trailer's head.
     fn item(&mut self, bytes: &[u8; FRAME_HEADER_BYTES], at: u64) -> Result<State, DecodeError> {
         if is_trailer(bytes) {
@@ -215,7 +240,7 @@ impl Decoder {
                 crc: Crc32c::default(),
             })));
         }
-        let delta = matches!(&self.header, Some(header) if header.kind == LogKind::Delta);
+        let delta = matches!(&self.header, Some(header) if header.kind != LogKind::Initial);
         if delta && self.frames >= DELTA_FRAMES_MAX {
             return Err(DecodeError::Invalid {
                 part: "frame header",
@@ -268,13 +293,8 @@ impl Decoder {
         if foot.trailer_at != trailer_at {
             return Err(bad("it points to another trailer"));
         }
-        let parent = self.header.as_ref().and_then(|header| header.parent);
-        if parent.is_some_and(|parent| foot.epoch <= parent.epoch) {
-            return Err(bad("its epoch is not after its parent's"));
-        }
-        if parent.is_none() && foot.epoch.0 != 0 {
-            return Err(bad("the initial copy is epoch 0"));
-        }
+        let header = self.header.as_ref().ok_or(DecodeError::Stopped)?;
+        let point = header.point(&foot)?;
         let computed = chain_end(self.chain.clone(), head, foot);
         if computed != foot.chain {
             return Err(DecodeError::Chain {
@@ -282,7 +302,7 @@ impl Decoder {
                 stated: foot.chain,
             });
         }
-        Ok(foot.trailer(head))
+        Ok(foot.trailer(head, point))
     }
 
     /// The first `len` bytes of the buffer, if they are there.

@@ -1,6 +1,6 @@
 //! Strings frames to a log: keeps the chain hash and the index, hands out header and trailer.
 //!
-//! The bytes of the frames do not pass through here: whoever sends them sends [`EncodedFrame::bytes`] in the order in
+//! The bytes of the frames do not pass through here: whoever sends them sends [`EncodedFrame::parts`] in the order in
 //! which [`Encoder::frame`] was told about them.
 
 use bytes::Bytes;
@@ -27,6 +27,7 @@ pub struct Encoder {
     /// The frame headers so far; nothing for a log without an index.
     index: Option<Vec<u8>>,
     consistency: Consistency,
+    kind: LogKind,
 }
 
 /// The start of every chain hash: the parent's hash and the header.
@@ -67,23 +68,24 @@ impl Encoder {
             frames: 0,
             position: to_u64(bytes.len()),
             // Nobody looks for a frame in an initial copy: it is applied from first to last.
-            index: (header.kind == LogKind::Delta).then(Vec::new),
+            index: (header.kind != LogKind::Initial).then(Vec::new),
             consistency: Consistency::Crash,
+            kind: header.kind,
         };
         (encoder, bytes.into())
     }
 
     /// Adds the frame that is sent next. A delta takes at most [`DELTA_FRAMES_MAX`]; its readers refuse more.
     pub fn frame(&mut self, frame: &EncodedFrame) {
-        let header = &frame.bytes()[..FRAME_HEADER_BYTES];
-        self.chain.update(header);
+        let header = frame.header().to_bytes();
+        self.chain.update(&header);
         self.frames += 1;
-        self.position += to_u64(frame.bytes().len());
+        self.position += frame.header().frame_len();
         if self.frames > INDEX_FRAMES_MAX {
             self.index = None;
         }
         if let Some(index) = &mut self.index {
-            index.extend_from_slice(header);
+            index.extend_from_slice(&header);
         }
     }
 
@@ -107,7 +109,8 @@ impl Encoder {
         self.consistency = consistency;
     }
 
-    /// Ends the log at the cut of `epoch`; the bytes are its trailer.
+    /// Ends the log at the cut of `epoch`; the bytes are its trailer. The lineage is the point it leads to. The epoch of a
+    /// folded log is the one its header names.
     pub fn finish(self, epoch: Epoch, cut: Timestamp) -> (Bytes, Lineage) {
         let index = self.index.unwrap_or_default();
         let head = TrailerHead {
@@ -129,9 +132,12 @@ impl Encoder {
         bytes.extend_from_slice(&head.to_bytes());
         bytes.extend_from_slice(&index);
         bytes.extend_from_slice(&foot.to_bytes());
-        let lineage = Lineage {
-            epoch,
-            chain: foot.chain,
+        let lineage = match self.kind {
+            LogKind::Folded(point) => point,
+            LogKind::Initial | LogKind::Delta => Lineage {
+                epoch,
+                chain: foot.chain,
+            },
         };
         (bytes.into(), lineage)
     }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use super::{
     error::DecodeError,
-    layout::{FRAME_HEADER_BYTES, FrameHeader, FrameKind},
+    layout::{FrameHeader, FrameKind},
 };
 use crate::base::{
     checksum::crc32c,
@@ -52,22 +52,37 @@ impl Codec {
     }
 }
 
-/// A frame ready to be sent: its header for the chain, and its bytes.
+/// A frame ready to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncodedFrame {
     header: FrameHeader,
-    bytes: Bytes,
+    payload: Bytes,
 }
 
 impl EncodedFrame {
+    /// The frame of a log again: its header, and the payload that was read behind it.
+    ///
+    /// # Panics
+    /// If the payload does not have the length that the header says.
+    pub fn copied(header: FrameHeader, payload: Bytes) -> Self {
+        assert_eq!(
+            u64::from(header.payload_len),
+            to_u64(payload.len()),
+            "the payload belongs to another frame"
+        );
+        Self { header, payload }
+    }
+
     /// The frame header.
     pub fn header(&self) -> &FrameHeader {
         &self.header
     }
 
-    /// Frame header and payload as they stand in a log.
-    pub fn bytes(&self) -> &Bytes {
-        &self.bytes
+    /// Frame header and payload as they stand in a log, one behind the other. A payload that was not packed is the raw
+    /// bytes themselves and no copy.
+    pub fn parts(&self) -> [Bytes; 2] {
+        let header = Bytes::copy_from_slice(&self.header.to_bytes());
+        [header, self.payload.clone()]
     }
 }
 
@@ -76,32 +91,32 @@ impl EncodedFrame {
 ///
 /// # Panics
 /// If `raw` is empty or too long.
-pub fn encode_data(disk: DiskIndex, offset: u64, raw: &[u8], codec: Codec) -> EncodedFrame {
+pub fn encode_data(
+    disk: DiskIndex,
+    offset: u64,
+    raw: impl Into<Bytes>,
+    codec: Codec,
+) -> EncodedFrame {
+    let raw = raw.into();
     assert!(
         !raw.is_empty() && to_u64(raw.len()) <= FRAME_BYTES_MAX,
         "a frame has 1 byte to 1 MiB, this one has {}",
         raw.len()
     );
-    let packed = pack(raw, codec);
-    let (codec, payload) = match &packed {
-        Some(packed) => (codec, packed.as_slice()),
+    let (run, crc) = (Extent::new(offset, to_u64(raw.len())), crc32c(&raw));
+    let (codec, payload) = match pack(&raw, codec) {
+        Some(packed) => (codec, packed.into()),
         None => (Codec::None, raw),
     };
     let header = FrameHeader {
         kind: FrameKind::Data,
         codec,
         disk,
-        run: Extent::new(offset, to_u64(raw.len())),
+        run,
         payload_len: u32::try_from(payload.len()).expect("a frame has at most 1 MiB"),
-        crc: crc32c(raw),
+        crc,
     };
-    let mut bytes = Vec::with_capacity(FRAME_HEADER_BYTES + payload.len());
-    bytes.extend_from_slice(&header.to_bytes());
-    bytes.extend_from_slice(payload);
-    EncodedFrame {
-        header,
-        bytes: bytes.into(),
-    }
+    EncodedFrame { header, payload }
 }
 
 /// A frame that says that `run` of `disk` reads as zeros; any length, whole blocks unless it ends with the disk.
@@ -114,10 +129,8 @@ pub fn encode_zero(disk: DiskIndex, run: Extent) -> EncodedFrame {
         payload_len: 0,
         crc: 0,
     };
-    EncodedFrame {
-        header,
-        bytes: Bytes::copy_from_slice(&header.to_bytes()),
-    }
+    let payload = Bytes::new();
+    EncodedFrame { header, payload }
 }
 
 /// The raw bytes of a data frame that stands at log offset `at`, checked.
@@ -195,22 +208,18 @@ mod tests {
     use super::*;
     use crate::base::checksum::{Digest, Sha256};
 
-    fn payload(frame: &EncodedFrame) -> Bytes {
-        frame.bytes().slice(FRAME_HEADER_BYTES..)
-    }
-
     #[test]
     fn packing_that_does_not_pay_is_left_out() {
         let noise: Vec<u8> = (0..256u32)
             .flat_map(|n| digest(&n.to_le_bytes()).0)
             .collect();
         for codec in Codec::ALL {
-            let frame = encode_data(DiskIndex(0), 0, &noise, codec);
+            let frame = encode_data(DiskIndex(0), 0, noise.clone(), codec);
             assert_eq!(frame.header().codec, Codec::None, "{codec:?}");
             let text = b"the guest writes the same words again and again ".repeat(200);
-            let frame = encode_data(DiskIndex(0), 0, &text, codec);
+            let frame = encode_data(DiskIndex(0), 0, text.clone(), codec);
             assert_eq!(frame.header().codec, codec);
-            assert_eq!(unpack(frame.header(), &payload(&frame), 0).unwrap(), text);
+            assert_eq!(unpack(frame.header(), &frame.payload, 0).unwrap(), text);
         }
     }
 
@@ -223,11 +232,11 @@ mod tests {
     #[test]
     fn a_payload_that_unpacks_to_another_length_is_refused() {
         for codec in [Codec::Lz4, Codec::Zstd] {
-            let frame = encode_data(DiskIndex(0), 0, &[7; 8192], codec);
+            let frame = encode_data(DiskIndex(0), 0, vec![7; 8192], codec);
             for len in [4096, 8191, 8193, 1 << 20] {
                 let mut header = *frame.header();
                 header.run.len = len;
-                let refused = unpack(&header, &payload(&frame), 0);
+                let refused = unpack(&header, &frame.payload, 0);
                 assert!(refused.is_err(), "{codec:?} {len}");
             }
         }

@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | 0   | 8  | magic, `UNDERHRL` |
 //! | 8   | 2  | version, 1 |
-//! | 10  | 1  | kind: 0 initial copy, 1 delta |
+//! | 10  | 1  | kind: 0 initial copy, 1 delta, 2 folded |
 //! | 11  | 1  | flags: bit 0, the log has a parent |
 //! | 12  | 4  | length of the header in bytes, with its checksum |
 //! | 16  | 16 | machine, a UUID in RFC 9562 byte order |
@@ -20,6 +20,7 @@
 //! | 96  | 2  | number of disks |
 //! | 98  | 6  | reserved |
 //! | 104 |    | the disks, one entry each |
+//! |     | 40 | kind 2 only: the point that the log leads to, its epoch (8) and its chain hash (32) |
 //! | end | 4  | CRC-32C of everything before |
 //!
 //! Disk entry, 17 bytes and the name:
@@ -79,6 +80,7 @@ use uuid::Uuid;
 use super::{
     error::{DecodeError, invalid},
     frame::Codec,
+    trailer::Foot,
 };
 use crate::base::{
     checksum::{Digest, crc32c},
@@ -94,12 +96,15 @@ pub const PREAMBLE_BYTES: usize = 16;
 /// Bytes of a frame header, of an index entry and of the trailer's head.
 pub const FRAME_HEADER_BYTES: usize = 32;
 /// Longest header in bytes.
-pub const HEADER_BYTES_MAX: usize =
-    HEADER_FIXED_BYTES + DISKS_PER_MACHINE_MAX * (DISK_FIXED_BYTES + NAME_BYTES_MAX) + CRC_BYTES;
+pub const HEADER_BYTES_MAX: usize = HEADER_FIXED_BYTES
+    + DISKS_PER_MACHINE_MAX * (DISK_FIXED_BYTES + NAME_BYTES_MAX)
+    + POINT_BYTES
+    + CRC_BYTES;
 
 const MAGIC: [u8; 8] = *b"UNDERHRL";
 const HEADER_FIXED_BYTES: usize = 104;
 const DISK_FIXED_BYTES: usize = 17;
+const POINT_BYTES: usize = 40;
 const CRC_BYTES: usize = 4;
 const FLAG_PARENT: u8 = 1;
 const KIND_DATA: u8 = 1;
@@ -113,6 +118,9 @@ pub enum LogKind {
     Initial,
     /// The changes of one epoch, or of several merged into one.
     Delta,
+    /// What several logs come to, made by the host that keeps them; it leads to the point of the last one. Its own chain
+    /// hash proves its bytes and is no point of the machine's history.
+    Folded(Lineage),
 }
 
 /// One disk of the disk table.
@@ -137,7 +145,7 @@ pub struct Header {
     pub generation: Generation,
     /// What the log is for.
     pub kind: LogKind,
-    /// The point that the changes apply to; none for an initial copy.
+    /// The point that the changes apply to; only an initial copy has none.
     pub parent: Option<Lineage>,
     /// All disks of the machine, 1 to [`DISKS_PER_MACHINE_MAX`], no name twice.
     pub disks: Vec<DiskEntry>,
@@ -194,6 +202,13 @@ struct DiskBytes {
     logical_sector: u32,
     physical_sector: u32,
     name_len: u8,
+}
+
+#[binrw]
+#[brw(little)]
+struct PointBytes {
+    epoch: u64,
+    chain: [u8; 32],
 }
 
 #[binrw]
@@ -270,13 +285,22 @@ impl Header {
     /// The header as it stands in a log.
     pub fn to_bytes(&self) -> Vec<u8> {
         let names: usize = self.disks.iter().map(|disk| disk.name.as_str().len()).sum();
-        let len = HEADER_FIXED_BYTES + self.disks.len() * DISK_FIXED_BYTES + names + CRC_BYTES;
+        let point = match self.kind {
+            LogKind::Folded(point) => Some(point),
+            LogKind::Initial | LogKind::Delta => None,
+        };
+        let len = HEADER_FIXED_BYTES
+            + self.disks.len() * DISK_FIXED_BYTES
+            + names
+            + point.map_or(0, |_| POINT_BYTES)
+            + CRC_BYTES;
         let fixed = HeaderBytes {
             magic: MAGIC,
             version: VERSION,
             kind: match self.kind {
                 LogKind::Initial => 0,
                 LogKind::Delta => 1,
+                LogKind::Folded(_) => 2,
             },
             flags: if self.parent.is_some() {
                 FLAG_PARENT
@@ -305,6 +329,13 @@ impl Header {
             pack(&entry, &mut bytes);
             bytes.extend_from_slice(name);
         }
+        if let Some(point) = point {
+            let point = PointBytes {
+                epoch: point.epoch.0,
+                chain: point.chain.0,
+            };
+            pack(&point, &mut bytes);
+        }
         seal(&mut bytes, 0);
         bytes
     }
@@ -315,11 +346,6 @@ impl Header {
         let body = unseal(bytes, "header", 0)?;
         let mut cursor = Cursor::new(body);
         let fixed = HeaderBytes::read(&mut cursor).map_err(|_| bad("it is too short"))?;
-        let kind = match fixed.kind {
-            0 => LogKind::Initial,
-            1 => LogKind::Delta,
-            _ => return Err(bad("its kind is unknown")),
-        };
         let parent = match fixed.flags {
             0 => None,
             FLAG_PARENT => Some(Lineage {
@@ -333,10 +359,24 @@ impl Header {
         {
             return Err(bad("a reserved byte is set"));
         }
-        if parent.is_some() != (kind == LogKind::Delta) {
-            return Err(bad("a delta has a parent and an initial copy has none"));
-        }
         let disks = parse_disks(&mut cursor, usize::from(fixed.disks))?;
+        let kind = match fixed.kind {
+            0 => LogKind::Initial,
+            1 => LogKind::Delta,
+            2 => {
+                let point = PointBytes::read(&mut cursor).map_err(|_| bad("it is too short"))?;
+                LogKind::Folded(Lineage {
+                    epoch: Epoch(point.epoch),
+                    chain: Digest(point.chain),
+                })
+            }
+            _ => return Err(bad("its kind is unknown")),
+        };
+        if parent.is_some() == (kind == LogKind::Initial) {
+            return Err(bad(
+                "an initial copy has no parent and every other log has one",
+            ));
+        }
         if cursor.position() != to_u64(body.len()) {
             return Err(bad("its length does not match its content"));
         }
@@ -350,6 +390,28 @@ impl Header {
             parent,
             disks,
         })
+    }
+
+    /// The point that the log with this header and this foot leads to, if the two do not contradict each other.
+    pub fn point(&self, foot: &Foot) -> Result<Lineage, DecodeError> {
+        let bad = |reason| invalid("foot", foot.foot_at(), reason);
+        let point = match self.kind {
+            LogKind::Folded(point) if point.epoch != foot.epoch => {
+                return Err(bad("its epoch is not the one the header names"));
+            }
+            LogKind::Folded(point) => point,
+            LogKind::Initial | LogKind::Delta => Lineage {
+                epoch: foot.epoch,
+                chain: foot.chain,
+            },
+        };
+        match self.parent {
+            Some(parent) if foot.epoch <= parent.epoch => {
+                Err(bad("its epoch is not after its parent's"))
+            }
+            None if foot.epoch != Epoch::INITIAL => Err(bad("the initial copy is epoch 0")),
+            _ => Ok(point),
+        }
     }
 }
 

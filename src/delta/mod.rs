@@ -10,6 +10,16 @@
 //! frame headers in order, the head of the trailer, and the foot of the trailer up to the hash itself. A frame header
 //! holds the CRC-32C of the frame's raw bytes. Two hosts with the same chain hash hold the same history.
 //!
+//! # Folded logs
+//! A host that keeps logs may fold neighbours into one: the last version of each block, from the parent of the first to the
+//! point of the last. No hash over the folded bytes can be the chain hash of that point, which covers frames that are gone.
+//! So the header of a folded log *names* its point, and the log after it, whose header names the same point as its
+//! parent, continues it: the head stays the primary's. The hash in its foot is computed as ever, over the parent's
+//! chain hash, the header with the named point, the frame headers and the trailer: it proves the bytes and binds both
+//! ends. That the step between them is true history was proved before the fold, by the chain of the logs that went into
+//! it, and is vouched for by the host that folded them. So a folded log is for the host that made it: no replica takes
+//! one from a link.
+//!
 //! # Why the index repeats the frame headers
 //! With them, the header and the foot a reader can recompute the chain hash of a log of many gibibytes from a few
 //! megabytes, and knows that the index is the one the primary wrote. It costs 32 bytes for each frame, less than 1 %

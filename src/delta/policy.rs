@@ -10,6 +10,8 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
+use bytes::Bytes;
+
 use super::frame::{Codec, EncodedFrame, encode_data};
 use crate::base::units::{DiskIndex, to_u64};
 
@@ -180,7 +182,7 @@ impl Policy {
 }
 
 /// Packs a frame with `codec`, but leaves it as it is where a sample from its middle shows that packing is in vain.
-pub fn encode_sampled(disk: DiskIndex, offset: u64, raw: &[u8], codec: Codec) -> EncodedFrame {
+pub fn encode_sampled(disk: DiskIndex, offset: u64, raw: Bytes, codec: Codec) -> EncodedFrame {
     let worth = codec == Codec::None || raw.len() < 8 * SAMPLE_BYTES || {
         let sample = &raw[raw.len() / 2..][..SAMPLE_BYTES];
         lz4_flex::block::compress(sample).len() < SAMPLE_BYTES / 16 * 15 || is_narrow(sample)
@@ -276,7 +278,7 @@ mod tests {
             .map(|byte| b"0123456789abcdef"[usize::from(byte % 16)])
             .collect();
         let codec = |raw: &[u8]| {
-            let frame = encode_sampled(DiskIndex(0), 0, raw, Codec::Zstd);
+            let frame = encode_sampled(DiskIndex(0), 0, Bytes::copy_from_slice(raw), Codec::Zstd);
             frame.header().codec
         };
         assert_eq!(codec(&noise), Codec::None);

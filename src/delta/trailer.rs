@@ -55,7 +55,7 @@ impl Consistency {
 /// What the end of a log says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trailer {
-    /// The epoch, and the chain hash over everything that led to it.
+    /// The point that the log leads to: its epoch, and the chain hash over everything that led to it.
     pub lineage: Lineage,
     /// When the cut was made.
     pub cut: Timestamp,
@@ -107,7 +107,7 @@ pub struct Foot {
     pub trailer_at: u64,
     /// Length of the log in bytes.
     pub log_len: u64,
-    /// The chain hash.
+    /// The chain hash of these bytes.
     #[br(map = Digest)]
     #[bw(map = |chain| chain.0)]
     pub chain: Digest,
@@ -171,13 +171,15 @@ impl Foot {
         Ok(foot)
     }
 
-    /// What the end of a log says.
-    pub fn trailer(&self, head: TrailerHead) -> Trailer {
+    /// Where the foot stands in the log.
+    pub(super) fn foot_at(&self) -> u64 {
+        self.log_len.saturating_sub(to_u64(FOOT_BYTES))
+    }
+
+    /// What the end of a log that leads to `point` says.
+    pub fn trailer(&self, head: TrailerHead, point: Lineage) -> Trailer {
         Trailer {
-            lineage: Lineage {
-                epoch: self.epoch,
-                chain: self.chain,
-            },
+            lineage: point,
             cut: self.cut,
             consistency: head.consistency,
             frames: head.frames,

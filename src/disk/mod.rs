@@ -1,16 +1,22 @@
 //! Floor 2: what a guest sees. A [`Disk`] is bytes `0..size`; an image format gives it a place in a file.
 //!
-//! Reading order: this seam, then `raw`, then `vhdx`, then `image`, the one door to all formats.
+//! Reading order: this seam, then `raw`, then `parents`, then `vhd` and `vhdx`, then `image`, the one door to all formats;
+//! `check` is what their checkers find, `layered` a disk over another one.
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod image;
+pub mod layered;
+pub mod parents;
 pub mod raw;
 mod resize;
+pub mod vhd;
 pub mod vhdx;
 
-use std::{fmt, io};
+use std::{fmt, io, sync::Arc};
 
-use crate::base::units::Extent;
+use self::parents::{NoParents, Parents};
+use crate::base::{ids::Ids, units::Extent};
 pub use crate::storage::{Access, Fua, Space};
 pub use resize::ResizeError;
 
@@ -23,6 +29,34 @@ pub struct Geometry {
     pub logical_sector: u32,
     /// Smallest unit the medium writes without reading first: 512 or 4096 bytes.
     pub physical_sector: u32,
+}
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// For reading, or for writing as well.
+    pub access: Access,
+    /// Where new identities in the image come from.
+    pub ids: Arc<dyn Ids>,
+    /// Where a differencing image finds its parent.
+    pub parents: Arc<dyn Parents>,
+}
+
+impl Opening {
+    /// Without parents: a differencing image is refused.
+    pub fn new(access: Access, ids: Arc<dyn Ids>) -> Self {
+        Self {
+            access,
+            ids,
+            parents: Arc::new(NoParents),
+        }
+    }
+
+    /// With parents.
+    #[must_use]
+    pub fn with_parents(self, parents: Arc<dyn Parents>) -> Self {
+        Self { parents, ..self }
+    }
 }
 
 /// What a run of a disk holds.
@@ -93,6 +127,14 @@ pub trait Disk: Send + Sync + fmt::Debug {
 
     /// Flushes and leaves the image cleanly closed. Called once, with no other call in flight; later calls fail.
     fn close(&self) -> Result<(), DiskError>;
+}
+
+fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {
+    move |source| DiskError::Io {
+        operation,
+        offset,
+        source,
+    }
 }
 
 /// The run, if it lies inside a disk of `size` bytes.

@@ -1,7 +1,7 @@
 //! A raw image: the disk's bytes and nothing else, in a file or on a block device.
 //!
 //! # Crash contract
-//! There is no metadata. A write is in the page cache when it returns and durable at the next flush. The size is the
+//! There is no metadata. A write is with the kernel when it returns and durable at the next flush. The size is the
 //! file's length, which a resize changes and syncs.
 
 use std::{
@@ -12,7 +12,9 @@ use std::{
     },
 };
 
-use super::{Access, Content, Disk, DiskError, Fua, Geometry, ResizeError, Space, check_run};
+use super::{
+    Access, Content, Disk, DiskError, Fua, Geometry, ResizeError, Space, check_run, failed,
+};
 use crate::{
     base::{
         checksum::is_zero,
@@ -121,14 +123,6 @@ fn data_end(storage: &dyn Storage, from: u64) -> io::Result<u64> {
         at += to_u64(part.len());
     }
     Ok(end)
-}
-
-fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {
-    move |source| DiskError::Io {
-        operation,
-        offset,
-        source,
-    }
 }
 
 impl Disk for RawDisk {

@@ -23,6 +23,9 @@ pub enum ResizeError {
         /// The smallest size that loses nothing, in bytes.
         smallest: u64,
     },
+    /// Its parent's size would have to fit, and what lies behind must not become visible.
+    #[error("a differencing disk keeps the size it was made with")]
+    Differencing,
     /// The disk or the file below failed. The size is the old one or, after a power cut, perhaps the new one.
     #[error("resizing the disk failed")]
     Disk(#[from] DiskError),

@@ -429,10 +429,10 @@ pub struct LogSender {
 }
 
 impl LogSender {
-    /// Sends `chunk` without copying it; its memory is kept until the peer has acknowledged it. Waits while the link
-    /// is full. Not safe to cancel: some of the chunk may have been sent, so drop the sender then.
-    pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), LinkError> {
-        let written = self.stream.write_chunk(chunk).await;
+    /// Sends `chunks` without copying them; their memory is kept until the peer has acknowledged it. Waits while the
+    /// link is full. Not safe to cancel: some of the bytes may have been sent, so drop the sender then.
+    pub async fn write_chunks(&mut self, chunks: &mut [Bytes]) -> Result<(), LinkError> {
+        let written = self.stream.write_all_chunks(chunks).await;
         written.map_err(|error| write_failed(&self.peer, error))
     }
 

@@ -9,7 +9,8 @@
 //!   listener     accepts links from hosts on an allow list          dial     opens one
 //!   link         one connection: a control stream of messages, log streams of bytes
 //!   refusal      why a handshake did not become a link, in words that say what to do
-//!   transport    limits, windows and sockets                        backoff  when to dial again
+//!   transport    limits, windows and sockets          socket   sends what the path carries
+//!   backoff      when to dial again
 //! ```
 //!
 //! What a link promises: messages arrive whole, in order and once, or the link is lost and both sides know; a log
@@ -24,6 +25,7 @@ pub mod link;
 pub mod listener;
 pub mod pki;
 pub mod refusal;
+mod socket;
 pub mod transport;
 
 pub use backoff::Backoff;

@@ -4,9 +4,12 @@
 //! | --- | --- |
 //! | `GET /v1/status` | [`NodeStatus`] |
 //! | `POST /v1/machines/{name}/cut` | the [`Lineage`] of a cut made now, once it is durable on the replica |
+//! | `GET /v1/machines/{name}/points` | a [`PointStatus`] for each recovery point, oldest first |
+//! | `POST /v1/machines/{name}/tests` with a [`TestRequest`] | the [`TestStatus`] of a test failover that was started |
+//! | `POST /v1/machines/{name}/cancel` with a [`CancelRequest`] | a [`CancelReport`] of test failovers that were cleaned up |
 //!
 //! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder.
-//! Errors are `{"error": "..."}` with status 404 (no such machine), 409 (not in this state) or 500.
+//! Errors are `{"error": "..."}` with status 404 (no such machine), 409 (not in this state), 422 (not understood) or 500.
 
 use std::{
     fs, io,
@@ -23,15 +26,15 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::status::NodeStatus;
+use super::status::{NodeStatus, PointStatus, TestStatus};
 use crate::base::{
     ids::{Lineage, Name},
-    units::MIB,
+    units::{Epoch, MIB},
 };
 
 /// Where nodes bind their sockets unless told otherwise.
@@ -48,6 +51,49 @@ pub trait Operate: Send + Sync + 'static {
 
     /// Cuts a machine now and waits until the epoch is durable on its replica.
     fn cut(&self, machine: &Name) -> Result<Lineage, OperateError>;
+
+    /// The recovery points of a machine's replica, oldest first.
+    fn points(&self, machine: &Name) -> Result<Vec<PointStatus>, OperateError> {
+        Err(OperateError::NoSuchReplica(machine.clone()))
+    }
+
+    /// Shows a recovery point as writable disks, beside the replication.
+    fn start_test(&self, machine: &Name, _: TestRequest) -> Result<TestStatus, OperateError> {
+        Err(OperateError::NoSuchReplica(machine.clone()))
+    }
+
+    /// Ends test failovers and removes what was written in them.
+    fn cancel(&self, machine: &Name, _: CancelRequest) -> Result<CancelReport, OperateError> {
+        Err(OperateError::NoSuchReplica(machine.clone()))
+    }
+}
+
+/// Which point to test.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TestRequest {
+    /// Its epoch; the latest point if there is none.
+    #[serde(default)]
+    pub point: Option<Epoch>,
+}
+
+/// Which test failovers to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CancelRequest {
+    /// One of them; all if there is none.
+    #[serde(default)]
+    pub number: Option<u32>,
+    /// Also those that somebody uses, who gets errors from then on.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What was ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CancelReport {
+    /// Numbers of the test failovers.
+    pub ended: Vec<u32>,
 }
 
 /// Why an operator's wish was not done.
@@ -56,6 +102,12 @@ pub enum OperateError {
     /// The node serves no such machine as primary.
     #[error("no machine called {0} is primary here")]
     NoSuchMachine(Name),
+    /// The node keeps no replica of such a machine.
+    #[error("no replica of a machine called {0} is kept here")]
+    NoSuchReplica(Name),
+    /// It was tried and did not succeed.
+    #[error("{0}")]
+    Failed(String),
     /// The machine is not in a state in which this can be done.
     #[error("{0}")]
     NotNow(String),
@@ -64,7 +116,8 @@ pub enum OperateError {
 impl OperateError {
     fn code(&self) -> StatusCode {
         match self {
-            Self::NoSuchMachine(_) => StatusCode::NOT_FOUND,
+            Self::NoSuchMachine(_) | Self::NoSuchReplica(_) => StatusCode::NOT_FOUND,
+            Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotNow(_) => StatusCode::CONFLICT,
         }
     }
@@ -123,6 +176,9 @@ impl ControlSocket {
         let router = Router::new()
             .route("/v1/status", get(status))
             .route("/v1/machines/{name}/cut", post(cut))
+            .route("/v1/machines/{name}/points", get(points))
+            .route("/v1/machines/{name}/tests", post(start_test))
+            .route("/v1/machines/{name}/cancel", post(cancel))
             .with_state(node);
         axum::serve(listener, router).await
     }
@@ -141,11 +197,31 @@ async fn status(State(node): Node) -> Response {
 }
 
 async fn cut(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
-    answer(move || {
-        let name = Name::new(&name).map_err(|error| OperateError::NotNow(error.to_string()))?;
-        node.cut(&name)
-    })
-    .await
+    answer(move || node.cut(&machine(&name)?)).await
+}
+
+async fn points(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
+    answer(move || node.points(&machine(&name)?)).await
+}
+
+async fn start_test(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<TestRequest>,
+) -> Response {
+    answer(move || node.start_test(&machine(&name)?, request)).await
+}
+
+async fn cancel(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<CancelRequest>,
+) -> Response {
+    answer(move || node.cancel(&machine(&name)?, request)).await
+}
+
+fn machine(name: &str) -> Result<Name, OperateError> {
+    Name::new(name).map_err(|error| OperateError::NotNow(error.to_string()))
 }
 
 async fn answer<T: Serialize + Send + 'static>(
@@ -187,6 +263,9 @@ pub enum ClientError {
     /// The node said no.
     #[error("{0}")]
     Refused(String),
+    /// The node tried and failed.
+    #[error("{0}")]
+    Failed(String),
 }
 
 fn broken(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
@@ -195,19 +274,41 @@ fn broken(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientE
 
 /// Asks the node on `socket` for its report.
 pub async fn ask_status(socket: &Path) -> Result<NodeStatus, ClientError> {
-    tokio::time::timeout(ANSWER_WITHIN, ask(socket, "GET", "/v1/status"))
+    tokio::time::timeout(ANSWER_WITHIN, ask(socket, "GET", "/v1/status", &()))
         .await
         .map_err(broken)?
 }
 
 /// Asks the node on `socket` to cut `machine`; answers when the epoch is durable on the replica.
 pub async fn ask_cut(socket: &Path, machine: &Name) -> Result<Lineage, ClientError> {
-    ask(
-        socket,
-        "POST",
-        &format!("/v1/machines/{}/cut", url_escaped(machine.as_str())),
-    )
-    .await
+    ask(socket, "POST", &path_of(machine, "cut"), &()).await
+}
+
+/// Asks the node on `socket` for the recovery points of `machine`, oldest first.
+pub async fn ask_points(socket: &Path, machine: &Name) -> Result<Vec<PointStatus>, ClientError> {
+    ask(socket, "GET", &path_of(machine, "points"), &()).await
+}
+
+/// Asks the node on `socket` to start a test failover of `machine`; answers when its disks can be opened.
+pub async fn ask_test(
+    socket: &Path,
+    machine: &Name,
+    request: TestRequest,
+) -> Result<TestStatus, ClientError> {
+    ask(socket, "POST", &path_of(machine, "tests"), &request).await
+}
+
+/// Asks the node on `socket` to end test failovers of `machine`; answers when everything is cleaned up.
+pub async fn ask_cancel(
+    socket: &Path,
+    machine: &Name,
+    request: CancelRequest,
+) -> Result<CancelReport, ClientError> {
+    ask(socket, "POST", &path_of(machine, "cancel"), &request).await
+}
+
+fn path_of(machine: &Name, what: &str) -> String {
+    format!("/v1/machines/{}/{what}", url_escaped(machine.as_str()))
 }
 
 /// The sockets of all nodes of this host.
@@ -231,7 +332,9 @@ async fn ask<T: DeserializeOwned>(
     socket: &Path,
     method: &str,
     path: &str,
+    body: &impl Serialize,
 ) -> Result<T, ClientError> {
+    let body = serde_json::to_vec(body).map_err(broken)?;
     let stream = UnixStream::connect(socket)
         .await
         .map_err(|source| ClientError::Connect {
@@ -246,10 +349,11 @@ async fn ask<T: DeserializeOwned>(
         .method(method)
         .uri(path)
         .header("host", "understudy")
-        .body(Empty::<bytes::Bytes>::new())
+        .header("content-type", "application/json")
+        .body(Full::<bytes::Bytes>::from(body))
         .map_err(broken)?;
     let response = sender.send_request(request).await.map_err(broken)?;
-    let ok = response.status().is_success();
+    let status = response.status();
     let limit = crate::base::units::to_usize(ANSWER_BYTES_MAX);
     let body = http_body_util::Limited::new(response.into_body(), limit)
         .collect()
@@ -257,11 +361,15 @@ async fn ask<T: DeserializeOwned>(
         .map_err(broken)?
         .to_bytes();
     driver.abort();
-    if ok {
+    if status.is_success() {
         return serde_json::from_slice(&body).map_err(broken);
     }
     let problem: Problem = serde_json::from_slice(&body).map_err(broken)?;
-    Err(ClientError::Refused(problem.error))
+    Err(if status.is_server_error() {
+        ClientError::Failed(problem.error)
+    } else {
+        ClientError::Refused(problem.error)
+    })
 }
 
 /// Percent-encodes all but unreserved characters (RFC 3986 section 2.3).
@@ -304,6 +412,10 @@ mod tests {
             }
             Err(OperateError::NoSuchMachine(machine.clone()))
         }
+
+        fn start_test(&self, _: &Name, _: TestRequest) -> Result<TestStatus, OperateError> {
+            Err(OperateError::Failed("no mount".into()))
+        }
     }
 
     #[tokio::test]
@@ -321,6 +433,19 @@ mod tests {
         assert_eq!(ask_cut(&path, &name).await.unwrap().epoch, Epoch(3));
         let refused = ask_cut(&path, &Name::new("x").unwrap()).await.unwrap_err();
         assert_eq!(refused.to_string(), "no machine called x is primary here");
+        let none = ask_points(&path, &name).await.unwrap_err();
+        assert!(matches!(none, ClientError::Refused(_)), "{none}");
+        assert_eq!(
+            none.to_string(),
+            "no replica of a machine called SQL Server-ß is kept here"
+        );
+        let failed = ask_test(&path, &name, TestRequest::default())
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(&failed, ClientError::Failed(text) if text == "no mount"),
+            "{failed}"
+        );
         let busy = ControlSocket::bind(Some(&path)).await.unwrap_err();
         assert_eq!(busy.kind(), io::ErrorKind::AddrInUse);
         server.abort();

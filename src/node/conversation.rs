@@ -301,7 +301,7 @@ impl<'a> Conversation<'a> {
             runs,
             copied: 0,
         });
-        self.write(bytes)
+        self.write(&mut [bytes])
     }
 
     fn cut(&mut self) -> Result<(), End> {
@@ -332,9 +332,8 @@ impl<'a> Conversation<'a> {
         let raw = frame.header().run.len;
         let data = frame.header().payload_len > 0;
         let started = Instant::now();
-        let bytes = frame.bytes().clone();
-        let len = to_u64(bytes.len());
-        self.write(bytes)?;
+        let len = frame.header().frame_len();
+        self.write(&mut frame.parts())?;
         self.measure(len, started.elapsed());
         self.driver
             .progress
@@ -343,10 +342,11 @@ impl<'a> Conversation<'a> {
         Ok(())
     }
 
-    fn write(&mut self, bytes: bytes::Bytes) -> Result<(), End> {
-        self.sender.sent(to_u64(bytes.len()));
+    fn write(&mut self, parts: &mut [bytes::Bytes]) -> Result<(), End> {
+        let len: usize = parts.iter().map(bytes::Bytes::len).sum();
+        self.sender.sent(to_u64(len));
         let log = self.log.as_mut().expect("bytes belong to an open log");
-        done(self.driver.until_stopped(log.stream.write_chunk(bytes)))
+        done(self.driver.until_stopped(log.stream.write_chunks(parts)))
     }
 
     fn measure(&mut self, bytes: u64, took: Duration) {
@@ -381,7 +381,10 @@ impl<'a> Conversation<'a> {
             .pending(lineage)
             .map_err(|error| End::Lost(chain(&error)))?;
         self.sender.sent(to_u64(trailer.len()));
-        done(self.driver.until_stopped(stream.write_chunk(trailer)))?;
+        done(
+            self.driver
+                .until_stopped(stream.write_chunks(&mut [trailer])),
+        )?;
         stream.finish().map_err(|error| End::Lost(chain(&error)))?;
         self.sender.sealed(lineage);
         Ok(())

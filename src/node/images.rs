@@ -10,8 +10,9 @@ use std::{
 use crate::{
     base::ids::{Ids, Name, NameError},
     disk::{
-        Access, Disk,
+        Access, Disk, Opening,
         image::{self, Format},
+        parents::ParentRoot,
     },
     storage::file::FileStorage,
     volume::ImageStamp,
@@ -26,6 +27,8 @@ pub struct ImageConfig {
     pub format: Format,
     /// The disk's name: the file's name without its suffix.
     pub name: Name,
+    /// The folder that holds the parents of differencing images; without it such an image is refused.
+    pub parents: Option<PathBuf>,
 }
 
 /// Why an image cannot be used.
@@ -52,8 +55,17 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
+    /// The folder of parents could not be opened.
+    #[error("cannot look for parents in {}", folder.display())]
+    Parents {
+        /// The folder.
+        folder: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// Another process serves it.
-    #[error("image {} is in use by another node", .0.display())]
+    #[error("image {} is in use by another process", .0.display())]
     InUse(PathBuf),
     /// The content is not what the format demands.
     #[error("image {} ({format}) cannot be used", path.display())]
@@ -79,12 +91,41 @@ impl ImageConfig {
         let Some(format) = format.or_else(|| suffix_format(&path)) else {
             return Err(ImageError::Suffix(path));
         };
-        Ok(Self { path, format, name })
+        Ok(Self {
+            path,
+            format,
+            name,
+            parents: None,
+        })
+    }
+
+    /// The same image, its parents being in `folder`.
+    #[must_use]
+    pub fn with_parents(self, folder: Option<PathBuf>) -> Self {
+        Self {
+            parents: folder,
+            ..self
+        }
+    }
+
+    /// How the image is opened.
+    pub fn opening(&self, access: Access, ids: &Arc<dyn Ids>) -> Result<Opening, ImageError> {
+        let opening = Opening::new(access, Arc::clone(ids));
+        let Some(folder) = &self.parents else {
+            return Ok(opening);
+        };
+        let root = ParentRoot::new(folder, &self.path).map_err(|source| ImageError::Parents {
+            folder: folder.clone(),
+            source,
+        })?;
+        Ok(opening.with_parents(Arc::new(root)))
     }
 }
 
-fn suffix_format(path: &Path) -> Option<Format> {
+/// The format that a file's suffix tells.
+pub fn suffix_format(path: &Path) -> Option<Format> {
     match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
+        "vhd" | "avhd" => Some(Format::Vhd),
         "vhdx" | "avhdx" => Some(Format::Vhdx),
         "raw" | "img" => Some(Format::Raw),
         _ => None,
@@ -116,31 +157,41 @@ impl OpenImage {
             path: path.clone(),
             source,
         };
-        let lock = File::open(path).map_err(failed)?;
-        let locked = match access {
-            Access::ReadOnly => lock.try_lock_shared(),
-            Access::ReadWrite => lock.try_lock(),
-        };
-        match locked {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(ImageError::InUse(path.clone())),
-            Err(TryLockError::Error(source)) => return Err(failed(source)),
-        }
+        let lock = lock(path, access)?;
         let stamp = stamp(path).map_err(failed)?;
         let storage = FileStorage::open(path, access).map_err(failed)?;
-        let disk = image::open(Arc::new(storage), config.format, access, Arc::clone(ids)).map_err(
-            |source| ImageError::Content {
+        let opening = config.opening(access, ids)?;
+        let disk = image::open(Arc::new(storage), config.format, &opening).map_err(|source| {
+            ImageError::Content {
                 path: path.clone(),
                 format: config.format,
                 source: Box::new(source),
-            },
-        )?;
+            }
+        })?;
         Ok(Self {
             config: config.clone(),
             disk,
             stamp,
             _lock: lock,
         })
+    }
+}
+
+/// Locks the image at `path` for as long as the file returned is open: readers share it, a writer has it alone.
+pub fn lock(path: &Path, access: Access) -> Result<File, ImageError> {
+    let failed = |source| ImageError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let lock = File::open(path).map_err(failed)?;
+    let locked = match access {
+        Access::ReadOnly => lock.try_lock_shared(),
+        Access::ReadWrite => lock.try_lock(),
+    };
+    match locked {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(ImageError::InUse(path.to_owned())),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
     }
 }
 

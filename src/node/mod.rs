@@ -4,6 +4,7 @@
 //!   primary    images -> machine (tracked) -> mount                   secondary   listener -> session for each machine
 //!   driver     the replication thread: dial, talk, dial again         session     Receiver + replica store + link
 //!   conversation   one link: Sender + maps + log                      admission   who may feed which replica
+//!   exposure   a recovery point as writable disks in a mount            test_failover   several of them
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
 //!   control    the socket that `status` and operators use
 //! ```
@@ -14,7 +15,9 @@
 mod admission;
 pub mod control;
 mod conversation;
+pub mod convert;
 mod driver;
+mod exposure;
 pub mod images;
 mod pipeline;
 pub mod primary;
@@ -23,6 +26,7 @@ mod replicas;
 pub mod secondary;
 mod session;
 pub mod status;
+mod test_failover;
 mod tracking;
 
 use std::{

@@ -151,11 +151,12 @@ fn pack(jobs: &Receiver<Job>, policy: &Mutex<Policy>, clock: &dyn Clock) {
     {
         let codec = policy.lock().choose(clock.monotonic());
         let started = clock.monotonic();
-        let frame = encode_sampled(disk, run.offset, &raw, codec);
+        let len = to_u64(raw.len());
+        let frame = encode_sampled(disk, run.offset, raw.into(), codec);
         let took = clock.monotonic().saturating_sub(started);
         policy
             .lock()
-            .packed(codec, to_u64(raw.len()), to_u64(frame.bytes().len()), took);
+            .packed(codec, len, frame.header().frame_len(), took);
         // The pipeline may have been dropped meanwhile; then nobody wants the frame.
         let _ = done.send(frame);
     }

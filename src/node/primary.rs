@@ -259,6 +259,7 @@ impl Primary {
             state,
             stopped,
             disk: tracked.and_then(|tracked| problem(&tracked.machine.state())),
+            points: None,
             interval: replication.map_or(INTERVAL_DEFAULT, |replication| replication.interval),
             rpo: rpo.now_ms.map(Duration::from_millis),
         };
@@ -278,6 +279,9 @@ impl Primary {
             peer: replication.map(|replication| replication.to.clone()),
             durable: tracked.and_then(|tracked| tracked.machine.lineage()),
             base_epoch: None,
+            recovery: None,
+            tests: Vec::new(),
+            last_test: None,
             rpo,
             copy: progress.copy_status(self.clock.monotonic()),
             traffic,

@@ -1,4 +1,4 @@
-//! The replicas of a store: opened at start, begun at a first greeting, merged in the background.
+//! The replicas of a store: opened at start, begun at a first greeting, merged and thinned in the background.
 //!
 //! A machine is bound to its name by its first greeting: later ones with the same name and another identity are refused,
 //! so that nobody's replica is ever overwritten by a namesake.
@@ -9,10 +9,14 @@ use crossbeam_channel::{Receiver as WakeReceiver, Sender as WakeSender, bounded}
 use parking_lot::Mutex;
 
 use super::{
+    control::{CancelReport, CancelRequest, OperateError, TestRequest},
     driver::chain,
     secondary::SecondaryError,
     session::SharedProgress,
-    status::{DiskStatus, MachineStatus, TrafficStatus, millis},
+    status::{
+        DiskStatus, MachineStatus, PointStatus, RecoveryStatus, TestStatus, TrafficStatus, millis,
+    },
+    test_failover::{TestFailovers, TestPlaces},
 };
 use crate::{
     base::{
@@ -29,7 +33,9 @@ use crate::{
         message::{self, Hello, Refusal},
         receiver::Receiver,
     },
-    replica::{self, Head, MachineReplica, ReplicaError, ReplicaOptions, Retention},
+    replica::{
+        self, Head, MachineReplica, Point, ReplicaError, ReplicaOptions, Retention, Squeeze,
+    },
     storage::{Folder, file::FileFolder, ledger::Ledger},
 };
 
@@ -44,6 +50,7 @@ pub(super) struct Served {
     pub(super) store: Arc<MachineReplica>,
     pub(super) progress: SharedProgress,
     pub(super) clock: Arc<dyn Clock>,
+    tests: TestFailovers,
     folder: PathBuf,
     wake: WakeSender<()>,
     /// The connection that feeds it: one at a time.
@@ -52,20 +59,58 @@ pub(super) struct Served {
 }
 
 impl Served {
-    /// There is something to merge.
-    pub(super) fn wake_merge(&self) {
+    /// All recovery points, oldest first.
+    pub(super) fn points(&self) -> Vec<PointStatus> {
+        let points = self.store.points();
+        let tests = self.tests.status();
+        let latest = points.last().map(|point| point.cut).unwrap_or_default();
+        let mut lost_bytes: u64 = points.iter().map(|point| point.bytes).sum();
+        let describe = |point: &Point| {
+            lost_bytes -= point.bytes;
+            let here = tests.iter().filter(|test| test.point == point.lineage);
+            PointStatus {
+                point: point.lineage,
+                cut: point.cut,
+                kind: point.consistency,
+                bytes: point.bytes,
+                lost_ms: millis(latest.since(point.cut)),
+                lost_bytes,
+                tests: here.map(|test| test.number).collect(),
+            }
+        };
+        points.iter().map(describe).collect()
+    }
+
+    /// Starts a test failover.
+    pub(super) fn start_test(&self, request: TestRequest) -> Result<TestStatus, OperateError> {
+        self.tests.start(&self.store, request.point)
+    }
+
+    /// Ends test failovers; the merge goes on where they held it back.
+    pub(super) fn cancel(&self, request: CancelRequest) -> Result<CancelReport, OperateError> {
+        let report = self.tests.cancel(request);
+        self.wake_upkeep();
+        report
+    }
+
+    /// There is something to merge or to fold.
+    pub(super) fn wake_upkeep(&self) {
         // Full means that it was woken already.
         let _ = self.wake.try_send(());
     }
 }
 
 /// How replicas are kept.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Keeping {
     /// Format of the images, if not the primary's.
     pub(super) format: Option<Format>,
-    /// Newest epochs kept as delta logs.
-    pub(super) newest: u32,
+    /// Which recovery points are kept.
+    pub(super) retention: Retention,
+    /// Bytes that the delta logs of a machine may take.
+    pub(super) space_max: Option<u64>,
+    /// Where test failovers are mounted, in a folder for each machine, if not in the store.
+    pub(super) tests: Option<PathBuf>,
 }
 
 /// All replicas of a store.
@@ -82,6 +127,8 @@ pub(super) struct Replicas {
 impl Served {
     pub(super) fn status(&self) -> MachineStatus {
         let store = self.store.status();
+        let points = self.store.points();
+        let (tests, last_test) = (self.tests.status(), self.tests.last());
         let progress = self.progress.lock();
         let state = match store.head {
             _ if progress.problem.is_some() => ReplicationState::Error,
@@ -99,6 +146,7 @@ impl Served {
             state,
             stopped: progress.problem.clone(),
             disk: None,
+            points: squeezed(store.squeeze),
             interval: Duration::from_secs(1),
             rpo: rpo.now_ms.map(Duration::from_millis),
         };
@@ -127,6 +175,15 @@ impl Served {
             peer: progress.connected.clone(),
             durable: store.head.lineage(),
             base_epoch: store.base,
+            recovery: Some(RecoveryStatus {
+                points: points.len(),
+                oldest: points.first().map(|point| point.cut),
+                log_bytes: store.log_bytes,
+                space_max: store.space_max,
+                squeeze: store.squeeze,
+            }),
+            tests,
+            last_test,
             rpo,
             copy: None,
             traffic: TrafficStatus {
@@ -139,6 +196,23 @@ impl Served {
             disks: disks.collect(),
         }
     }
+}
+
+/// What the lack of space means for an operator, if it cost something.
+fn squeezed(squeeze: Squeeze) -> Option<String> {
+    let text = match squeeze {
+        Squeeze::None => return None,
+        Squeeze::Finest => {
+            "space is short: the finest recovery points were dropped, the hourly ones are kept"
+        }
+        Squeeze::AllButOne => {
+            "space is short: all recovery points were dropped but the latest and what is in use"
+        }
+        Squeeze::Refusing => {
+            "space is used up: no more changes are taken; end test failovers, make room, or raise --space-max"
+        }
+    };
+    Some(text.to_owned())
 }
 
 /// Records with this prefix bind a name to a machine.
@@ -181,6 +255,11 @@ impl Replicas {
         Ok(replicas)
     }
 
+    /// One of them.
+    pub(super) fn get(&self, name: &Name) -> Option<Arc<Served>> {
+        self.machines.lock().get(name).cloned()
+    }
+
     /// All of them, by name.
     pub(super) fn all(&self) -> Vec<Arc<Served>> {
         self.machines.lock().values().cloned().collect()
@@ -189,6 +268,9 @@ impl Replicas {
     /// Waits for merges and closes the images. No session is left, and none begins.
     pub(super) fn close(&self) -> Result<(), SecondaryError> {
         let served = std::mem::take(&mut *self.machines.lock());
+        for served in served.values() {
+            served.tests.rest();
+        }
         let stores: Vec<_> = served
             .into_values()
             .map(|served| (served.name.clone(), Arc::clone(&served.store)))
@@ -213,10 +295,8 @@ impl Replicas {
         let ids: Arc<dyn Ids> = Arc::new(SystemIds::default());
         let options = ReplicaOptions {
             format: self.keeping.format,
-            retention: Retention {
-                newest: self.keeping.newest,
-            },
-            log_bytes_max: None,
+            retention: self.keeping.retention,
+            space_max: self.keeping.space_max,
             sync_bytes: ReplicaOptions::SYNC_BYTES,
         };
         let store = Arc::new(MachineReplica::open(
@@ -226,26 +306,41 @@ impl Replicas {
             id,
             options,
         )?);
+        let path = self.folder.path().join(name.as_str());
+        let layers = path.join("tests");
+        let mounts = match &self.keeping.tests {
+            Some(tests) => tests.join(name.as_str()),
+            None => layers.clone(),
+        };
+        // Before the first merge: the points of tests that come back must still be there.
+        let tests = TestFailovers::open(
+            (id, name),
+            TestPlaces { layers, mounts },
+            Arc::clone(&self.ledger),
+            Arc::clone(&self.clock),
+            &store,
+        )?;
         let (wake, woken) = bounded(1);
         let merging = (Arc::clone(&store), name.clone());
         let thread = thread::Builder::new()
-            .name("merge".into())
-            .spawn(move || merge(&woken, &merging.0, &merging.1));
+            .name("upkeep".into())
+            .spawn(move || keep_up(&woken, &merging.0, &merging.1));
         self.merges
             .lock()
-            .push(thread.map_err(io_error("start the merge thread of", name))?);
+            .push(thread.map_err(io_error("start the upkeep thread of", name))?);
         let served = Arc::new(Served {
             id,
             name: name.clone(),
             store,
             progress: SharedProgress::default(),
             clock: Arc::clone(&self.clock),
-            folder: self.folder.path().join(name.as_str()),
+            tests,
+            folder: path,
             wake,
             turn: tokio::sync::Mutex::default(),
             link: Mutex::default(),
         });
-        served.wake_merge();
+        served.wake_upkeep();
         Ok(served)
     }
 
@@ -324,15 +419,15 @@ fn io_error(operation: &'static str, name: &Name) -> impl FnOnce(io::Error) -> R
     }
 }
 
-/// Folds logs into the images whenever there are more than are kept; ends when the machine is let go of.
-fn merge(woken: &WakeReceiver<()>, store: &MachineReplica, name: &Name) {
+/// Merges and folds logs whenever there are more than are kept; ends when the machine is let go of.
+fn keep_up(woken: &WakeReceiver<()>, store: &MachineReplica, name: &Name) {
     while woken.recv().is_ok() {
         loop {
-            match store.merge() {
-                Ok(Some(report)) => tracing::debug!(machine = %name, ?report, "merged"),
+            match store.upkeep() {
+                Ok(Some(step)) => tracing::debug!(machine = %name, ?step, "upkeep"),
                 Ok(None) => break,
                 Err(error) => {
-                    tracing::error!(machine = %name, "cannot merge: {}", chain(&error));
+                    tracing::error!(machine = %name, "cannot merge or fold delta logs: {}", chain(&error));
                     match woken.recv_timeout(MERGE_AGAIN) {
                         Err(crossbeam_channel::RecvTimeoutError::Disconnected) => return,
                         Ok(()) | Err(crossbeam_channel::RecvTimeoutError::Timeout) => {}

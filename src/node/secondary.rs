@@ -3,15 +3,22 @@
 //! The store's folder holds `node.redb`, the node's records, and a folder for each machine. What is in it is the business
 //! of `replicas`; who may feed it, of `admission`.
 
-use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{
     admission,
-    control::{Operate, OperateError},
+    control::{CancelReport, CancelRequest, Operate, OperateError, TestRequest},
     driver::chain,
     lock_folder,
-    replicas::{Keeping, Replicas},
-    status::NodeStatus,
+    replicas::{Keeping, Replicas, Served},
+    status::{NodeStatus, PointStatus, TestStatus},
 };
 use crate::{
     base::{
@@ -20,7 +27,7 @@ use crate::{
     },
     disk::image::Format,
     net::{Allow, BindError, Identity, IdentityError, Listener, Reason},
-    replica::ReplicaError,
+    replica::{ReplicaError, Retention},
     storage::{
         file::FileFolder,
         ledger::{Ledger, LedgerError},
@@ -40,8 +47,12 @@ pub struct SecondaryConfig {
     pub allow: Vec<Name>,
     /// Format of the images, if not the primary's.
     pub format: Option<Format>,
-    /// Newest epochs kept as delta logs.
-    pub keep: u32,
+    /// Which recovery points are kept.
+    pub retention: Retention,
+    /// Bytes that the delta logs of a machine may take beside its images.
+    pub space_max: Option<u64>,
+    /// Where test failovers are mounted, in a folder for each machine; in the machine's folder of the store if not said.
+    pub tests: Option<PathBuf>,
 }
 
 /// Why a secondary cannot start or stop.
@@ -102,7 +113,9 @@ impl Secondary {
             source,
         };
         let identity = Identity::load(&config.identity)?;
-        let folder = FileFolder::open(path).map_err(failed)?;
+        // Mounts in it are told by their path, which must not depend on where the process was started.
+        let folder = FileFolder::open(&absolute(path)?).map_err(failed)?;
+        raise_file_limit();
         let lock = lock_folder(path).map_err(failed)?;
         let lock = lock.ok_or_else(|| SecondaryError::InUse(path.clone()))?;
         let allow: Allow = config.allow.iter().cloned().collect();
@@ -114,7 +127,9 @@ impl Secondary {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
         let keeping = Keeping {
             format: config.format,
-            newest: config.keep,
+            retention: config.retention,
+            space_max: config.space_max,
+            tests: config.tests.as_deref().map(absolute).transpose()?,
         };
         let replicas = Arc::new(Replicas::open_all(
             folder,
@@ -156,7 +171,12 @@ impl Secondary {
         }
     }
 
-    /// Ends all connections, waits for merges, closes the images.
+    fn served(&self, machine: &Name) -> Result<Arc<Served>, OperateError> {
+        let served = self.replicas.get(machine);
+        served.ok_or_else(|| OperateError::NoSuchReplica(machine.clone()))
+    }
+
+    /// Ends all connections, hides test failovers until the next start, waits for merges, closes the images.
     pub async fn stop(&self) -> Result<(), SecondaryError> {
         if let Some(listener) = self.listener.lock().await.take() {
             listener
@@ -192,4 +212,32 @@ impl Operate for Secondary {
     fn cut(&self, machine: &Name) -> Result<Lineage, OperateError> {
         Err(OperateError::NoSuchMachine(machine.clone()))
     }
+
+    fn points(&self, machine: &Name) -> Result<Vec<PointStatus>, OperateError> {
+        Ok(self.served(machine)?.points())
+    }
+
+    fn start_test(&self, machine: &Name, request: TestRequest) -> Result<TestStatus, OperateError> {
+        self.served(machine)?.start_test(request)
+    }
+
+    fn cancel(&self, machine: &Name, request: CancelRequest) -> Result<CancelReport, OperateError> {
+        self.served(machine)?.cancel(request)
+    }
+}
+
+/// Each delta log that is kept is an open file; the usual soft limit of 1,024 is for programs that use select(2).
+fn raise_file_limit() {
+    let limits = getrlimit(Resource::RLIMIT_NOFILE);
+    if let Err(error) = limits.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+    {
+        tracing::warn!(%error, "cannot raise the number of files this process may open");
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, SecondaryError> {
+    std::path::absolute(path).map_err(|source| SecondaryError::Store {
+        path: path.to_owned(),
+        source,
+    })
 }

@@ -226,6 +226,8 @@ impl Session {
                 let detail = chain(&error);
                 tracing::error!(machine = %self.served.name, "cannot take changes: {detail}");
                 self.served.progress.lock().problem = Some(detail.clone());
+                // If space was the trouble, points give way.
+                self.served.wake_upkeep();
                 self.say(ToPrimary::Refused(Refusal::Failed {
                     detail: detail.clone(),
                 }));
@@ -303,7 +305,7 @@ impl Session {
                     progress.rpo.durable(cut, self.served.clock.wall());
                 }
                 drop(progress);
-                self.served.wake_merge();
+                self.served.wake_upkeep();
             }
         }
     }
@@ -330,5 +332,5 @@ pub(super) struct ReceiveProgress {
     pub(super) connected: Option<String>,
 }
 
-/// Shared between the session, the merge thread and the status.
+/// Shared between the session, the upkeep thread and the status.
 pub(super) type SharedProgress = Mutex<ReceiveProgress>;

@@ -1,6 +1,6 @@
 //! What a node tells about itself: the JSON of `status --json`, and the figures behind it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,8 @@ use crate::{
         units::Epoch,
     },
     coord::state::{Health, ReplicationState, Role},
+    delta::Consistency,
+    replica::Squeeze,
     shim::OperationLatency,
 };
 
@@ -53,6 +55,15 @@ pub struct MachineStatus {
     pub durable: Option<Lineage>,
     /// Replica: the epoch that the image files hold; later ones are in delta logs.
     pub base_epoch: Option<Epoch>,
+    /// Replica: what it can go back to.
+    #[serde(default)]
+    pub recovery: Option<RecoveryStatus>,
+    /// Replica: test failovers that are running.
+    #[serde(default)]
+    pub tests: Vec<TestStatus>,
+    /// Replica: the last test failover that was started, whatever became of it.
+    #[serde(default)]
+    pub last_test: Option<LastTest>,
     /// Age of the last durable point and how it was.
     pub rpo: RpoStatus,
     /// Initial copy or resync in progress.
@@ -63,6 +74,88 @@ pub struct MachineStatus {
     pub write_latency: Option<LatencyStatus>,
     /// Its disks.
     pub disks: Vec<DiskStatus>,
+}
+
+/// The recovery points of a replica, and the space they take.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct RecoveryStatus {
+    /// How many there are.
+    pub points: usize,
+    /// Cut time of the oldest.
+    pub oldest: Option<Timestamp>,
+    /// Bytes of the delta logs beside the images.
+    pub log_bytes: u64,
+    /// Bytes they may take, if there is a limit.
+    pub space_max: Option<u64>,
+    /// What the lack of space cost.
+    pub squeeze: Squeeze,
+}
+
+/// One recovery point.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PointStatus {
+    /// Its epoch and chain hash.
+    pub point: Lineage,
+    /// When the cut was made.
+    pub cut: Timestamp,
+    /// What it is worth to the guest.
+    pub kind: Consistency,
+    /// Bytes of the delta log that leads to it; 0 for the point in the images.
+    pub bytes: u64,
+    /// Milliseconds from its cut to that of the latest point: what a rollback to it would lose.
+    pub lost_ms: u64,
+    /// Bytes of the delta logs from it to the latest point: the same as an amount of data.
+    pub lost_bytes: u64,
+    /// Numbers of the test failovers that run on it.
+    pub tests: Vec<u32>,
+}
+
+/// A test failover that is running.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TestStatus {
+    /// Its number, to cancel it by.
+    pub number: u32,
+    /// The point it started from.
+    pub point: Lineage,
+    /// When that was cut.
+    pub cut: Timestamp,
+    /// When the test was started.
+    pub started: Timestamp,
+    /// Bytes written in it so far.
+    pub written: u64,
+    /// Its disks, as raw files.
+    pub files: Vec<PathBuf>,
+}
+
+/// The last test failover of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastTest {
+    /// Its number.
+    pub number: u32,
+    /// The point it started from.
+    pub point: Lineage,
+    /// When that was cut.
+    pub cut: Timestamp,
+    /// When the test was started.
+    pub started: Timestamp,
+    /// When it ended, if it has.
+    pub ended: Option<Timestamp>,
+    /// Bytes that had been written in it when it ended.
+    pub written: u64,
+    /// What became of it.
+    pub result: TestResult,
+}
+
+/// What became of a test failover.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TestResult {
+    /// It is still there.
+    Running,
+    /// An operator ended it, and everything was cleaned up.
+    Ended,
+    /// It could not be shown, or not be brought back, and was cleaned up.
+    Failed(String),
 }
 
 /// Recovery point objective as achieved.

@@ -106,7 +106,7 @@ impl Tracked {
 }
 
 /// Names the present boot of the host.
-fn boot_id() -> io::Result<String> {
+pub(super) fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
         .trim()
         .to_owned())

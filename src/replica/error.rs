@@ -187,6 +187,9 @@ pub enum IngestError {
     /// An initial copy for a replica that is complete.
     #[error("the replica already holds a complete copy at {}", point(Some(*.0)))]
     AlreadyComplete(Lineage),
+    /// A log that another host folded.
+    #[error("the delta log was folded by another host: only what a primary sends is taken")]
+    Folded,
     /// The disk table is not that of the replica.
     #[error("the disks of the delta log are not those of the replica: announce them first")]
     Disks,

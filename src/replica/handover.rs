@@ -5,7 +5,8 @@ use super::{
     error::ReplicaError,
     log::log_name,
     record::{Base, BasePoint, Record},
-    store::{DiskSpec, Head, MachineReplica, check_specs, to_record},
+    status::{DiskSpec, Head},
+    store::{MachineReplica, check_specs, to_record},
 };
 use crate::{
     base::{
@@ -35,8 +36,9 @@ impl MachineReplica {
     /// [`settle`](Self::settle). Runs may overlap. Keep them durable before settling, since it removes the logs.
     pub fn extents_after(&self, epoch: Epoch) -> Result<Vec<(DiskIndex, Extent)>, ReplicaError> {
         let state = self.shared.state()?;
-        let known = state
-            .points()
+        let known = self
+            .shared
+            .points(&state)
             .iter()
             .any(|point| point.lineage.epoch == epoch);
         if !known {
@@ -70,7 +72,7 @@ impl MachineReplica {
             if let Some(other) = shared.pins.other_than(epoch) {
                 return Err(ReplicaError::PointInUse(other));
             }
-            let points = state.points();
+            let points = shared.points(&state);
             let point = points.iter().find(|point| point.lineage.epoch == epoch);
             let lineage = point.ok_or(ReplicaError::NoPoint(epoch))?.lineage;
             let record = state.record.clone().ok_or(ReplicaError::NotPrepared)?;

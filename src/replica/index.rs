@@ -1,6 +1,6 @@
 //! Which frame of which log holds a byte: the newest one that touches it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BinaryHeap, sync::Arc};
 
 use super::{
     error::ReplicaError,
@@ -11,47 +11,63 @@ use crate::{
     delta::FrameKind,
 };
 
-/// Runs of one disk and the frame that each belongs to; no two overlap.
+/// Runs of one disk and the frame that each belongs to, in order; no two overlap. A sorted list, made in one sweep: a tree
+/// that takes a million scattered runs one by one takes longer than somebody who opens a point wants to wait.
 #[derive(Debug, Default)]
-struct ExtentMap(BTreeMap<u64, Piece>);
+struct ExtentMap(Vec<Piece>);
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Piece {
+    start: u64,
     end: u64,
     frame: usize,
 }
 
 impl ExtentMap {
-    /// Gives `run` to `frame`, whoever had parts of it before.
-    fn insert(&mut self, run: Extent, frame: usize) {
-        let end = run.end();
-        let before = self.0.range_mut(..run.offset).next_back();
-        if let Some((_, piece)) = before.filter(|(_, piece)| piece.end > run.offset) {
-            let old = std::mem::replace(&mut piece.end, run.offset);
-            let frame = piece.frame;
-            if old > end {
-                self.0.insert(end, Piece { end: old, frame });
+    /// Gives each byte to the frame with the highest number of those that hold it.
+    fn new(mut runs: Vec<Piece>) -> Self {
+        runs.sort_unstable_by_key(|run| run.start);
+        let mut pieces: Vec<Piece> = Vec::with_capacity(runs.len());
+        // Frames that began and may not have ended, the newest on top.
+        let mut open: BinaryHeap<(usize, u64)> = BinaryHeap::new();
+        let mut coming = runs.iter().peekable();
+        let mut at = 0;
+        loop {
+            while open.peek().is_some_and(|&(_, end)| end <= at) {
+                open.pop();
+            }
+            let next = coming.peek().map(|run| run.start);
+            match (open.peek(), next) {
+                (None, None) => return Self(pieces),
+                (None, Some(start)) => at = start,
+                (Some(&(frame, end)), next) => {
+                    let stop = next.map_or(end, |start| start.min(end));
+                    match pieces.last_mut() {
+                        Some(last) if last.frame == frame && last.end == at => last.end = stop,
+                        _ => pieces.push(Piece {
+                            start: at,
+                            end: stop,
+                            frame,
+                        }),
+                    }
+                    at = stop;
+                }
+            }
+            while let Some(run) = coming.next_if(|run| run.start <= at) {
+                open.push((run.frame, run.end));
             }
         }
-        while let Some((&start, &piece)) = self.0.range(run.offset..end).next() {
-            self.0.remove(&start);
-            if piece.end > end {
-                self.0.insert(end, piece);
-            }
-        }
-        self.0.insert(run.offset, Piece { end, frame });
     }
 
     /// The longest run from `offset`, at most to `end`, that belongs to one frame or to none.
     fn segment(&self, offset: u64, end: u64) -> (Extent, Option<usize>) {
-        let at = self.0.range(..=offset).next_back();
-        if let Some((_, piece)) = at.filter(|(_, piece)| piece.end > offset) {
-            let run = Extent::new(offset, piece.end.min(end) - offset);
-            return (run, Some(piece.frame));
-        }
-        let next = self.0.range(offset..end).next();
-        let stop = next.map_or(end, |(&start, _)| start);
-        (Extent::new(offset, stop - offset), None)
+        let next = self.0.partition_point(|piece| piece.end <= offset);
+        let (stop, frame) = match self.0.get(next) {
+            Some(piece) if piece.start <= offset => (piece.end.min(end), Some(piece.frame)),
+            Some(piece) => (piece.start.min(end), None),
+            None => (end, None),
+        };
+        (Extent::new(offset, stop - offset), frame)
     }
 }
 
@@ -78,14 +94,20 @@ impl LogIndex {
             frames: Vec::new(),
             disks: Vec::new(),
         };
-        index.disks.resize_with(disks, ExtentMap::default);
+        let mut runs = vec![Vec::new(); disks];
         for number in 0..index.logs.len() {
             for frame in index.logs[number].frames()? {
                 let disk = frame.header.disk.index();
-                index.disks[disk].insert(frame.header.run, index.frames.len());
+                let run = frame.header.run;
+                runs[disk].push(Piece {
+                    start: run.offset,
+                    end: run.end(),
+                    frame: index.frames.len(),
+                });
                 index.frames.push(FrameRef { log: number, frame });
             }
         }
+        index.disks = runs.into_iter().map(ExtentMap::new).collect();
         Ok(index)
     }
 
@@ -101,10 +123,12 @@ impl LogIndex {
 
     /// All runs of a disk that a frame holds, in order.
     pub(super) fn runs(&self, disk: DiskIndex) -> impl Iterator<Item = (Extent, usize)> {
-        self.disks[disk.index()]
-            .0
-            .iter()
-            .map(|(&start, piece)| (Extent::new(start, piece.end - start), piece.frame))
+        self.disks[disk.index()].0.iter().map(|piece| {
+            (
+                Extent::new(piece.start, piece.end - piece.start),
+                piece.frame,
+            )
+        })
     }
 
     pub(super) fn frame(&self, number: usize) -> &FrameRef {
@@ -130,14 +154,16 @@ mod tests {
         /// Against a table of one owner for each byte.
         #[test]
         fn the_newest_run_owns_its_bytes(runs in prop::collection::vec((0..64u64, 1..40u64), 0..40)) {
-            let mut map = ExtentMap::default();
             let mut model = [None; 128];
-            for (number, &(offset, len)) in runs.iter().enumerate() {
-                map.insert(Extent::new(offset, len), number);
-                for owner in &mut model[usize::try_from(offset).unwrap()..][..usize::try_from(len).unwrap()] {
-                    *owner = Some(number);
+            let mut pieces = Vec::new();
+            for (frame, &(start, len)) in runs.iter().enumerate() {
+                pieces.push(Piece { start, end: start + len, frame });
+                for owner in &mut model[usize::try_from(start).unwrap()..][..usize::try_from(len).unwrap()] {
+                    *owner = Some(frame);
                 }
             }
+            let map = ExtentMap::new(pieces);
+            prop_assert!(map.0.is_sorted_by(|a, b| a.end <= b.start && (a.end, a.frame) != (b.start, b.frame)));
             let mut offset = 0;
             while offset < 128 {
                 let (run, owner) = map.segment(offset, 128);

@@ -12,8 +12,11 @@ use std::sync::{Arc, atomic::Ordering};
 use super::{
     error::{IngestError, ReplicaError},
     log::{LogFile, log_name},
+    part::Part,
     record::{Base, BasePoint, Record},
-    store::{Head, MachineReplica, Shared, State, disk_failed},
+    state::{Shared, State},
+    status::Head,
+    store::{MachineReplica, disk_failed},
 };
 use crate::{
     base::{
@@ -24,14 +27,10 @@ use crate::{
     },
     delta::{Decoder, Event, FrameHeader, Header, LogKind, Trailer},
     disk::{Disk, Fua, Space},
-    storage::{Open, Storage},
+    storage::Storage,
 };
 
-/// End of the names of files that are being written.
-pub(super) const PART_SUFFIX: &str = ".part";
 const PART_NAME: &str = "incoming.part";
-/// Bytes gathered before they are written to the log: frames of 4 KiB would otherwise cost a system call each.
-const GATHER_BYTES: usize = 256 * 1024;
 /// One frame's worth at a time: the decoder holds no more, whatever the caller brings.
 const PIECE_BYTES: usize = to_usize(FRAME_BYTES_MAX);
 
@@ -74,11 +73,7 @@ enum Stage {
     /// The header is not complete: these bytes are kept.
     Header(Vec<u8>),
     /// Into a file.
-    Delta {
-        part: Arc<dyn Storage>,
-        written: u64,
-        gathered: Vec<u8>,
-    },
+    Delta(Part),
     /// Into the base images.
     Initial {
         disks: Vec<Arc<dyn Disk>>,
@@ -148,6 +143,9 @@ impl Ingest {
                 Ok(event) => staged = staged.or(event),
                 Err(error) => {
                     self.fail();
+                    if error.is_full() {
+                        self.shared.state.lock().upkeep.found_none();
+                    }
                     return Err(error);
                 }
             }
@@ -234,22 +232,15 @@ impl Ingest {
                 });
             }
             (LogKind::Delta, _) => {}
+            (LogKind::Folded(_), _) => return Err(IngestError::Folded),
         }
         drop(state);
-        let part = self
-            .shared
-            .folder
-            .open(PART_NAME, Open::CreateNew)
-            .map_err(ReplicaError::io("create", PART_NAME))?;
+        let part = Part::create(&*self.shared.folder, PART_NAME)?;
         let kept = match std::mem::replace(&mut self.stage, Stage::Failed) {
             Stage::Header(kept) => kept,
             _ => Vec::new(),
         };
-        self.stage = Stage::Delta {
-            part,
-            written: 0,
-            gathered: Vec::with_capacity(GATHER_BYTES),
-        };
+        self.stage = Stage::Delta(part);
         self.gather(&kept)
     }
 
@@ -273,41 +264,31 @@ impl Ingest {
 
     /// Adds bytes to the file of a delta.
     fn gather(&mut self, bytes: &[u8]) -> Result<(), IngestError> {
-        let Stage::Delta {
-            gathered, written, ..
-        } = &mut self.stage
-        else {
+        let Stage::Delta(part) = &mut self.stage else {
             return Ok(());
         };
-        gathered.extend_from_slice(bytes);
-        if let Some(limit) = self.shared.options.log_bytes_max {
-            let part = *written + to_u64(gathered.len());
-            if self.shared.state.lock().log_bytes().saturating_add(part) > limit {
+        if let Some(limit) = self.shared.options.space_max {
+            let len = part.len().saturating_add(to_u64(bytes.len()));
+            if self.shared.state.lock().space_used().saturating_add(len) > limit {
                 return Err(IngestError::Space { limit });
             }
         }
-        if gathered.len() >= GATHER_BYTES {
-            self.write()?;
-        }
+        let written = part.push(bytes)?;
+        self.count_staged(written);
         Ok(())
     }
 
     /// Writes what was gathered.
     fn write(&mut self) -> Result<(), ReplicaError> {
-        if let Stage::Delta {
-            part,
-            written,
-            gathered,
-        } = &mut self.stage
-        {
-            part.write_at(*written, gathered, Fua::No)
-                .map_err(ReplicaError::io("write", PART_NAME))?;
-            let len = to_u64(gathered.len());
-            *written += len;
-            self.shared.tally.staged.fetch_add(len, Ordering::Relaxed);
-            gathered.clear();
+        if let Stage::Delta(part) = &mut self.stage {
+            let written = part.write()?;
+            self.count_staged(written);
         }
         Ok(())
+    }
+
+    fn count_staged(&self, bytes: u64) {
+        self.shared.tally.staged.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// A sync of what was received so far, if [`ReplicaOptions::sync_bytes`](super::ReplicaOptions::sync_bytes) came
@@ -321,7 +302,7 @@ impl Ingest {
             return Err(error.into());
         }
         let what = match &self.stage {
-            Stage::Delta { part, .. } => What::Part(Arc::clone(part)),
+            Stage::Delta(part) => What::Part(part.storage()),
             Stage::Initial { disks, header } => What::Images(disks.clone(), header.clone()),
             _ => return Ok(None),
         };
@@ -337,9 +318,7 @@ impl Ingest {
     fn sync(&mut self) -> Result<(), IngestError> {
         self.write()?;
         match &self.stage {
-            Stage::Delta { part, .. } => {
-                part.sync().map_err(ReplicaError::io("sync", PART_NAME))?;
-            }
+            Stage::Delta(part) => part.sync()?,
             Stage::Initial { disks, header } => flush(disks, header)?,
             _ => {}
         }
@@ -349,8 +328,11 @@ impl Ingest {
     /// The log is whole and verified: makes it durable, visible and recorded, in this order.
     fn complete(&mut self, trailer: &Trailer) -> Result<IngestEvent, IngestError> {
         self.sync()?;
-        match &self.stage {
-            Stage::Delta { part, .. } => self.complete_delta(Arc::clone(part), trailer)?,
+        match &mut self.stage {
+            Stage::Delta(part) => {
+                let log = part.finish(&*self.shared.folder)?;
+                self.complete_delta(log, trailer)?;
+            }
             Stage::Initial { .. } => {
                 let mut state = self.shared.state()?;
                 let point = BasePoint {
@@ -367,6 +349,7 @@ impl Ingest {
         self.stage = Stage::Done;
         let mut state = self.shared.state.lock();
         state.receiving = false;
+        state.upkeep.found_space();
         tracing::debug!(machine = %self.shared.id, epoch = %trailer.lineage.epoch, "staged");
         Ok(IngestEvent::Staged {
             lineage: trailer.lineage,
@@ -374,10 +357,9 @@ impl Ingest {
         })
     }
 
-    fn complete_delta(&self, part: Arc<dyn Storage>, trailer: &Trailer) -> Result<(), IngestError> {
+    fn complete_delta(&self, log: LogFile, trailer: &Trailer) -> Result<(), IngestError> {
         let shared = &*self.shared;
         let name = log_name(trailer.lineage.epoch);
-        let log = LogFile::open(part, &name)?;
         // Held over rename and record: a merge that ends in between would write an older record over this one.
         let mut state = shared.state()?;
         let record = self.next_record(&state, trailer, |base| base)?;
@@ -395,7 +377,7 @@ impl Ingest {
         if let Some(Err(error)) = superseded.map(|unsure| shared.remove(&unsure)) {
             tracing::warn!(machine = %shared.id, %error, "cannot remove a superseded delta log now");
         }
-        state.logs.push(Arc::new(log));
+        state.push_log(log);
         Ok(())
     }
 
@@ -419,7 +401,7 @@ impl Ingest {
         let stage = std::mem::replace(&mut self.stage, Stage::Failed);
         match stage {
             Stage::Done | Stage::Failed => return,
-            Stage::Delta { .. } => {
+            Stage::Delta(_) => {
                 if let Err(error) = self.shared.remove(PART_NAME) {
                     tracing::warn!(machine = %self.shared.id, %error, "cannot remove an unfinished delta log now");
                 }

@@ -1,8 +1,14 @@
 //! A complete delta log in a file: found again by its end, proved by its chain hash, read frame by frame.
+//!
+//! The newest logs of a machine are kept in memory as well, see [`LOG_RESIDENT_BYTES_MAX`]: what a merge or a fold needs
+//! moments after it was written is not read back.
+//!
+//! [`LOG_RESIDENT_BYTES_MAX`]: crate::base::limits::LOG_RESIDENT_BYTES_MAX
 
-use std::{fmt, sync::Arc};
+use std::{fmt, io, sync::Arc};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::error::ReplicaError;
 use crate::{
@@ -35,6 +41,10 @@ pub(super) struct LogFile {
     header_bytes: Vec<u8>,
     head: TrailerHead,
     foot: Foot,
+    /// The point it leads to.
+    point: Lineage,
+    /// The whole file, as long as there is room for it.
+    resident: Mutex<Option<Bytes>>,
 }
 
 /// A frame and the position of its payload in the log.
@@ -47,6 +57,15 @@ pub(super) struct FrameAt {
 impl LogFile {
     /// Opens the log in `storage`. What lies between header and trailer is proved by [`frames`](Self::frames) only.
     pub(super) fn open(storage: Arc<dyn Storage>, name: &str) -> Result<Self, ReplicaError> {
+        Self::open_resident(storage, None, name)
+    }
+
+    /// The same for a log that was written just now, and maybe is still in memory.
+    pub(super) fn open_resident(
+        storage: Arc<dyn Storage>,
+        resident: Option<Vec<u8>>,
+        name: &str,
+    ) -> Result<Self, ReplicaError> {
         let len = storage.len().map_err(ReplicaError::io("open", name))?;
         let damaged = |source| ReplicaError::log(name, source);
         let short = || {
@@ -76,12 +95,12 @@ impl LogFile {
         let header = Header::parse(&header_bytes).map_err(damaged)?;
         let head = read(&storage, foot.trailer_at, name)?;
         let head = TrailerHead::parse(&head, foot.trailer_at).map_err(damaged)?;
-        let parent = header.parent.map(|parent| parent.epoch);
-        if parent.is_none_or(|parent| parent >= foot.epoch) {
+        let point = header.point(&foot).map_err(damaged)?;
+        if header.parent.is_none() {
             return Err(damaged(DecodeError::Invalid {
-                part: "log",
+                part: "header",
                 offset: 0,
-                reason: "it is not after its parent",
+                reason: "an initial copy is not kept as a log",
             }));
         }
         let index_at = foot.trailer_at + to_u64(FRAME_HEADER_BYTES);
@@ -94,7 +113,34 @@ impl LogFile {
             header_bytes,
             head,
             foot,
+            point,
+            // Without the spare capacity of the vector.
+            resident: Mutex::new(resident.map(|bytes| Bytes::from(bytes.into_boxed_slice()))),
         })
+    }
+
+    /// Bytes of it that are in memory.
+    pub(super) fn resident_bytes(&self) -> u64 {
+        let resident = self.resident.lock();
+        resident.as_ref().map_or(0, |bytes| to_u64(bytes.len()))
+    }
+
+    /// Keeps it in the file only.
+    pub(super) fn let_go(&self) {
+        self.resident.lock().take();
+    }
+
+    /// `len` bytes from `offset`, and how many of them were read from the file.
+    fn bytes_at(&self, offset: u64, len: usize) -> io::Result<(Bytes, u64)> {
+        if let Some(bytes) = self.resident.lock().as_ref() {
+            let start = to_usize(offset);
+            if bytes.len() >= start + len {
+                return Ok((bytes.slice(start..start + len), 0));
+            }
+        }
+        let mut bytes = vec![0; len];
+        self.storage.read_at(offset, &mut bytes)?;
+        Ok((bytes.into(), to_u64(len)))
     }
 
     pub(super) fn header(&self) -> &Header {
@@ -102,7 +148,7 @@ impl LogFile {
     }
 
     pub(super) fn trailer(&self) -> Trailer {
-        self.foot.trailer(self.head)
+        self.foot.trailer(self.head, self.point)
     }
 
     pub(super) fn epoch(&self) -> Epoch {
@@ -110,7 +156,7 @@ impl LogFile {
     }
 
     pub(super) fn lineage(&self) -> Lineage {
-        self.trailer().lineage
+        self.point
     }
 
     /// Length of the file in bytes.
@@ -159,21 +205,16 @@ impl LogFile {
         Ok(frames)
     }
 
-    fn read_index(&self, name: &str) -> Result<Vec<u8>, ReplicaError> {
+    fn read_index(&self, name: &str) -> Result<Bytes, ReplicaError> {
         // The file holds as many bytes: that was checked when it was opened.
         let len = to_usize(self.head.frames) * FRAME_HEADER_BYTES;
-        let mut index = vec![0; len];
-        self.storage
-            .read_at(
-                self.foot.trailer_at + to_u64(FRAME_HEADER_BYTES),
-                &mut index,
-            )
-            .map_err(ReplicaError::io("read", name))?;
-        Ok(index)
+        let at = self.foot.trailer_at + to_u64(FRAME_HEADER_BYTES);
+        let index = self.bytes_at(at, len);
+        Ok(index.map_err(ReplicaError::io("read", name))?.0)
     }
 
     /// The frame headers of a log without an index, one by one.
-    fn scan(&self, name: &str) -> Result<Vec<u8>, ReplicaError> {
+    fn scan(&self, name: &str) -> Result<Bytes, ReplicaError> {
         let mut headers = Vec::new();
         let mut position = to_u64(self.header_bytes.len());
         while position < self.foot.trailer_at {
@@ -186,18 +227,26 @@ impl LogFile {
             headers.extend_from_slice(&bytes);
             position += header.frame_len();
         }
-        Ok(headers)
+        Ok(headers.into())
     }
 
-    /// The content of a data frame, unpacked and checked.
-    pub(super) fn content(&self, frame: &FrameAt) -> Result<Bytes, ReplicaError> {
-        let name = || log_name(self.epoch());
-        let mut payload = vec![0; to_usize(u64::from(frame.header.payload_len))];
-        self.storage
-            .read_at(frame.at, &mut payload)
-            .map_err(|source| ReplicaError::io("read", &name())(source))?;
-        unpack(&frame.header, &payload.into(), frame.at)
-            .map_err(|source| ReplicaError::log(&name(), source))
+    /// The content of a data frame, unpacked and checked, and how many bytes were read from the file.
+    pub(super) fn content(&self, frame: &FrameAt) -> Result<(Bytes, u64), ReplicaError> {
+        let (payload, read) = self.payload(frame)?;
+        Ok((self.unpack(frame, &payload)?, read))
+    }
+
+    /// The payload of a frame as it stands in the log, unchecked, and how many bytes were read from the file.
+    pub(super) fn payload(&self, frame: &FrameAt) -> Result<(Bytes, u64), ReplicaError> {
+        let len = to_usize(u64::from(frame.header.payload_len));
+        self.bytes_at(frame.at, len)
+            .map_err(|source| ReplicaError::io("read", &log_name(self.epoch()))(source))
+    }
+
+    /// The content of a data frame whose payload was read, checked.
+    pub(super) fn unpack(&self, frame: &FrameAt, payload: &Bytes) -> Result<Bytes, ReplicaError> {
+        unpack(&frame.header, payload, frame.at)
+            .map_err(|source| ReplicaError::log(&log_name(self.epoch()), source))
     }
 
     /// Part of the content of a frame that is not packed, unchecked.
@@ -206,7 +255,7 @@ impl LogFile {
         frame: &FrameAt,
         within: u64,
         buf: &mut [u8],
-    ) -> std::io::Result<()> {
+    ) -> io::Result<()> {
         debug_assert!(
             Extent::new(within, to_u64(buf.len())).end() <= u64::from(frame.header.payload_len)
         );

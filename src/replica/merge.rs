@@ -1,4 +1,4 @@
-//! Folding the oldest logs into the base images.
+//! Merging: folding the oldest logs into the base images.
 //!
 //! In one pass, the last version of each block only, in the order of the disk. Every frame is checked against its
 //! CRC-32C once more on the way. Nothing is read but the logs.
@@ -15,7 +15,9 @@ use super::{
     index::LogIndex,
     log::{LogFile, log_name},
     record::{Base, BasePoint, DiskRecord, Record},
-    store::{MachineReplica, Shared, State, disk_failed},
+    retention::Kept,
+    state::{Shared, State},
+    store::{MachineReplica, disk_failed},
     view::FrameCache,
 };
 use crate::{
@@ -52,8 +54,8 @@ struct Plan {
 }
 
 impl MachineReplica {
-    /// Folds the logs that retention does not need, if there are any and no view needs an older point. Takes as long as
-    /// it takes; logs are received and views read meanwhile.
+    /// Folds the logs that retention does not need into the images, if there are any and no view needs an older point.
+    /// Takes as long as it takes; logs are received and views read meanwhile.
     pub fn merge(&self) -> Result<Option<MergeReport>, ReplicaError> {
         let shared = &*self.shared;
         let _merging = shared.merging.lock();
@@ -64,16 +66,11 @@ impl MachineReplica {
 
 impl Shared {
     /// How many of the oldest logs should be folded.
-    fn surplus(&self, state: &State) -> usize {
-        let keep = usize::try_from(self.options.retention.newest).unwrap_or(usize::MAX);
-        let mut count = state.logs.len().saturating_sub(keep);
-        if let Some(limit) = self.options.log_bytes_max {
-            let mut left: u64 = state.logs[count..].iter().map(|log| log.bytes()).sum();
-            while left > limit / 2 {
-                left -= state.logs[count].bytes();
-                count += 1;
-            }
-        }
+    pub(super) fn surplus(&self, state: &State) -> usize {
+        // Everything before the oldest point that is kept; that one is in the images then.
+        let decisions = state.decisions(self.options.retention, &self.pins);
+        let count = decisions.iter().position(|kept| *kept != Kept::No);
+        let count = count.unwrap_or(0);
         // What was begun is finished.
         let begun = state.merge_target();
         let begun = begun.map_or(0, |to| logs_up_to(state, to));
@@ -100,7 +97,7 @@ impl Shared {
             let record = state.record.clone().ok_or(ReplicaError::NotPrepared)?;
             self.record(&mut state, Record { base, ..record })?;
         }
-        let (read, written) = self.fold(&plan, &index)?;
+        let (read, written) = self.apply(&plan, &index)?;
         {
             let mut state = self.state()?;
             let base = Base::At(plan.to);
@@ -146,11 +143,11 @@ impl Shared {
     }
 
     /// Writes the last version of each block, and makes the images durable. Bytes read and written.
-    fn fold(&self, plan: &Plan, index: &LogIndex) -> Result<(u64, u64), ReplicaError> {
+    fn apply(&self, plan: &Plan, index: &LogIndex) -> Result<(u64, u64), ReplicaError> {
         let (mut read, mut written) = (0, 0);
         let disks = plan.disks.iter().zip(&plan.record.disks).zip(0..);
         for ((image, record), number) in disks {
-            let done = self.fold_disk(index, DiskIndex(number), image, record)?;
+            let done = self.apply_disk(index, DiskIndex(number), image, record)?;
             read += done.0;
             written += done.1;
         }
@@ -162,7 +159,7 @@ impl Shared {
         Ok((read, written))
     }
 
-    fn fold_disk(
+    fn apply_disk(
         &self,
         index: &LogIndex,
         disk: DiskIndex,
@@ -177,17 +174,12 @@ impl Shared {
                 FrameKind::Zero => image.zero(run, Space::Release, Fua::No),
                 FrameKind::Data => {
                     let (content, fresh) = frames.content(index, number)?;
-                    let payload = if fresh {
-                        u64::from(header.payload_len)
-                    } else {
-                        0
-                    };
                     let start = to_usize(run.offset - header.run.offset);
                     let part = &content[start..][..to_usize(run.len)];
-                    read += payload;
+                    read += fresh;
                     written += to_u64(part.len());
                     let tally = &self.tally;
-                    tally.merge_read.fetch_add(payload, Ordering::Relaxed);
+                    tally.log_read.fetch_add(fresh, Ordering::Relaxed);
                     tally.image_written.fetch_add(run.len, Ordering::Relaxed);
                     image.write_at(run.offset, part, Fua::No)
                 }

@@ -5,9 +5,11 @@
 //!
 //! ```text
 //! bytes -> [ingest] -> incoming.part --verify, sync, rename--> N.hrl --[merge]--> base images
-//!                                                                |                    |
-//!                                                                +---- [view] of P ---+
+//!                                                              |   |                  |
+//!                                                           [fold] +----- [view] of P ---+
 //! ```
+//! Which points are kept is decided by [retention](Retention); [upkeep](MachineReplica::upkeep) merges and folds what
+//! need not be told apart, and gives way when space is short.
 //!
 //! # Invariants
 //! - Once a machine is complete, there is always a recovery point that nobody is writing: the newest log is never
@@ -19,27 +21,37 @@
 //! A cut while receiving leaves `incoming.part`, which the next open removes. A cut between the rename and the record
 //! leaves a complete log that continues the head: the next open takes it. A cut while merging leaves a record that says
 //! so, and all logs it needs: views read through them, the next merge starts again. A cut after it leaves logs that the
-//! base already holds: the next open removes them.
+//! base already holds: the next open removes them. A cut while folding leaves the logs that went in, or the one that came
+//! out and leads to the same point: see the head of `fold`.
 #![forbid(unsafe_code)]
 
 mod error;
+mod fold;
 mod handover;
 mod index;
 mod ingest;
 mod log;
 mod merge;
+mod part;
 mod pins;
 mod record;
 mod recover;
+mod retention;
+mod state;
+mod status;
 mod store;
+mod upkeep;
 mod view;
 
 pub use error::{IngestError, ReplicaError};
+pub use fold::FoldReport;
 pub use handover::Adoption;
 pub use ingest::{Ingest, IngestEvent, SyncTask};
 pub use merge::MergeReport;
-pub use store::{
-    Counters, DiskSpec, Head, ImageStatus, MachineReplica, Point, ReplicaOptions, ReplicaStatus,
-    Retention,
+pub use retention::Retention;
+pub use status::{
+    Counters, DiskSpec, Head, ImageStatus, Point, ReplicaOptions, ReplicaStatus, Squeeze,
 };
+pub use store::MachineReplica;
+pub use upkeep::Upkeep;
 pub use view::PointView;

@@ -30,6 +30,11 @@ impl Pins {
         self.0.lock().keys().next().copied()
     }
 
+    /// Whether `epoch` is in use.
+    pub(super) fn holds(&self, epoch: Epoch) -> bool {
+        self.0.lock().contains_key(&epoch)
+    }
+
     /// A point in use other than `epoch`.
     pub(super) fn other_than(&self, epoch: Epoch) -> Option<Epoch> {
         let pins = self.0.lock();

@@ -6,11 +6,13 @@ use parking_lot::Mutex;
 
 use super::{
     error::ReplicaError,
-    ingest::PART_SUFFIX,
     log::{LOG_SUFFIX, LogFile, log_name},
+    part::PART_SUFFIX,
     pins::Pins,
     record::{Base, Record},
-    store::{MachineReplica, ReplicaOptions, Shared, State, Tally},
+    state::{Shared, State, Tally},
+    status::ReplicaOptions,
+    store::MachineReplica,
 };
 use crate::{
     base::{

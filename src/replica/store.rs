@@ -1,9 +1,4 @@
-//! One machine's replica: what it holds, and who may touch it when.
-//!
-//! # Locks
-//! `merging` is held for a whole merge, `state` for moments (the longest is one commit of the node's store). A log is
-//! received and a merge runs at the same time; both take `state` only to begin and to end. Order: `merging`, `state`,
-//! `pins`.
+//! One machine's replica: made, looked at, closed.
 
 use std::{
     collections::BTreeSet,
@@ -14,355 +9,22 @@ use std::{
     },
 };
 
-use parking_lot::{Mutex, MutexGuard};
-
 use super::{
     error::ReplicaError,
-    log::LogFile,
-    pins::Pins,
-    record::{Base, BasePoint, DiskRecord, Record},
+    record::{Base, DiskRecord, Record},
+    state::Shared,
+    status::{Counters, DiskSpec, Head, ImageStatus, Point, ReplicaStatus},
 };
 use crate::{
-    base::{
-        clock::Timestamp,
-        ids::{Generation, Ids, Lineage, MachineId, Name},
-        limits::DISKS_PER_MACHINE_MAX,
-        units::{Epoch, MIB},
-    },
-    delta::Consistency,
-    disk::{
-        Access, Disk, Geometry,
-        image::{self, Format},
-    },
-    storage::{Folder, Open, ledger::Ledger},
+    base::{ids::Name, limits::DISKS_PER_MACHINE_MAX},
+    disk::image::{self, Format},
+    storage::Open,
 };
-
-/// How a replica is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ReplicaOptions {
-    /// Format of the base images; nothing for the primary's.
-    pub format: Option<Format>,
-    /// Which recovery points are kept.
-    pub retention: Retention,
-    /// Bytes that delta logs may take. Above half of it a merge drops points that retention would keep, the oldest
-    /// first; a log that would go beyond it is refused.
-    pub log_bytes_max: Option<u64>,
-    /// Bytes received between two syncs, each of which is reported as durable. Of an initial copy that is lost in the
-    /// middle, at most twice this is sent again.
-    pub sync_bytes: u64,
-}
-
-impl ReplicaOptions {
-    /// Enough that a sync is one long write and not a seek, and less than a second's worth of a fast link.
-    pub const SYNC_BYTES: u64 = 64 * MIB;
-}
-
-/// Which recovery points are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Retention {
-    /// Newest epochs kept as logs, each a point beside the one in the base images; 0 keeps the latest point only.
-    pub newest: u32,
-}
-
-/// A disk as the primary announces it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskSpec {
-    /// What people call it.
-    pub name: Name,
-    /// Its size and sectors.
-    pub geometry: Geometry,
-    /// The primary's image format.
-    pub format: Format,
-}
-
-/// How far a replica is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Head {
-    /// Nothing was ever received; the images, if they are made yet, read as zeros.
-    Empty,
-    /// The initial copy is not complete. Also said when nobody remembers whether it began.
-    Copying,
-    /// The initial copy is complete, or the images of a former primary were adopted; the next epoch makes the first
-    /// recovery point.
-    Copied(Lineage),
-    /// The newest recovery point.
-    Complete(Lineage),
-}
-
-impl Head {
-    /// What the next log has to continue.
-    pub fn lineage(self) -> Option<Lineage> {
-        match self {
-            Self::Empty | Self::Copying => None,
-            Self::Copied(lineage) | Self::Complete(lineage) => Some(lineage),
-        }
-    }
-}
-
-/// A recovery point.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Point {
-    /// Its epoch and chain hash.
-    pub lineage: Lineage,
-    /// When the cut was made.
-    pub cut: Timestamp,
-    /// What it is worth to the guest.
-    pub consistency: Consistency,
-    /// Bytes of its log; 0 for the point in the base images.
-    pub bytes: u64,
-}
-
-/// Bytes that passed through a replica since it was opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Received, as they came.
-    pub received: u64,
-    /// Written to delta logs.
-    pub staged: u64,
-    /// Read from delta logs to merge them.
-    pub merge_read: u64,
-    /// Written to base images, by the initial copy and by merges.
-    pub image_written: u64,
-}
-
-/// The state of a replica at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReplicaStatus {
-    /// How far it is.
-    pub head: Head,
-    /// Epoch of the base images, or where a merge that is under way started; nothing before the initial copy is
-    /// complete.
-    pub base: Option<Epoch>,
-    /// Target of a merge that is under way or was interrupted.
-    pub merging: Option<Epoch>,
-    /// Cut time of the newest recovery point.
-    pub last_cut: Option<Timestamp>,
-    /// The latest generation that wrote here.
-    pub generation: Option<Generation>,
-    /// Complete delta logs.
-    pub logs: usize,
-    /// Bytes of the complete delta logs.
-    pub log_bytes: u64,
-    /// Bytes that passed through.
-    pub counters: Counters,
-    /// The base images.
-    pub images: Vec<ImageStatus>,
-}
-
-/// A base image.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ImageStatus {
-    /// The disk.
-    pub name: Name,
-    /// The file in the machine's folder.
-    pub file: String,
-    /// How it is stored.
-    pub format: Format,
-    /// What the guest sees.
-    pub geometry: Geometry,
-}
 
 /// One machine's replica.
 #[derive(Debug)]
 pub struct MachineReplica {
     pub(super) shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) folder: Arc<dyn Folder>,
-    pub(super) ledger: Arc<Ledger>,
-    pub(super) ids: Arc<dyn Ids>,
-    pub(super) id: MachineId,
-    pub(super) options: ReplicaOptions,
-    pub(super) merging: Mutex<()>,
-    pub(super) state: Mutex<State>,
-    pub(super) pins: Arc<Pins>,
-    pub(super) tally: Tally,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) record: Option<Record>,
-    /// The open base images, as many as the record has disks.
-    pub(super) disks: Vec<Arc<dyn Disk>>,
-    /// Logs from the base to the head, each the parent of the next.
-    pub(super) logs: Vec<Arc<LogFile>>,
-    pub(super) receiving: bool,
-    /// The images were made in this life and no log was begun since: they read as zeros.
-    pub(super) blank: bool,
-    /// A complete log in the folder of which nobody knows whether it was recorded.
-    pub(super) unsure: Option<String>,
-    pub(super) closed: bool,
-}
-
-/// [`Counters`] that several threads add to.
-#[derive(Debug, Default)]
-pub(super) struct Tally {
-    pub(super) received: AtomicU64,
-    pub(super) staged: AtomicU64,
-    pub(super) merge_read: AtomicU64,
-    pub(super) image_written: AtomicU64,
-}
-
-impl State {
-    pub(super) fn head(&self) -> Head {
-        let Some(record) = &self.record else {
-            return Head::Empty;
-        };
-        match (record.head, record.base) {
-            (None, _) if self.blank => Head::Empty,
-            (None, _) => Head::Copying,
-            (Some(head), Base::At(base)) if base.lineage == head && !base.exact => {
-                Head::Copied(head)
-            }
-            (Some(head), _) => Head::Complete(head),
-        }
-    }
-
-    /// The point in the base images, if they hold one.
-    pub(super) fn base_point(&self) -> Option<BasePoint> {
-        match self.record.as_ref()?.base {
-            Base::At(point) if point.exact => Some(point),
-            _ => None,
-        }
-    }
-
-    /// Target of a merge that began.
-    pub(super) fn merge_target(&self) -> Option<Epoch> {
-        match self.record.as_ref()?.base {
-            Base::Merging { to, .. } => Some(to.lineage.epoch),
-            _ => None,
-        }
-    }
-
-    pub(super) fn points(&self) -> Vec<Point> {
-        let base = self.base_point().map(|point| Point {
-            lineage: point.lineage,
-            cut: point.cut,
-            consistency: point.consistency,
-            bytes: 0,
-        });
-        let first = self.merge_target().unwrap_or(Epoch::INITIAL);
-        let logs = self.logs.iter().filter(|log| log.epoch() >= first);
-        let logs = logs.map(|log| {
-            let trailer = log.trailer();
-            Point {
-                lineage: trailer.lineage,
-                cut: trailer.cut,
-                consistency: trailer.consistency,
-                bytes: log.bytes(),
-            }
-        });
-        base.into_iter().chain(logs).collect()
-    }
-
-    pub(super) fn log_bytes(&self) -> u64 {
-        self.logs.iter().map(|log| log.bytes()).sum()
-    }
-}
-
-impl Shared {
-    /// The state, if the replica is not closed.
-    pub(super) fn state(&self) -> Result<MutexGuard<'_, State>, ReplicaError> {
-        let state = self.state.lock();
-        if state.closed {
-            Err(ReplicaError::Closed)
-        } else {
-            Ok(state)
-        }
-    }
-
-    /// The state, if the replica is not closed and nobody uses it.
-    pub(super) fn idle_state(&self) -> Result<MutexGuard<'_, State>, ReplicaError> {
-        let state = self.state()?;
-        if state.receiving {
-            return Err(ReplicaError::Receiving);
-        }
-        match self.pins.oldest() {
-            Some(epoch) => Err(ReplicaError::PointInUse(epoch)),
-            None => Ok(state),
-        }
-    }
-
-    /// Makes `record` the durable one, then the one in memory.
-    pub(super) fn record(&self, state: &mut State, record: Record) -> Result<(), ReplicaError> {
-        self.ledger.put(&Record::key(self.id), &record)?;
-        state.record = Some(record);
-        Ok(())
-    }
-
-    /// Opens the base images of `record`.
-    pub(super) fn open_images(&self, record: &Record) -> Result<Vec<Arc<dyn Disk>>, ReplicaError> {
-        let open = |disk: &DiskRecord| {
-            let name = disk.file_name();
-            let storage = self
-                .folder
-                .open(&name, Open::Write)
-                .map_err(ReplicaError::io("open", &name))?;
-            let ids = Arc::clone(&self.ids);
-            let image =
-                image::open(storage, disk.format, Access::ReadWrite, ids).map_err(|source| {
-                    ReplicaError::Image {
-                        operation: "open",
-                        name: name.clone(),
-                        source: Box::new(source),
-                    }
-                })?;
-            let (expected, found) = (disk.geometry.size, image.geometry().size);
-            if expected == found {
-                Ok(image)
-            } else {
-                Err(ReplicaError::Size {
-                    name,
-                    expected,
-                    found,
-                })
-            }
-        };
-        record.disks.iter().map(open).collect()
-    }
-
-    /// Makes the empty base images of `record`.
-    fn create_images(&self, record: &Record) -> Result<(), ReplicaError> {
-        for disk in &record.disks {
-            let name = disk.file_name();
-            let storage = self
-                .folder
-                .open(&name, Open::CreateNew)
-                .map_err(ReplicaError::io("create", &name))?;
-            let made = image::create(&*storage, disk.format, disk.geometry, None, &*self.ids);
-            made.map_err(|source| ReplicaError::Image {
-                operation: "create",
-                name,
-                source: Box::new(source),
-            })?;
-        }
-        self.sync_folder()
-    }
-
-    /// Removes base images that were being made, and their record.
-    pub(super) fn forget(&self, record: &Record) -> Result<(), ReplicaError> {
-        for disk in &record.disks {
-            self.remove(&disk.file_name())?;
-        }
-        self.sync_folder()?;
-        Ok(self.ledger.remove(&Record::key(self.id))?)
-    }
-
-    /// Removes a file that may not be there.
-    pub(super) fn remove(&self, name: &str) -> Result<(), ReplicaError> {
-        match self.folder.remove(name) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(ReplicaError::io("remove", name)(error))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    pub(super) fn sync_folder(&self) -> Result<(), ReplicaError> {
-        self.folder.sync().map_err(ReplicaError::io("sync", "."))
-    }
 }
 
 impl MachineReplica {
@@ -373,7 +35,8 @@ impl MachineReplica {
 
     /// All recovery points, oldest first.
     pub fn points(&self) -> Vec<Point> {
-        self.shared.state.lock().points()
+        let state = self.shared.state.lock();
+        self.shared.points(&state)
     }
 
     /// Makes the base images at first contact; afterwards checks that the disks are still the same. Formats of later
@@ -447,14 +110,17 @@ impl MachineReplica {
                 .and_then(|record| record.base.floor())
                 .map(|point| point.lineage.epoch),
             merging: state.merge_target(),
-            last_cut: state.points().last().map(|point| point.cut),
+            last_cut: self.shared.points(&state).last().map(|point| point.cut),
             generation: record.and_then(|record| record.generation),
             logs: state.logs.len(),
             log_bytes: state.log_bytes(),
+            space_max: self.shared.options.space_max,
+            squeeze: state.upkeep.squeeze(),
             counters: Counters {
                 received: count(&tally.received),
                 staged: count(&tally.staged),
-                merge_read: count(&tally.merge_read),
+                log_read: count(&tally.log_read),
+                folded: count(&tally.folded),
                 image_written: count(&tally.image_written),
             },
             images: disks
@@ -482,6 +148,27 @@ impl MachineReplica {
                 .map_err(|source| disk_failed(&record.name, source))?;
         }
         Ok(())
+    }
+}
+
+impl Shared {
+    /// Makes the empty base images of `record`.
+    fn create_images(&self, record: &Record) -> Result<(), ReplicaError> {
+        for disk in &record.disks {
+            let name = disk.file_name();
+            let storage = self
+                .folder
+                .open(&name, Open::CreateNew)
+                .map_err(ReplicaError::io("create", &name))?;
+            let options = image::CreateOptions::new(disk.format, disk.geometry);
+            let made = image::create(&*storage, &options, &*self.ids);
+            made.map_err(|source| ReplicaError::Image {
+                operation: "create",
+                name,
+                source: Box::new(source),
+            })?;
+        }
+        self.sync_folder()
     }
 }
 

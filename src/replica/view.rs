@@ -9,10 +9,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::{
-    error::ReplicaError,
-    index::LogIndex,
-    pins::Pin,
-    store::{MachineReplica, Point},
+    error::ReplicaError, index::LogIndex, pins::Pin, status::Point, store::MachineReplica,
 };
 use crate::{
     base::units::{DiskIndex, Epoch, Extent, to_usize},
@@ -37,8 +34,9 @@ impl MachineReplica {
     /// The disks as they were at recovery point `epoch`.
     pub fn view(&self, epoch: Epoch) -> Result<PointView, ReplicaError> {
         let state = self.shared.state()?;
-        let point = state
-            .points()
+        let point = self
+            .shared
+            .points(&state)
             .into_iter()
             .find(|point| point.lineage.epoch == epoch)
             .ok_or(ReplicaError::NoPoint(epoch))?;
@@ -85,29 +83,29 @@ struct Layers {
 pub(super) struct FrameCache(Mutex<VecDeque<(usize, Bytes)>>);
 
 impl FrameCache {
-    /// The content of data frame `number` of `index`, unpacked and checked, and whether it had to be read.
+    /// The content of data frame `number` of `index`, unpacked and checked, and how many bytes were read for it.
     pub(super) fn content(
         &self,
         index: &LogIndex,
         number: usize,
-    ) -> Result<(Bytes, bool), ReplicaError> {
+    ) -> Result<(Bytes, u64), ReplicaError> {
         {
             let mut kept = self.0.lock();
             if let Some(at) = kept.iter().position(|&(key, _)| key == number) {
                 let entry = kept.remove(at).expect("it was just found");
                 let content = entry.1.clone();
                 kept.push_back(entry);
-                return Ok((content, false));
+                return Ok((content, 0));
             }
         }
         let frame = index.frame(number);
-        let content = index.log(frame).content(&frame.frame)?;
+        let (content, read) = index.log(frame).content(&frame.frame)?;
         let mut kept = self.0.lock();
         if kept.len() == FRAMES_KEPT {
             kept.pop_front();
         }
         kept.push_back((number, content.clone()));
-        Ok((content, true))
+        Ok((content, read))
     }
 }
 

@@ -27,6 +27,7 @@ mod file;
 mod files;
 mod fuse;
 mod table;
+mod users;
 
 pub use file::{Refusal, Writability};
 pub use latency::{Latencies, OperationLatency};
@@ -34,3 +35,4 @@ pub use mount::{
     FileIndex, Mount, MountError, MountOptions, MountedDisk, Owner, THREADS_DEFAULT, Unmount,
     UnmountError, Visibility, mount, recover_stale,
 };
+pub use users::{User, users_of};

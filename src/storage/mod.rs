@@ -4,12 +4,16 @@
 //! one in memory ([`memory`]) that forgets, tears and fails on demand, so that every crash contract above can be cut
 //! at every sync boundary.
 //!
+//! [`beneath`] finds files by names that others wrote.
+//!
 //! # What a power cut leaves
 //! Of the bytes written since the last successful [`Storage::sync`] any subset may be on the platter, each 512-byte
 //! sector old or new. A name that was created, renamed or removed since the last [`Folder::sync`] is old or new.
 //! A process that is killed loses nothing that was written.
 #![forbid(unsafe_code)]
 
+pub mod beneath;
+pub mod draft;
 pub mod file;
 pub mod ledger;
 pub mod memory;
@@ -87,6 +91,9 @@ pub enum Open {
     Read,
     /// An existing file.
     Write,
+    /// An existing file whose long writes nobody reads again soon. They go past the host's page cache where that can be
+    /// done, which changes what a write costs and nothing of what it promises.
+    WriteAside,
     /// A new file; an existing one is an [`io::ErrorKind::AlreadyExists`].
     CreateNew,
     /// An existing file, or a new one.

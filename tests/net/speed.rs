@@ -57,7 +57,7 @@ async fn send_log(near: &Link, far: &Link, chunks: usize) -> f64 {
         let mut log = near.open_log().await.unwrap();
         let chunk = Bytes::from(vec![7; CHUNK_BYTES]);
         for _ in 0..chunks {
-            log.write_chunk(chunk.clone()).await.unwrap();
+            log.write_chunks(&mut [chunk.clone()]).await.unwrap();
         }
         log.finish().unwrap();
     });

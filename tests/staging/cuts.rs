@@ -228,7 +228,12 @@ fn durable_frames_of_an_initial_copy_survive_a_power_cut() {
     let frames: Vec<EncodedFrame> = (0..20)
         .map(|block: u8| {
             let raw = [block + 1; 4096];
-            encode_data(DiskIndex(0), u64::from(block) * 4096, &raw, Codec::None)
+            encode_data(
+                DiskIndex(0),
+                u64::from(block) * 4096,
+                raw.to_vec(),
+                Codec::None,
+            )
         })
         .collect();
     let header = Header {

@@ -1,30 +1,27 @@
-//! Random lives of a replica: epochs of any shape, merges, reopenings and views in any order.
+//! Random lives of a replica: epochs of any shape over some hours, merges, folds, reopenings and views in any order.
 
 use proptest::prelude::*;
 use understudy::{
     base::units::{Epoch, to_u64},
     delta::Codec,
+    replica::{ReplicaOptions, Retention},
 };
 
-use super::{Change, DISK_BYTES, Host, Model, check_points, content, head_epoch, send, specs};
+use super::{
+    Change, DISK_BYTES, Host, Model, check_points, content, head_epoch, options, send, specs,
+};
 
 /// One thing that happens.
 #[derive(Clone, Debug)]
 enum Act {
     /// An epoch, so many numbers after the last one.
-    Epoch {
-        gap: u64,
-        changes: Vec<Change>,
-    },
-    Merge,
+    Epoch { gap: u64, changes: Vec<Change> },
+    /// Merges, folds, or nothing.
+    Upkeep,
     /// The store is dropped and opened with another retention.
-    Reopen {
-        newest: u32,
-    },
+    Reopen { retention: Retention },
     /// The point that is so many before the newest is opened and stays open; the one open before is closed.
-    View {
-        back: usize,
-    },
+    View { back: usize },
 }
 
 fn any_change() -> impl Strategy<Value = Change> {
@@ -45,9 +42,11 @@ fn any_change() -> impl Strategy<Value = Change> {
 fn any_act() -> impl Strategy<Value = Act> {
     let changes = prop::collection::vec(any_change(), 0..10);
     prop_oneof![
-        5 => (1..4u64, changes).prop_map(|(gap, changes)| Act::Epoch { gap, changes }),
-        2 => Just(Act::Merge),
-        1 => (0..4u32).prop_map(|newest| Act::Reopen { newest }),
+        5 => (1..1500u64, changes).prop_map(|(gap, changes)| Act::Epoch { gap, changes }),
+        3 => Just(Act::Upkeep),
+        1 => (0..4u32, 0..3u32).prop_map(|(newest, hourly)| Act::Reopen {
+            retention: Retention { newest, hourly },
+        }),
         1 => (0..5usize).prop_map(|back| Act::View { back }),
     ]
 }
@@ -71,13 +70,17 @@ proptest! {
                     last += gap;
                     send(&replica, &log).unwrap();
                 }
-                Act::Merge => {
-                    replica.merge().unwrap();
+                Act::Upkeep => {
+                    replica.upkeep().unwrap();
                 }
-                Act::Reopen { newest } => {
+                Act::Reopen { retention } => {
                     open = None;
                     drop(replica);
-                    replica = host.open(newest).unwrap();
+                    let options = ReplicaOptions {
+                        retention,
+                        ..options(0)
+                    };
+                    replica = host.open_with(options).unwrap();
                 }
                 Act::View { back } => {
                     let points = replica.points();

@@ -8,7 +8,7 @@ use understudy::{
     },
     delta::{Codec, Header, LogKind, encode_data},
     disk::Fua,
-    replica::{Head, IngestError, ReplicaError, ReplicaOptions},
+    replica::{Head, IngestError, ReplicaError, ReplicaOptions, Squeeze, Upkeep},
     storage::{Folder, Open},
 };
 use uuid::Uuid;
@@ -36,7 +36,7 @@ fn what_does_not_continue_the_replica_is_refused_and_changes_nothing() {
         parent: Some(model.lineages[&Epoch(2)]),
         disks: entries(),
     };
-    let frames = [encode_data(DiskIndex(0), 0, &[9; 4096], Codec::None)];
+    let frames = [encode_data(DiskIndex(0), 0, vec![9; 4096], Codec::None)];
     let refused = |header: &Header| {
         let (log, _) = log_of(header, &frames, Epoch(3));
         let steps = host.power.steps();
@@ -229,7 +229,7 @@ fn logs_take_no_more_space_than_they_may() {
     let bytes = replica.status().log_bytes;
     drop(replica);
     let tight = ReplicaOptions {
-        log_bytes_max: Some(bytes + 500),
+        space_max: Some(bytes + 500),
         ..options(9)
     };
     let replica = host.open_with(tight).unwrap();
@@ -238,8 +238,12 @@ fn logs_take_no_more_space_than_they_may() {
     assert!(matches!(error, IngestError::Space { .. }) && error.is_full());
     assert_eq!(head_epoch(&replica), Some(Epoch(3)));
     check_points(&replica, &model);
-    let report = replica.merge().unwrap().unwrap();
-    assert!(report.logs > 0, "points give way to space");
+    assert_eq!(replica.status().squeeze, Squeeze::Refusing);
+    let step = replica.upkeep().unwrap();
+    assert!(
+        matches!(step, Some(Upkeep::Merged(report)) if report.to.epoch == Epoch(3)),
+        "points give way to space, the latest stays: {step:?}"
+    );
     send(&replica, &log).unwrap();
     check_points(&replica, &model);
 }

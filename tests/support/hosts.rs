@@ -25,7 +25,7 @@ use understudy::{
     },
     coord::state::ReplicationState,
     disk::{
-        Access,
+        Access, Opening,
         image::{self, Format},
     },
     net::pki,
@@ -432,8 +432,12 @@ impl Drop for Node {
 
 impl Drop for Hosts {
     fn drop(&mut self) {
-        // A primary that was killed last leaves its mount behind.
-        let _ = umount2(&self.mount(), MntFlags::MNT_DETACH);
+        // A primary that was killed last leaves its mount behind, a replica those of its test failovers.
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let places = table.lines().filter_map(|line| line.split(' ').nth(4));
+        for place in places.filter(|place| Path::new(place).starts_with(self.dir.path())) {
+            let _ = umount2(place, MntFlags::MNT_DETACH);
+        }
     }
 }
 
@@ -447,8 +451,8 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
 /// An image, opened for reading.
 pub(crate) fn open_image(path: &Path) -> Arc<dyn understudy::disk::Disk> {
     let storage = FileStorage::open(path, Access::ReadOnly).unwrap();
-    let ids = Arc::new(SystemIds::default());
-    image::open(Arc::new(storage), format_of(path), Access::ReadOnly, ids).unwrap()
+    let opening = Opening::new(Access::ReadOnly, Arc::new(SystemIds::default()));
+    image::open(Arc::new(storage), format_of(path), &opening).unwrap()
 }
 
 /// Compares the disks in two closed images, by this program and by QEMU.

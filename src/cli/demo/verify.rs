@@ -17,7 +17,7 @@ use crate::{
         ids::SystemIds,
         units::{BLOCK_BYTES, MIB, to_u64, to_usize},
     },
-    disk::{Access, Content, image},
+    disk::{Access, Content, Opening, image},
     storage::file::FileStorage,
 };
 
@@ -53,13 +53,9 @@ pub(super) fn digests(primary: &Path, replica: &Path) -> anyhow::Result<Digest> 
 fn digest(path: &Path) -> anyhow::Result<Digest> {
     let storage = FileStorage::open(path, Access::ReadOnly)
         .with_context(|| format!("cannot open {}", path.display()))?;
-    let disk = image::open(
-        Arc::new(storage),
-        image::Format::Vhdx,
-        Access::ReadOnly,
-        Arc::new(SystemIds::default()),
-    )
-    .with_context(|| format!("cannot open {}", path.display()))?;
+    let opening = Opening::new(Access::ReadOnly, Arc::new(SystemIds::default()));
+    let disk = image::open(Arc::new(storage), image::Format::Vhdx, &opening)
+        .with_context(|| format!("cannot open {}", path.display()))?;
     let size = disk.geometry().size;
     let mut digest = Sha256::default();
     let mut piece = vec![0; to_usize(MIB)];

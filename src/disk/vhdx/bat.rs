@@ -15,7 +15,7 @@
 //! a session in a very large table: seconds, once, for 500 MiB of it from a cold disk.
 //!
 //! Every 2^23 sectors, a chunk, one entry for a sector bitmap stands between those of the blocks; a disk without
-//! parent leaves it zero. Entries past the last block are padding: ignored when read, written as zeros.
+//! parent leaves it zero. Entries past the last block are padding: ignored when read, kept as they are.
 
 use std::{
     io,
@@ -39,140 +39,15 @@ use super::{
     error::OpenError,
     format::{PAGE, PAGE_BYTES, Page},
     metadata::Parameters,
+    numbering::{ENTRIES_PER_PAGE, ENTRY_BYTES, Entry, Numbering, Role, Source, State},
     occupancy::Occupancy,
 };
 
-const ENTRY_BYTES: u64 = 8;
-const ENTRIES_PER_PAGE: u64 = PAGE_BYTES / ENTRY_BYTES;
-const SECTORS_PER_CHUNK: u64 = 1 << 23;
-const STATE_MASK: u64 = 0b111;
-const OFFSET_MASK: u64 = !(MIB - 1);
 /// Entries of a group, and their bytes: what is read at once.
 const GROUP_ENTRIES: u64 = 8192;
 const GROUP_BYTES: u64 = GROUP_ENTRIES * ENTRY_BYTES;
 /// Most bytes of the table that an open reads: some milliseconds from memory, some tens of them from a slow disk.
 const OPEN_BYTES: u64 = 4 * MIB;
-
-/// What an entry says of its block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum State {
-    /// Never written: reads as zeros.
-    NotPresent,
-    /// Content given up: reads as zeros.
-    Undefined,
-    /// Reads as zeros.
-    Zero,
-    /// Discarded: reads as zeros.
-    Unmapped,
-    /// In the file.
-    FullyPresent,
-    /// Partly in the parent: only in differencing disks.
-    PartiallyPresent,
-}
-
-/// A word of the table: the state in bits 0 to 2, the file offset in bits 20 to 63.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Entry(u64);
-
-impl Entry {
-    /// A block that reads as zeros and has no space.
-    pub(super) const ZERO: Self = Self(2);
-
-    /// A block at `offset` of the file.
-    pub(super) fn present(offset: u64) -> Self {
-        assert!(offset >= MIB && offset.is_multiple_of(MIB));
-        Self(offset | 6)
-    }
-
-    /// The state; nothing for the reserved ones.
-    pub(super) fn state(self) -> Option<State> {
-        Some(match self.0 & STATE_MASK {
-            0 => State::NotPresent,
-            1 => State::Undefined,
-            2 => State::Zero,
-            3 => State::Unmapped,
-            6 => State::FullyPresent,
-            7 => State::PartiallyPresent,
-            _ => return None,
-        })
-    }
-
-    /// Where the block is, if it is in the file.
-    pub(super) fn location(self) -> Option<u64> {
-        (self.0 & STATE_MASK == 6).then_some(self.0 & OFFSET_MASK)
-    }
-
-    /// As it stands in the file.
-    pub(super) fn to_bytes(self) -> [u8; 8] {
-        self.0.to_le_bytes()
-    }
-
-    fn offset(self) -> u64 {
-        self.0 & OFFSET_MASK
-    }
-
-    fn reserved(self) -> u64 {
-        self.0 & !OFFSET_MASK & !STATE_MASK
-    }
-}
-
-/// How blocks are numbered: disk offset to block to entry.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Numbering {
-    /// Blocks of the disk, the last one perhaps short.
-    pub(super) blocks: u64,
-    /// Blocks of a chunk; a power of two.
-    chunk_ratio: u64,
-}
-
-impl Numbering {
-    pub(super) fn new(parameters: &Parameters) -> Self {
-        Self::of_size(parameters, parameters.geometry.size)
-    }
-
-    /// The numbering if the disk had `size` bytes: that of the blocks it has stays.
-    pub(super) fn of_size(parameters: &Parameters, size: u64) -> Self {
-        let chunk = SECTORS_PER_CHUNK * u64::from(parameters.geometry.logical_sector);
-        Self {
-            blocks: size.div_ceil(parameters.block_size),
-            chunk_ratio: chunk / parameters.block_size,
-        }
-    }
-
-    /// The entry of `block`: one bitmap entry follows those of each chunk.
-    pub(super) fn entry(self, block: u64) -> u64 {
-        block + block / self.chunk_ratio
-    }
-
-    /// Entries in use by a disk without parent.
-    pub(super) fn entries(self) -> u64 {
-        self.entry(self.blocks - 1) + 1
-    }
-
-    /// Entries that the same disk would use with a parent.
-    fn entries_with_bitmaps(self) -> u64 {
-        self.blocks.div_ceil(self.chunk_ratio) * (self.chunk_ratio + 1)
-    }
-
-    /// Bytes of the entries in use.
-    pub(super) fn entries_len(self) -> u64 {
-        self.entries() * ENTRY_BYTES
-    }
-
-    /// Bytes of a new table's region: there is room for sector bitmaps too, so that the disk can get a parent later.
-    pub(super) fn region_len(self) -> u64 {
-        (self.entries_with_bitmaps() * ENTRY_BYTES).next_multiple_of(MIB)
-    }
-
-    /// The block of an entry, or nothing for a bitmap's.
-    fn block(self, entry: u64) -> Option<u64> {
-        let (chunk, within) = (
-            entry / (self.chunk_ratio + 1),
-            entry % (self.chunk_ratio + 1),
-        );
-        (within < self.chunk_ratio).then_some(chunk * self.chunk_ratio + within)
-    }
-}
 
 /// The table.
 pub(super) struct Bat {
@@ -230,7 +105,7 @@ impl Bat {
                 format!("{} bytes cannot hold {used} entries", region.len),
             ));
         }
-        let largest = Numbering::of_size(parameters, DISK_BYTES_MAX).entries();
+        let largest = Numbering::of_size(parameters, DISK_BYTES_MAX).entries_with_bitmaps();
         let groups = largest.div_ceil(GROUP_ENTRIES);
         let bat = Self {
             storage,
@@ -259,10 +134,11 @@ impl Bat {
             return Ok(None);
         };
         for group in std::mem::take(&mut reader.keeping) {
-            for entry in self.entries_of(group) {
+            for (number, entry) in (group * GROUP_ENTRIES..).zip(self.entries_of(group)) {
+                let is_block = matches!(self.numbering().role(number), Role::Block(_));
                 // A place kept by an undefined or unmapped block must not be given away; one that cannot be is no
                 // promise.
-                if matches!(entry.state(), Some(State::Undefined | State::Unmapped)) {
+                if is_block && matches!(entry.state(), Some(State::Undefined | State::Unmapped)) {
                     let _ = taken.take_block(Extent::new(entry.offset(), self.block_size), false);
                 }
             }
@@ -270,13 +146,36 @@ impl Bat {
         Ok(Some(taken))
     }
 
-    /// Where `block` is, if it is in the file. An error is one of reading the table.
+    /// Where `block` is, if all of it is in the file. An error is one of reading the table.
     pub(super) fn location(&self, block: u64) -> io::Result<Option<u64>> {
-        let number = self.numbering.entry(block);
+        Ok(self.get(block)?.location())
+    }
+
+    /// Where the bytes of `block` are.
+    pub(super) fn source(&self, block: u64) -> io::Result<Source> {
+        let entry = self.get(block)?;
+        Ok(match entry.state() {
+            Some(State::FullyPresent) => Source::File(entry.offset()),
+            Some(State::PartiallyPresent) => Source::Mixed(entry.offset()),
+            Some(State::NotPresent) if self.numbering.has_parent => Source::Parent,
+            _ => Source::Zeros,
+        })
+    }
+
+    /// The file offset of the first bit of `block`, one that is partially present.
+    pub(super) fn bits(&self, block: u64) -> io::Result<u64> {
+        let (number, within) = self.numbering.bitmap(block);
+        Ok(self.entry(number)?.offset() + within)
+    }
+
+    fn get(&self, block: u64) -> io::Result<Entry> {
+        self.entry(self.numbering.entry(block))
+    }
+
+    fn entry(&self, number: u64) -> io::Result<Entry> {
         let group = &self.groups[to_usize(number / GROUP_ENTRIES)];
         let held = |entries: &[AtomicU64]| {
-            let entry = &entries[to_usize(number % GROUP_ENTRIES)];
-            Entry(entry.load(Ordering::Acquire)).location()
+            Entry(entries[to_usize(number % GROUP_ENTRIES)].load(Ordering::Acquire))
         };
         if let Some(entries) = group.entries.get() {
             return Ok(held(entries));
@@ -286,7 +185,10 @@ impl Bat {
                 .map_err(OpenError::into_io)?;
         }
         // Another thread may have read it after the first look.
-        Ok(group.entries.get().and_then(|entries| held(entries)))
+        Ok(group
+            .entries
+            .get()
+            .map_or(Entry(0), |entries| held(entries)))
     }
 
     /// Publishes a new entry of `block`, whose group was read.
@@ -315,7 +217,10 @@ impl Bat {
                 .zip(self.entries_of(group))
                 .filter(|(_, entry)| entry.location().is_some());
             present
-                .filter_map(|(number, _)| self.numbering.block(number))
+                .filter_map(|(number, _)| match self.numbering().role(number) {
+                    Role::Block(block) => Some(block),
+                    Role::Bitmap | Role::Padding => None,
+                })
                 .last()
         };
         (0..used.div_ceil(GROUP_ENTRIES)).rev().find_map(last_of)
@@ -371,26 +276,14 @@ impl Bat {
     /// an unmapped block that was not there when the table was read.
     pub(super) fn end(&self, limit: u64) -> u64 {
         let ends = self.entries().filter_map(|(number, entry)| {
-            let len = match (entry.state()?, self.numbering.block(number)) {
-                (State::NotPresent | State::Zero, _) => return None,
-                (_, None) => MIB,
-                (_, Some(_)) => self.block_size,
+            let len = match (entry.state()?, self.numbering().role(number)) {
+                (State::NotPresent | State::Zero, _) | (_, Role::Padding) => return None,
+                (_, Role::Bitmap) => MIB,
+                (_, Role::Block(_)) => self.block_size,
             };
             (entry.offset() != 0).then(|| entry.offset().saturating_add(len))
         });
         ends.filter(|&end| end <= limit).max().unwrap_or(0)
-    }
-
-    /// Each block's state, in no order, once the table is complete.
-    pub(super) fn states(&self) -> impl Iterator<Item = State> {
-        let held = || {
-            self.entries()
-                .filter(|&(number, _)| self.numbering.block(number).is_some())
-                .filter_map(|(_, entry)| entry.state())
-        };
-        // The groups without entries hold nothing but zeros.
-        let rest = to_usize(self.blocks()) - held().count();
-        held().chain(std::iter::repeat_n(State::NotPresent, rest))
     }
 
     /// The number of the page that holds the entry of `block`.
@@ -482,8 +375,9 @@ impl Bat {
             read = run.len;
             let (words, _) = bytes.as_chunks::<8>();
             let words = || words.iter().map(|word| u64::from_le_bytes(*word));
+            let mut bitmap = None;
             for (number, word) in (first..).zip(words()) {
-                self.check(reader, number, Entry(word))?;
+                self.check(reader, number, Entry(word), &mut bitmap)?;
             }
             let keeps = |word| {
                 matches!(
@@ -521,25 +415,46 @@ impl Bat {
         Ok(run.end() <= end)
     }
 
-    /// Checks an entry and takes the space of its block.
-    fn check(&self, reader: &mut Reader, number: u64, entry: Entry) -> Result<(), OpenError> {
+    /// Checks an entry and takes the space of its block. `bitmap` is the last one that was asked about.
+    fn check(
+        &self,
+        reader: &mut Reader,
+        number: u64,
+        entry: Entry,
+        bitmap: &mut Option<(u64, bool)>,
+    ) -> Result<(), OpenError> {
+        let numbering = self.numbering();
+        let role = numbering.role(number);
+        let partial = entry.state() == Some(State::PartiallyPresent);
+        let has_bitmap = match role {
+            Role::Block(block) if partial => self.has_bitmap(block, bitmap)?,
+            Role::Block(_) | Role::Bitmap | Role::Padding => false,
+        };
         let outcome = (|| {
+            if role == Role::Padding {
+                return Ok(());
+            }
             if entry.reserved() != 0 {
                 return Err(format!("reserved bits in {:#x}", entry.0));
             }
-            let len = match (entry.state(), self.numbering.block(number)) {
-                (Some(State::FullyPresent), Some(_)) => self.block_size,
-                (Some(State::FullyPresent), None) => MIB,
+            let has_parent = numbering.has_parent;
+            let len = match (entry.state(), role) {
+                (Some(State::PartiallyPresent), Role::Block(_)) if has_parent && !has_bitmap => {
+                    return Err("its sector bitmap is not there".into());
+                }
+                (Some(State::PartiallyPresent), Role::Block(_)) if has_parent => self.block_size,
+                (Some(State::FullyPresent), Role::Block(_)) => self.block_size,
+                // Microsoft's own parser takes either state for a bitmap.
+                (Some(State::PartiallyPresent), Role::Bitmap) if has_parent => MIB,
+                (Some(State::FullyPresent), Role::Bitmap) => MIB,
                 (None | Some(State::PartiallyPresent), _) => {
-                    return Err(format!("state {}", entry.0 & STATE_MASK));
+                    return Err(format!("state {}", entry.state_bits()));
                 }
                 _ => return Ok(()),
             };
-            let last = number + 1 == self.numbering().entries();
-            let taken = reader
-                .taken
-                .as_mut()
-                .expect("it is given away after all is read");
+            let last = role == Role::Block(numbering.blocks - 1);
+            let taken = reader.taken.as_mut();
+            let taken = taken.expect("it is given away after all is read");
             taken.take_block(Extent::new(entry.offset(), len), last)
         })();
         outcome.map_err(|problem| {
@@ -548,6 +463,25 @@ impl Bat {
             reader.damage = Some((place, problem.clone()));
             OpenError::corrupt("BAT", place, problem)
         })
+    }
+
+    /// Whether the bitmap of `block`, whose entry may be in a group that is not read yet, is in the file.
+    fn has_bitmap(&self, block: u64, known: &mut Option<(u64, bool)>) -> Result<bool, OpenError> {
+        let (number, _) = self.numbering.bitmap(block);
+        if let Some((_, there)) = known.filter(|(last, _)| *last == number) {
+            return Ok(there);
+        }
+        let place = self.offset.load(Ordering::Acquire) + number * ENTRY_BYTES;
+        let mut word = [0; 8];
+        if number < self.numbering().entries() {
+            self.storage
+                .read_at(place, &mut word)
+                .map_err(OpenError::reading("BAT", place))?;
+        }
+        let state = Entry::from_bytes(word).state();
+        let there = matches!(state, Some(State::FullyPresent | State::PartiallyPresent));
+        *known = Some((number, there));
+        Ok(there)
     }
 }
 
@@ -561,53 +495,5 @@ impl std::fmt::Debug for Bat {
             .field("blocks", &self.blocks)
             .field("offset", &self.offset)
             .finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use uuid::Uuid;
-
-    use super::*;
-    use crate::disk::{Geometry, vhdx::Kind};
-
-    fn numbering(size: u64, block_size: u64, logical_sector: u32) -> Numbering {
-        Numbering::new(&Parameters {
-            geometry: Geometry {
-                size,
-                logical_sector,
-                physical_sector: 4096,
-            },
-            block_size,
-            kind: Kind::Dynamic,
-            disk_id: Uuid::nil(),
-        })
-    }
-
-    #[test]
-    fn a_bitmap_entry_follows_each_chunk() {
-        let five_gib = numbering(5 << 30, 32 * MIB, 512);
-        assert_eq!(five_gib.blocks, 160);
-        assert_eq!([127, 128].map(|block| five_gib.entry(block)), [127, 129]);
-        assert_eq!(five_gib.block(128), None);
-        assert_eq!(five_gib.block(129), Some(128));
-        assert_eq!(five_gib.entries(), 161);
-        assert_eq!(five_gib.entries_with_bitmaps(), 258);
-        let exactly_one_chunk = numbering(4 << 30, 32 * MIB, 512);
-        assert_eq!(exactly_one_chunk.entries(), 128);
-        let large_sectors = numbering(64 << 30, 256 * MIB, 4096);
-        assert_eq!(large_sectors.entry(128), 129);
-        let largest = numbering(64 << 40, MIB, 512);
-        let bitmaps = (64 << 40) / (4 << 30);
-        assert_eq!(largest.entries_with_bitmaps(), (64 << 20) + bitmaps);
-    }
-
-    #[test]
-    fn only_present_blocks_have_a_location() {
-        assert_eq!(Entry::present(5 * MIB).location(), Some(5 * MIB));
-        assert_eq!(Entry::ZERO.location(), None);
-        assert_eq!(Entry((5 * MIB) | 3).location(), None);
-        assert_eq!(Entry(4).state(), None);
-        assert_eq!(Entry(5).state(), None);
     }
 }

@@ -4,7 +4,7 @@
 //! The file identifier is written last, after everything else is durable: what a power cut leaves is a complete file
 //! or none that anybody would open as VHDX.
 
-use std::io;
+use std::{io, sync::Arc};
 
 use uuid::Uuid;
 
@@ -19,14 +19,16 @@ use crate::{
 
 use super::{
     CreateOptions, Kind,
-    bat::{Entry, Numbering},
     error::CreateError,
     format::{
         FILE_BYTES_MAX, FILE_IDENTIFIER_BYTES, FILE_SIGNATURE, HEADER_OFFSETS, Header,
         REGION_TABLE_OFFSETS,
     },
     header,
+    locator::Locator,
     metadata::Parameters,
+    numbering::{Entry, Numbering},
+    open::{Image, Replaying},
     region,
 };
 
@@ -34,8 +36,55 @@ const LOG: Extent = Extent::new(MIB, MIB);
 const METADATA: Extent = Extent::new(2 * MIB, MIB);
 const BAT_OFFSET: u64 = 3 * MIB;
 const ENTRY_BYTES: u64 = 8;
+/// Longest path of a parent: what Windows knows, 32767 letters, as UTF-8 never has fewer bytes than letters.
+const PATH_BYTES_MAX: usize = 32767;
 /// Diagnostic only; readers must not look at it.
 const CREATOR: &str = concat!("understudy ", env!("CARGO_PKG_VERSION"));
+
+/// Paths of a new child's parent, as Windows writes them. At least one is needed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ParentPaths {
+    /// From the child's folder: `.\parent.vhdx`.
+    pub relative: Option<String>,
+    /// With the volume: `\\?\Volume{..}\folder\parent.vhdx`.
+    pub volume: Option<String>,
+    /// With the drive: `\\?\d:\folder\parent.vhdx`.
+    pub absolute: Option<String>,
+}
+
+/// Makes a complete, clean differencing file in the empty `storage` and makes it durable: a child of the image in
+/// `parent`, which nobody may write to from now on. It shows the same disk, identity included. `block_size` is in
+/// bytes, as [`CreateOptions::block_size`]; Windows takes [`CHILD_BLOCK_BYTES_DEFAULT`](super::CHILD_BLOCK_BYTES_DEFAULT).
+pub fn create_child(
+    storage: &dyn Storage,
+    parent: &Arc<dyn Storage>,
+    paths: &ParentPaths,
+    block_size: u32,
+    ids: &dyn Ids,
+) -> Result<(), CreateError> {
+    let parent = Image::read(Arc::clone(parent), &Replaying::InMemory);
+    let parent = parent.map_err(CreateError::Parent)?;
+    let paths = [&paths.relative, &paths.volume, &paths.absolute].map(|path| path.as_deref());
+    let bad = |path: &str| path.is_empty() || path.len() > PATH_BYTES_MAX || path.contains('\0');
+    if paths.iter().flatten().count() == 0 || paths.into_iter().flatten().any(bad) {
+        return Err(CreateError::Options(format!(
+            "{paths:?} as the paths of its parent"
+        )));
+    }
+    let linkage = parent.headers.current().data_write;
+    if linkage.is_nil() {
+        return Err(CreateError::Options(
+            "a parent whose data has no identity".into(),
+        ));
+    }
+    let parameters = Parameters {
+        block_size: u64::from(block_size),
+        kind: Kind::Differencing,
+        ..parent.parameters
+    };
+    let locator = Locator::new(linkage, paths);
+    lay_out(storage, &parameters, Some(&locator), ids)
+}
 
 /// Makes a complete, clean file in the empty `storage` and makes it durable.
 pub fn create(
@@ -53,25 +102,37 @@ pub fn create(
         kind: options.kind,
         disk_id: ids.uuid(),
     };
+    if options.kind == Kind::Differencing {
+        return Err(CreateError::Options("a parent that nobody named".into()));
+    }
+    lay_out(storage, &parameters, None, ids)
+}
+
+fn lay_out(
+    storage: &dyn Storage,
+    parameters: &Parameters,
+    locator: Option<&Locator>,
+    ids: &dyn Ids,
+) -> Result<(), CreateError> {
     parameters.check().map_err(CreateError::Options)?;
     let len = storage.len()?;
     if len != 0 {
         return Err(CreateError::NotEmpty(len));
     }
-    let numbering = Numbering::new(&parameters);
+    let numbering = Numbering::new(parameters);
     let bat = Extent::new(BAT_OFFSET, numbering.region_len());
-    let end = match options.kind {
-        Kind::Dynamic => bat.end(),
+    let end = match parameters.kind {
+        Kind::Dynamic | Kind::Differencing => bat.end(),
         Kind::Fixed => bat.end() + numbering.blocks * parameters.block_size,
     };
     if end > FILE_BYTES_MAX {
         return Err(CreateError::Options(format!("{end} bytes in its file")));
     }
     storage.set_len(end)?;
-    if options.kind == Kind::Fixed {
+    if parameters.kind == Kind::Fixed {
         write_fixed_bat(storage, bat, numbering, parameters.block_size)?;
     }
-    storage.write_at(METADATA.offset, &parameters.encode(), Fua::No)?;
+    storage.write_at(METADATA.offset, &parameters.encode(locator), Fua::No)?;
     for offset in REGION_TABLE_OFFSETS {
         storage.write_at(offset, &region::encode(bat, METADATA), Fua::No)?;
     }

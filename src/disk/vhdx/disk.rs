@@ -12,23 +12,24 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use crate::{
-    base::{
-        ids::Ids,
-        units::{Extent, to_u64, to_usize},
-    },
-    disk::{Access, Content, Disk, DiskError, Fua, Geometry, Space as Keeping, check_run},
+    base::units::{Extent, to_u64, to_usize},
+    disk::{Access, Content, Disk, DiskError, Fua, Geometry, Opening, Space as Keeping, check_run},
     storage::Storage,
 };
 
 use super::{
     Kind,
     bat::Bat,
+    bitmap::Bits,
+    chain::{self, Link},
     error::OpenError,
     flight::Flights,
     log::journal::Journal,
     metadata::Parameters,
+    numbering::Source,
     open::{Image, Replaying},
     space::Space,
+    write::Allocated,
 };
 
 /// Locks that share out the blocks among those who allocate and discard.
@@ -45,6 +46,8 @@ pub struct VhdxDisk {
     pub(super) size: AtomicU64,
     pub(super) access: Access,
     pub(super) bat: Bat,
+    /// What is not in this file, in a differencing disk.
+    parent: Option<Link>,
     pub(super) space: Space,
     pub(super) journal: Journal,
     pub(super) flights: Flights,
@@ -69,17 +72,28 @@ pub(super) struct Piece {
     pub(super) done: u64,
 }
 
+impl Piece {
+    /// Its place in the buffer of the run asked for.
+    fn range(self) -> std::ops::Range<usize> {
+        to_usize(self.done)..to_usize(self.done + self.len)
+    }
+}
+
 impl VhdxDisk {
     /// Opens the image in `storage`. A log left by a crash is replayed: into the file, or, for reading only, in memory.
-    pub fn open(
-        storage: Arc<dyn Storage>,
-        access: Access,
-        ids: Arc<dyn Ids>,
-    ) -> Result<Self, OpenError> {
-        let replay = match access {
+    pub fn open(storage: Arc<dyn Storage>, opening: &Opening) -> Result<Self, OpenError> {
+        let replay = match opening.access {
             Access::ReadOnly => Replaying::InMemory,
-            Access::ReadWrite => Replaying::InPlace(ids.as_ref()),
+            Access::ReadWrite => Replaying::InPlace(opening.ids.as_ref()),
         };
+        let image = Image::read(storage, &replay)?;
+        let parent = chain::open(&image, opening)?;
+        Ok(Self::assemble(image, opening, parent))
+    }
+
+    /// The disk in an image whose structures are read.
+    pub(super) fn assemble(image: Image, opening: &Opening, parent: Option<Link>) -> Self {
+        let access = opening.access;
         let Image {
             storage,
             headers,
@@ -89,15 +103,17 @@ impl VhdxDisk {
             fixed_end,
             len,
             ..
-        } = Image::read_start(storage, &replay)?;
+        } = image;
         let space = Space::new(parameters.block_size, len);
+        let ids = Arc::clone(&opening.ids);
         let journal = Journal::new(Arc::clone(&storage), ids, headers, regions.repair);
-        Ok(Self {
+        Self {
             storage,
             parameters,
             size: AtomicU64::new(parameters.geometry.size),
             access,
             bat,
+            parent,
             space,
             journal,
             flights: Flights::default(),
@@ -105,7 +121,7 @@ impl VhdxDisk {
             checkpoint: Mutex::new(None),
             fixed_end: AtomicU64::new(fixed_end),
             stopped: OnceLock::new(),
-        })
+        }
     }
 
     /// Whether blocks take space from the beginning.
@@ -172,7 +188,7 @@ impl VhdxDisk {
         })
     }
 
-    /// Where `block` is, if it is in the file; `operation` wants to know for the sake of disk offset `at`.
+    /// Where `block` is, if all of it is in the file; `operation` wants to know for the sake of disk offset `at`.
     pub(super) fn locate(
         &self,
         block: u64,
@@ -192,6 +208,56 @@ impl VhdxDisk {
         Ok(())
     }
 
+    /// Fills `buf` from `offset`; what lies past the end of the disk reads as zeros.
+    pub(super) fn read_run(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let end = offset + to_u64(buf.len());
+        let len = self.size().clamp(offset, end) - offset;
+        let (inside, past) = buf.split_at_mut(to_usize(len));
+        past.fill(0);
+        for piece in self.pieces(Extent::new(offset, len)) {
+            self.read_piece(piece, &mut inside[piece.range()])?;
+        }
+        Ok(())
+    }
+
+    /// Reads what lies in one block.
+    pub(super) fn read_piece(&self, piece: Piece, buf: &mut [u8]) -> io::Result<()> {
+        let offset = piece.block * self.parameters.block_size + piece.within;
+        match self.bat.source(piece.block)? {
+            Source::File(place) => self.read_place(place + piece.within, buf),
+            Source::Parent => self.parent().read(offset, buf),
+            Source::Zeros => {
+                buf.fill(0);
+                Ok(())
+            }
+            Source::Mixed(place) => {
+                let bits = self.bits(piece.block)?;
+                bits.runs(piece.within, piece.len, |run| {
+                    let at = run.within - piece.within;
+                    let part = &mut buf[to_usize(at)..to_usize(at + run.len)];
+                    if run.own {
+                        self.read_place(place + run.within, part)?;
+                    } else {
+                        self.parent().read(offset + at, part)?;
+                    }
+                    Ok(true)
+                })
+            }
+        }
+    }
+
+    fn parent(&self) -> &Link {
+        self.parent
+            .as_ref()
+            .expect("only blocks of a differencing disk are in a parent")
+    }
+
+    fn bits(&self, block: u64) -> io::Result<Bits<'_>> {
+        let sector = self.parameters.geometry.logical_sector;
+        let offset = self.bat.bits(block)?;
+        Ok(Bits::new(self.storage.as_ref(), offset, sector))
+    }
+
     /// Reads from a place in the file; what the file is too short for reads as zeros.
     fn read_place(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = offset + to_u64(buf.len());
@@ -204,15 +270,36 @@ impl VhdxDisk {
         self.storage.read_at(offset, stored)
     }
 
-    /// The run of one kind at `offset` of a disk of `size` bytes that one block or its absence explains.
-    fn piece_at(&self, offset: u64, size: u64) -> io::Result<(u64, Content)> {
+    /// The run of one kind at `offset` that one block of a disk of `size` bytes or its absence explains: where it ends, and
+    /// what it holds.
+    pub(super) fn piece_at(&self, offset: u64, size: u64) -> io::Result<(u64, Content)> {
         let block_size = self.parameters.block_size;
         let within = offset % block_size;
         let end = (offset - within + block_size).min(size);
-        let Some(place) = self.bat.location(offset / block_size)? else {
-            return Ok((end, Content::Zero));
-        };
-        let at = place + within;
+        let block = offset / block_size;
+        match self.bat.source(block)? {
+            Source::Zeros => Ok((end, Content::Zero)),
+            Source::File(place) => self.stored_at(place + within, offset, end),
+            Source::Parent => self.parent().piece_at(offset, end),
+            Source::Mixed(place) => {
+                let mut first = None;
+                self.bits(block)?.runs(within, end - offset, |run| {
+                    first = Some(run);
+                    Ok(false)
+                })?;
+                let run = first.expect("the block does not end here");
+                let end = offset + run.len;
+                if run.own {
+                    self.stored_at(place + within, offset, end)
+                } else {
+                    self.parent().piece_at(offset, end)
+                }
+            }
+        }
+    }
+
+    /// The run of one kind at `offset`, which is stored at `at` of the file and ends at `end` at the latest.
+    fn stored_at(&self, at: u64, offset: u64, end: u64) -> io::Result<(u64, Content)> {
         let stop = at + (end - offset);
         Ok(match self.storage.data_after(at)? {
             Some(data) if data.offset <= at => {
@@ -236,14 +323,8 @@ impl Disk for VhdxDisk {
         let run = check_run(offset, buf.len(), self.size())?;
         let _flight = self.flights.start();
         for piece in self.pieces(run) {
-            let part = &mut buf[to_usize(piece.done)..to_usize(piece.done + piece.len)];
-            let at = offset + piece.done;
-            match self.locate(piece.block, "read", at)? {
-                Some(place) => self
-                    .read_place(place + piece.within, part)
-                    .map_err(failed("read", at))?,
-                None => part.fill(0),
-            }
+            self.read_piece(piece, &mut buf[piece.range()])
+                .map_err(failed("read", offset + piece.done))?;
         }
         Ok(())
     }
@@ -253,12 +334,15 @@ impl Disk for VhdxDisk {
         self.begin_write()?;
         let flight = self.flights.start();
         for piece in self.pieces(run) {
+            let part = &buf[piece.range()];
             let at = offset + piece.done;
             let place = match self.locate(piece.block, "write", at)? {
                 Some(place) => place,
-                None => self.allocate(piece.block)?,
+                None => match self.allocate(piece, part)? {
+                    Allocated::Place(place) => place,
+                    Allocated::Written => continue,
+                },
             };
-            let part = &buf[to_usize(piece.done)..to_usize(piece.done + piece.len)];
             self.storage
                 .write_at(place + piece.within, part, fua)
                 .map_err(|source| {

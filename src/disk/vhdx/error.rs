@@ -2,6 +2,10 @@
 
 use std::io;
 
+use uuid::Uuid;
+
+use crate::disk::parents::ParentsError;
+
 /// Why a file does not open as a VHDX disk.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -46,6 +50,64 @@ pub enum OpenError {
     /// The file is sound, as far as can be seen, and needs what this program does not do.
     #[error("the VHDX file needs {0}, which is not supported")]
     Unsupported(String),
+    /// The parent of a differencing image is not there.
+    #[error("{child} has no parent")]
+    NoParent {
+        /// The image: the one to be opened or one of its parents.
+        child: String,
+        /// Why it was not found.
+        #[source]
+        source: ParentsError,
+    },
+    /// The parent does not open.
+    #[error("the parent {parent} of {child} cannot be used")]
+    Parent {
+        /// The image: the one to be opened or one of its parents.
+        child: String,
+        /// Its parent.
+        parent: String,
+        /// What is wrong with the parent.
+        #[source]
+        source: Box<OpenError>,
+    },
+    /// The parent was written to since the child was made, or is another image.
+    #[error(
+        "{child} was made over another state of its parent {parent}: it expects the data identity {}, the parent has {found}; \
+         restore the parent as it was then",
+        .expected.iter().map(Uuid::to_string).collect::<Vec<_>>().join(" or ")
+    )]
+    Linkage {
+        /// The image: the one to be opened or one of its parents.
+        child: String,
+        /// Its parent.
+        parent: String,
+        /// What the child's locator names.
+        expected: Vec<Uuid>,
+        /// The parent's `DataWriteGuid`.
+        found: Uuid,
+    },
+    /// A sector of the child is none of the parent.
+    #[error(
+        "{child} has sectors of {expected} bytes, its parent {parent} of {found}: find the parent that it was made over"
+    )]
+    ParentSectors {
+        /// The image: the one to be opened or one of its parents.
+        child: String,
+        /// Its parent.
+        parent: String,
+        /// Bytes of the child's logical sectors.
+        expected: u32,
+        /// Bytes of the parent's.
+        found: u32,
+    },
+    /// The chain of parents does not end in time.
+    #[error("{child} has a parent still, after a chain of {limit}: merge some of them")]
+    TooManyParents {
+        /// The last image that was opened.
+        child: String,
+        /// Longest chain of parents.
+        limit: usize,
+    },
 }
 
 impl OpenError {
@@ -93,6 +155,9 @@ pub enum CreateError {
     /// There is something in the file already.
     #[error("the file has {0} bytes already; a VHDX disk is made in an empty one")]
     NotEmpty(u64),
+    /// The parent of a new child cannot be read.
+    #[error("the parent of a new VHDX disk cannot be used")]
+    Parent(#[source] OpenError),
     /// Sizes that the format does not know.
     #[error("a VHDX disk cannot have {0}")]
     Options(String),

@@ -69,6 +69,11 @@ pub(super) const PHYSICAL_SECTOR: Uuid = uuid!("CDA348C7-445D-4471-9CC9-E9885251
 /// Where the parent of a differencing image is.
 pub(super) const PARENT_LOCATOR: Uuid = uuid!("A8D35F2D-B30B-454D-ABF7-D3D84834AB0C");
 
+/// An item of Microsoft's own writers: the file is not finished yet.
+pub(super) const INCOMPLETE_FILE: Uuid = uuid!("71CC85F0-1B69-4E28-9558-C3BF83AE75D3");
+/// The type of a parent locator that names another VHDX file.
+pub(super) const VHDX_LOCATOR: Uuid = uuid!("B04AEFB7-D19E-4A81-B789-25B8E9445913");
+
 /// A page of metadata.
 pub(super) type Page = [u8; PAGE];
 
@@ -194,6 +199,12 @@ where
     T: for<'a> BinRead<Args<'a> = ()> + binrw::meta::ReadEndian,
 {
     T::read(&mut Cursor::new(bytes)).ok()
+}
+
+/// The number at `at`; the caller has checked that it is there.
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    let field = bytes[at..at + 4].try_into();
+    u32::from_le_bytes(field.expect("four bytes are four bytes"))
 }
 
 /// Encodes a structure at the start of `bytes`.

@@ -1,19 +1,23 @@
-//! VHDX, the virtual disk format of Hyper-V (MS-VHDX): dynamic and fixed disks, read and written in place.
+//! VHDX, the virtual disk format of Hyper-V (MS-VHDX): dynamic, fixed and differencing disks, read and written in place.
 //!
-//! Reading order: `format` is the bytes; `header`, `region`, `metadata` and `bat` check them; `log` replays and writes
-//! metadata; `open` puts these together; `space` finds room; `flight` knows who is still looking at an old place; `disk`
-//! is the disk, `write` how blocks come and go, `resize` how the disk does, `flush` how all of it becomes durable; `create`
-//! makes new files and `inspect` tells what is in one.
+//! Reading order: `format` is the bytes; `header`, `region`, `metadata`, `numbering` and `bat` check them; `log` replays and writes
+//! metadata; `open` puts these together; `locator` names the parent of a differencing disk, `chain` opens it and its own,
+//! `bitmap` tells which sectors are in which file; `space` finds room; `flight` knows who is still looking at an old
+//! place; `disk` is the disk, `write` how blocks come and go, `resize` how the disk does, `flush` how all of it becomes durable; `create` makes new
+//! files; `survey` looks through a whole file past its faults, for `check`, which finds them, and `inspect`, which shows
+//! the rest.
 //!
 //! # A write's journey
 //! ```text
 //!   block present: one load of its table entry, one positional write. No lock.
 //!   block absent:  its stripe's lock -> a place that durably reads as zeros -> log entry (page cache) with everybody
 //!                  who waits -> table entry published -> as above
+//!   in the parent: its stripe's lock -> a place -> the block's bytes and the new ones into it, durably -> log entry ->
+//!                  table entry published
 //!   discard:       stripe's lock -> log entry -> entry published -> the place rests until nobody can reach it
 //! ```
-//! A place handed out always reads as zeros, durably (see `space`), and so did the block: the table entry may come
-//! before or after the payload and a sector is still old or new.
+//! A place durably reads as its block did before any entry leads to it: as zeros (see `space`), or as the parent (see
+//! `write`). The table entry may then become durable before or after the payload and a sector is still old or new.
 //!
 //! # Crash contract
 //! Order of what is made durable in a session; each arrow is a sync or a forced write:
@@ -31,9 +35,13 @@
 //!
 //! # Choices
 //! A discarded block becomes `ZERO` without a place, not `UNMAPPED` with one: its space serves other blocks.
-//! Fixed disks keep their blocks; a discard writes zeros. Differencing disks are refused.
+//! Fixed disks keep their blocks; a discard writes zeros. A child never writes sector bitmaps: the first write into a
+//! block of its parent copies the block up (see `write` for why).
 
 mod bat;
+mod bitmap;
+mod chain;
+mod check;
 mod create;
 mod disk;
 mod error;
@@ -42,24 +50,34 @@ mod flush;
 mod format;
 mod header;
 mod inspect;
+mod locator;
 mod log;
 mod metadata;
+mod numbering;
 mod occupancy;
 mod open;
 mod region;
 mod resize;
 mod space;
+mod survey;
 mod write;
 
-pub use create::create;
+pub use check::check;
+pub use create::{ParentPaths, create, create_child};
 pub use disk::VhdxDisk;
 pub use error::{CreateError, OpenError};
-pub use inspect::{Blocks, HeaderCopy, Inspection, Log, Region, inspect};
+pub use inspect::{
+    Ancestor, Blocks, HeaderCopy, Inspection, Item, Log, LogState, ParentLocator, Region,
+    ancestors, inspect,
+};
 
 /// The first bytes of every VHDX file.
 pub const SIGNATURE: &[u8; 8] = format::FILE_SIGNATURE;
 /// Block size of a new disk unless told otherwise, in bytes: what Windows chooses.
 pub const BLOCK_BYTES_DEFAULT: u32 = 32 * 1024 * 1024;
+
+/// Block size of a new child unless told otherwise, in bytes: what Windows chooses.
+pub const CHILD_BLOCK_BYTES_DEFAULT: u32 = 2 * 1024 * 1024;
 
 /// Whether blocks take space from the beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -69,6 +87,18 @@ pub enum Kind {
     Dynamic,
     /// All blocks have their space from the beginning and keep it.
     Fixed,
+    /// As dynamic, over a parent that holds what was not written.
+    Differencing,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Dynamic => "dynamic",
+            Self::Fixed => "fixed",
+            Self::Differencing => "differencing",
+        })
+    }
 }
 
 /// What a new disk is to be.

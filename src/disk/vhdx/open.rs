@@ -15,12 +15,14 @@ use crate::{
 };
 
 use super::{
+    Kind,
     bat::Bat,
     error::OpenError,
     format::{FILE_BYTES_MAX, FILE_SIGNATURE, HEADER_OFFSETS},
     header::Headers,
+    locator::Locator,
     log::replay::{Overlay, Replay},
-    metadata::Parameters,
+    metadata::{Items, Parameters},
     occupancy::Occupancy,
     region::Regions,
 };
@@ -40,10 +42,10 @@ pub(super) struct Image {
     /// The file, or the view of it that its log makes.
     pub(super) storage: Arc<dyn Storage>,
     pub(super) headers: Headers,
-    /// Entries of the log that were replayed.
-    pub(super) replayed: u64,
     pub(super) regions: Regions,
     pub(super) parameters: Parameters,
+    /// Where the parent is, if it has one.
+    pub(super) locator: Option<Locator>,
     pub(super) bat: Bat,
     /// One past the log and the regions.
     pub(super) fixed_end: u64,
@@ -52,18 +54,8 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// Reads the file in `storage`, all of it.
-    pub(super) fn read(
-        storage: Arc<dyn Storage>,
-        replay: &Replaying<'_>,
-    ) -> Result<Self, OpenError> {
-        let image = Self::read_start(storage, replay)?;
-        image.bat.complete()?;
-        Ok(image)
-    }
-
     /// Reads the file in `storage`, of a large table only the start: see [`super::bat`].
-    pub(super) fn read_start(
+    pub(super) fn read(
         storage: Arc<dyn Storage>,
         replay: &Replaying<'_>,
     ) -> Result<Self, OpenError> {
@@ -77,20 +69,25 @@ impl Image {
                 "it lies past the end of the file",
             ));
         }
-        let (storage, replayed) = replay_log(storage, replay, &mut headers)?;
+        let storage = replay_log(storage, replay, &mut headers)?;
         let len = file_len(storage.as_ref())?;
         let regions = Regions::read(storage.as_ref())?;
         let mut taken = Occupancy::new(len);
         take_places(&mut taken, log, &regions)?;
         let fixed_end = taken.end();
-        let parameters = Parameters::read(storage.as_ref(), regions.metadata)?;
+        let items = Items::read(storage.as_ref(), regions.metadata)?;
+        let parameters = Parameters::read(&items)?;
+        let locator = match parameters.kind {
+            Kind::Differencing => Some(items.locator()?),
+            Kind::Dynamic | Kind::Fixed => None,
+        };
         let bat = Bat::read(Arc::clone(&storage), regions.bat, &parameters, taken)?;
         Ok(Self {
             storage,
             headers,
-            replayed,
             regions,
             parameters,
+            locator,
             bat,
             fixed_end,
             len,
@@ -128,22 +125,22 @@ fn file_len(storage: &dyn Storage) -> Result<u64, OpenError> {
     Ok(len)
 }
 
-/// Brings about what a dirty log holds, in the file or over it, and counts its entries.
+/// Brings about what a dirty log holds, in the file or over it.
 fn replay_log(
     storage: Arc<dyn Storage>,
     how: &Replaying<'_>,
     headers: &mut Headers,
-) -> Result<(Arc<dyn Storage>, u64), OpenError> {
+) -> Result<Arc<dyn Storage>, OpenError> {
     let log = headers.current().log;
     if log.is_nil() {
-        return Ok((storage, 0));
+        return Ok(storage);
     }
     let place = headers.log();
     let replay = Replay::read(storage.as_ref(), place, log)?;
     let entries = to_u64(replay.entries);
     tracing::info!(entries, "the image was not closed: its log is replayed");
     let Replaying::InPlace(ids) = how else {
-        return Ok((Arc::new(Overlay::new(storage, replay)), entries));
+        return Ok(Arc::new(Overlay::new(storage, replay)));
     };
     let header_failed = || OpenError::writing("header", HEADER_OFFSETS[0]);
     let file_write = ids.uuid();
@@ -157,5 +154,5 @@ fn replay_log(
     headers
         .update(storage.as_ref(), |header| header.log = Uuid::nil())
         .map_err(header_failed())?;
-    Ok((storage, entries))
+    Ok(storage)
 }

@@ -31,13 +31,13 @@ use crate::{
 
 use super::{
     Kind,
-    bat::Numbering,
     disk::{VhdxDisk, failed},
     error::OpenError,
     flush::Pages,
     format::PAGE_BYTES,
     log::journal::{CHANGES_PER_REQUEST_MAX, LoggedPages},
     metadata::{self, Parameters},
+    numbering::Numbering,
     region::Regions,
 };
 
@@ -57,6 +57,9 @@ impl VhdxDisk {
             .map_err(|problem| ResizeError::Size { size, problem })?;
         if self.access == Access::ReadOnly {
             return Err(DiskError::ReadOnly.into());
+        }
+        if self.parameters.kind == Kind::Differencing {
+            return Err(ResizeError::Differencing);
         }
         let stripes: Vec<_> = self.stripes.iter().map(Mutex::lock).collect();
         self.know_space().map_err(failed("resize", 0))?;

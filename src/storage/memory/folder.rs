@@ -106,7 +106,9 @@ impl Folder for MemoryFolder {
             (Some(Entry::Folder(_)), _) => Err(io::ErrorKind::IsADirectory.into()),
             (Some(_), Open::CreateNew) => Err(io::ErrorKind::AlreadyExists.into()),
             (Some(Entry::File(file)), _) => Ok(file),
-            (None, Open::Read | Open::Write) => Err(io::ErrorKind::NotFound.into()),
+            (None, Open::Read | Open::Write | Open::WriteAside) => {
+                Err(io::ErrorKind::NotFound.into())
+            }
             (None, Open::CreateNew | Open::Create) => {
                 power.step()?;
                 let file = MemoryStorage::new(&power);

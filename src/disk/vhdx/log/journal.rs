@@ -41,9 +41,10 @@ use crate::{
 
 use super::{
     super::{
-        bat::{Bat, Entry},
+        bat::Bat,
         format::{PAGE, PAGE_BYTES, Page, REGION_TABLE_OFFSETS},
         header::Headers,
+        numbering::Entry,
         region::Repair,
         space::Space,
     },

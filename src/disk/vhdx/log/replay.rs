@@ -36,6 +36,8 @@ pub(in super::super) struct Replay {
     len: u64,
     /// Entries replayed.
     pub(in super::super) entries: usize,
+    /// File offset of the entry behind the head, if a crash left it torn.
+    pub(in super::super) torn: Option<u64>,
 }
 
 impl Replay {
@@ -73,6 +75,7 @@ impl Replay {
             zeros: Vec::new(),
             len: len.max(head.last_file_offset.next_multiple_of(MIB)),
             entries: active.len(),
+            torn: torn_after(&ring, head, log),
         };
         for change in active.iter().flat_map(|entry| ring.changes(entry)) {
             replay.add(change);
@@ -161,6 +164,14 @@ fn active_sequence(ring: &Ring<'_>, log: Uuid) -> Option<Vec<LogEntry>> {
     newest
 }
 
+/// Where an entry begins that should follow `head` and is not whole.
+fn torn_after(ring: &Ring<'_>, head: &LogEntry, log: Uuid) -> Option<u64> {
+    let position = (head.position + head.len) % to_u64(ring.bytes.len());
+    let (found, sequence) = ring.claimed(position)?;
+    (found == log && Some(sequence) == head.sequence.checked_add(1))
+        .then_some(ring.place.offset + position)
+}
+
 /// A file seen as if its log had been replayed.
 #[derive(Debug)]
 pub(in super::super) struct Overlay {
@@ -246,5 +257,218 @@ impl Storage for Overlay {
 
     fn sync(&self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            super::format::{self, Descriptor, LogEntryHeader},
+            entry::{self, Fields},
+        },
+        *,
+    };
+    use crate::storage::memory::MemoryStorage;
+
+    const LOG: Uuid = Uuid::from_u128(5);
+    const PLACE: Extent = Extent::new(MIB, MIB);
+    /// An entry with one page.
+    const ONE: u64 = 2 * PAGE_BYTES;
+
+    /// A file of 4 MiB with a log in its second MiB.
+    struct File(Vec<u8>);
+
+    impl File {
+        fn new() -> Self {
+            Self(vec![0; to_usize(4 * MIB)])
+        }
+
+        /// Puts an entry at a ring offset and returns the one behind it.
+        fn put(&mut self, position: u64, fields: &Fields, pages: &[(u64, u8)]) -> u64 {
+            let images: Vec<_> = pages.iter().map(|&(at, n)| (at, [n; PAGE])).collect();
+            let pages: Vec<_> = images.iter().map(|(at, page)| (*at, page)).collect();
+            let bytes = entry::encode(fields, &pages);
+            self.put_bytes(position, &bytes)
+        }
+
+        fn put_bytes(&mut self, position: u64, bytes: &[u8]) -> u64 {
+            for (at, byte) in (position..).zip(bytes) {
+                self.0[to_usize(PLACE.offset + at % PLACE.len)] = *byte;
+            }
+            (position + to_u64(bytes.len())) % PLACE.len
+        }
+
+        /// Replays in place, and checks that replaying in memory shows the same. Returns the bytes at 3 MiB, one for
+        /// each page, and the length of the file.
+        fn replay(&self) -> Result<(Vec<u8>, u64), OpenError> {
+            let storage = MemoryStorage::with_bytes(&self.0);
+            let overlay = Overlay::new(
+                Arc::clone(&storage) as _,
+                Replay::read(storage.as_ref(), PLACE, LOG)?,
+            );
+            let len = overlay.len().unwrap();
+            let mut seen = vec![0xEE; to_usize(len)];
+            overlay.read_at(0, &mut seen).unwrap();
+            assert!(storage.bytes() == self.0, "the file stays as it is");
+            let replay = Replay::read(storage.as_ref(), PLACE, LOG)?;
+            replay.apply(storage.as_ref()).unwrap();
+            assert!(storage.bytes() == seen);
+            let pages = seen[to_usize(3 * MIB)..].chunks(PAGE).take(4);
+            Ok((pages.map(|page| page[0]).collect(), len))
+        }
+    }
+
+    fn fields(sequence: u64, tail: u64) -> Fields {
+        Fields {
+            sequence,
+            tail,
+            log: LOG,
+            flushed_file_offset: 4 * MIB,
+            last_file_offset: 4 * MIB,
+        }
+    }
+
+    fn page_at(number: u64) -> u64 {
+        3 * MIB + number * PAGE_BYTES
+    }
+
+    /// A reader that looked at one run from the start of the ring lost what stood at its end.
+    #[test]
+    fn a_sequence_that_wraps_is_replayed_from_its_tail() {
+        let mut file = File::new();
+        let tail = MIB - ONE - PAGE_BYTES;
+        // Windows begins at numbers like these.
+        let first = 80_100_000_000_000_000;
+        let second = file.put(tail, &fields(first, tail), &[(page_at(0), 1)]);
+        let third = file.put(second, &fields(first + 1, tail), &[(page_at(1), 2)]);
+        assert_eq!(
+            third, PAGE_BYTES,
+            "the second one lies over the end of the ring"
+        );
+        file.put(third, &fields(first + 2, tail), &[(page_at(2), 3)]);
+        assert_eq!(file.replay().unwrap().0, [1, 2, 3, 0]);
+    }
+
+    #[test]
+    fn what_is_before_the_tail_is_not_replayed() {
+        let mut file = File::new();
+        let second = file.put(0, &fields(1, 0), &[(page_at(0), 1)]);
+        let third = file.put(second, &fields(2, 0), &[(page_at(1), 2)]);
+        file.put(third, &fields(3, second), &[]);
+        assert_eq!(file.replay().unwrap().0, [0, 2, 0, 0]);
+    }
+
+    #[test]
+    fn a_torn_head_ends_the_sequence_before_it() {
+        let mut file = File::new();
+        let second = file.put(0, &fields(1, 0), &[(page_at(0), 1)]);
+        let third = file.put(second, &fields(2, 0), &[(page_at(1), 2)]);
+        file.put(third, &fields(3, 0), &[(page_at(2), 3)]);
+        file.0[to_usize(PLACE.offset + third + PAGE_BYTES + 600)] ^= 1;
+        assert_eq!(file.replay().unwrap().0, [1, 2, 0, 0]);
+    }
+
+    #[test]
+    fn a_gap_ends_a_sequence() {
+        for (tail_of_last, expected) in [(0, [1, 2, 0, 0]), (2 * ONE, [0, 0, 3, 0])] {
+            let mut file = File::new();
+            file.put(0, &fields(5, 0), &[(page_at(0), 1)]);
+            file.put(ONE, &fields(6, 0), &[(page_at(1), 2)]);
+            // Number seven is not there. Whose tail lies before the gap is no head.
+            file.put(2 * ONE, &fields(8, tail_of_last), &[(page_at(2), 3)]);
+            assert_eq!(file.replay().unwrap().0, expected, "{tail_of_last}");
+        }
+    }
+
+    #[test]
+    fn a_log_in_use_without_a_head_is_refused() {
+        let mut file = File::new();
+        let other = Fields {
+            log: Uuid::from_u128(6),
+            ..fields(1, 0)
+        };
+        file.put(0, &other, &[(page_at(0), 1)]);
+        file.put(ONE, &fields(2, 0), &[(page_at(0), 1)]);
+        let error = file.replay().unwrap_err();
+        assert!(matches!(error, OpenError::Corrupt { part: "log", .. }));
+    }
+
+    #[test]
+    fn the_file_grows_to_what_the_head_names() {
+        let mut file = File::new();
+        let second = file.put(0, &fields(1, 0), &[]);
+        let grown = Fields {
+            last_file_offset: 36 * MIB,
+            ..fields(2, 0)
+        };
+        file.put(second, &grown, &[(page_at(0), 1)]);
+        assert_eq!(file.replay().unwrap(), (vec![1, 0, 0, 0], 36 * MIB));
+        let odd = Fields {
+            last_file_offset: 6 * MIB + 1,
+            ..fields(2, 0)
+        };
+        file.put(second, &odd, &[(page_at(0), 1)]);
+        assert_eq!(file.replay().unwrap().1, 7 * MIB);
+        let far = MIB * 7 + page_at(0);
+        file.put(second, &fields(2, 0), &[(far, 1)]);
+        assert_eq!(
+            file.replay().unwrap().1,
+            far + PAGE_BYTES,
+            "a page past the end"
+        );
+    }
+
+    #[test]
+    fn a_file_shorter_than_its_head_knows_was_truncated() {
+        let mut file = File::new();
+        let longer = |sequence| Fields {
+            flushed_file_offset: 5 * MIB,
+            ..fields(sequence, 0)
+        };
+        let second = file.put(0, &longer(1), &[(page_at(0), 1)]);
+        file.put(second, &fields(2, 0), &[]);
+        file.replay().expect("only the head counts");
+        file.put(second, &longer(2), &[]);
+        assert!(matches!(
+            file.replay(),
+            Err(OpenError::Truncated { len, flushed }) if (len, flushed) == (4 * MIB, 5 * MIB)
+        ));
+    }
+
+    #[test]
+    fn zeros_and_pages_come_in_the_order_of_their_entries() {
+        let zeros = |sequence, run: Extent| {
+            let mut bytes = vec![0; PAGE];
+            let header = LogEntryHeader {
+                checksum: 0,
+                len: 4096,
+                tail: 0,
+                sequence,
+                descriptors: 1,
+                reserved: 0,
+                log: LOG,
+                flushed_file_offset: 0,
+                last_file_offset: 0,
+            };
+            format::encode(&header, &mut bytes);
+            let descriptor = Descriptor::Zero {
+                reserved: 0,
+                len: run.len,
+                offset: run.offset,
+                sequence,
+            };
+            format::encode(&descriptor, &mut bytes[64..]);
+            format::seal(&mut bytes);
+            bytes
+        };
+        let mut file = File::new();
+        file.0[to_usize(3 * MIB)..].fill(9);
+        let pages = [(page_at(0), 1), (page_at(1), 2), (page_at(2), 3)];
+        let second = file.put(0, &fields(1, 0), &pages);
+        let run = Extent::new(page_at(1), 2 * PAGE_BYTES);
+        let third = file.put_bytes(second, &zeros(2, run));
+        file.put(third, &fields(3, 0), &[(page_at(2), 4)]);
+        assert_eq!(file.replay().unwrap().0, [1, 0, 4, 9]);
     }
 }

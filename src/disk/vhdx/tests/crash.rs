@@ -12,13 +12,13 @@ use crate::{
     storage::memory::{MemoryStorage, Power},
 };
 
-const SECTOR: u64 = 512;
-const SIZE: u64 = (5 << 20) + 4096;
+pub(super) const SECTOR: u64 = 512;
+pub(super) const SIZE: u64 = (5 << 20) + 4096;
 /// Sectors that are written: the first and last few of each block, so that the model stays small.
 const NEAR: u64 = 4;
 
 #[derive(Clone, Copy, Debug)]
-enum Op {
+pub(super) enum Op {
     Write(Extent, u64, Fua),
     Zero(Extent, Space, Fua),
     Flush,
@@ -26,17 +26,22 @@ enum Op {
 }
 
 /// What the sectors of the disk may hold.
-struct Model {
+pub(super) struct Model {
     now: Vec<Vec<u64>>,
     cut: Vec<Vec<u64>>,
 }
 
 impl Model {
     fn new() -> Self {
-        let sectors = usize::try_from(SIZE / SECTOR).unwrap();
+        Self::of(|_| 0)
+    }
+
+    /// A disk of which each sector holds what `tag_of` says.
+    pub(super) fn of(tag_of: impl Fn(u64) -> u64) -> Self {
+        let now: Vec<_> = (0..SIZE / SECTOR).map(|n| vec![tag_of(n)]).collect();
         Self {
-            now: vec![vec![0]; sectors],
-            cut: vec![vec![0]; sectors],
+            cut: now.clone(),
+            now,
         }
     }
 
@@ -82,7 +87,7 @@ impl Model {
     }
 }
 
-fn history(seed: u64, len: u64) -> Vec<Op> {
+pub(super) fn history(seed: u64, len: u64) -> Vec<Op> {
     let mut random = Random(seed);
     let mut tag = seed << 32;
     let mut ops = Vec::new();
@@ -119,13 +124,8 @@ fn history(seed: u64, len: u64) -> Vec<Op> {
 }
 
 /// Runs a history until something fails for good. Returns whether it came to its end.
-fn run(
-    storage: &Arc<MemoryStorage>,
-    ops: &[Op],
-    model: &mut Model,
-    retries: bool,
-) -> Result<(), ()> {
-    let mut disk = open(storage).map_err(drop)?;
+pub(super) fn run(image: &Subject, ops: &[Op], model: &mut Model, retries: bool) -> Result<(), ()> {
+    let mut disk = image.open().map_err(drop)?;
     for op in ops {
         let outcome = match *op {
             Op::Write(run, tag, fua) => {
@@ -146,7 +146,7 @@ fn run(
             Op::Reopen => {
                 disk.close().map_err(drop)?;
                 model.flushed();
-                disk = open(storage).map_err(drop)?;
+                disk = image.open().map_err(drop)?;
                 Ok(())
             }
         };
@@ -160,24 +160,34 @@ fn run(
 }
 
 /// After a cut: opens, holds what it may, and works.
-fn live_on(storage: &Arc<MemoryStorage>, model: &mut Model, cut: bool, story: &str) {
-    let reader = VhdxDisk::open(Arc::clone(storage) as _, Access::ReadOnly, ids())
+pub(super) fn live_on(image: &Subject, model: &mut Model, cut: bool, story: &str) {
+    let reader = image
+        .open_as(Access::ReadOnly)
         .unwrap_or_else(|error| panic!("{story}: read-only: {error:?}"));
     let seen = read_all(&reader);
-    let disk = open(storage).unwrap_or_else(|error| panic!("{story}: {error:?}"));
+    let disk = image
+        .open()
+        .unwrap_or_else(|error| panic!("{story}: {error:?}"));
     assert!(seen == read_all(&disk), "{story}: replay in memory differs");
     model.check(&disk, cut, story);
     drop(disk);
     let again = history(99, 12);
-    run(storage, &again, model, false).unwrap_or_else(|()| panic!("{story}: cannot go on"));
-    let disk = open(storage).unwrap();
+    run(image, &again, model, false).unwrap_or_else(|()| panic!("{story}: cannot go on"));
+    let disk = image.open().unwrap();
     model.check(&disk, false, story);
     disk.close().unwrap();
-    let disk = open(storage).unwrap();
+    let disk = image.open().unwrap();
     model.check(&disk, false, story);
 }
 
-fn image(power: &Arc<Power>) -> Arc<MemoryStorage> {
+/// A new image and what it holds, on a supply.
+pub(super) type Make<'a> = &'a dyn Fn(&Arc<Power>) -> (Subject, Model);
+
+fn empty(power: &Arc<Power>) -> (Subject, Model) {
+    (image(power), Model::new())
+}
+
+fn image(power: &Arc<Power>) -> Subject {
     let storage = MemoryStorage::new(power);
     create(
         storage.as_ref(),
@@ -185,7 +195,7 @@ fn image(power: &Arc<Power>) -> Arc<MemoryStorage> {
         ids().as_ref(),
     )
     .unwrap();
-    storage
+    Subject::new(storage)
 }
 
 /// Keeps unsynced sectors: none, all, or some. Those come in runs, or hardly any log entry would be kept whole.
@@ -201,28 +211,33 @@ fn kept(seed: u64) -> impl FnMut() -> bool {
     }
 }
 
-fn cut_everywhere(history_seed: u64, len: u64, seeds: std::ops::Range<u64>, stride: usize) {
+pub(super) fn cut_everywhere(
+    make: Make<'_>,
+    history_seed: u64,
+    len: u64,
+    seeds: std::ops::Range<u64>,
+    stride: usize,
+) {
     let ops = history(history_seed, len);
     let power = Power::new();
     let before = {
-        let storage = image(&power);
+        let (image, mut model) = make(&power);
         let before = power.steps();
-        run(&storage, &ops, &mut Model::new(), false).unwrap();
+        run(&image, &ops, &mut model, false).unwrap();
         before
     };
     let steps = power.steps() - before;
     for step in (0..=steps).step_by(stride) {
         for seed in seeds.clone() {
             let power = Power::new();
-            let storage = image(&power);
-            let mut model = Model::new();
+            let (image, mut model) = make(&power);
             power.cut_after(step);
-            let finished = run(&storage, &ops, &mut model, false).is_ok();
+            let finished = run(&image, &ops, &mut model, false).is_ok();
             // A place that cannot be cleared fails nobody, so a history may end well one step early.
             assert!(finished || step < steps);
             power.restore(&mut kept(seed + step * 4));
             let story = format!("history {history_seed}, cut after {step} of {steps}, kept {seed}");
-            live_on(&storage, &mut model, true, &story);
+            live_on(&image, &mut model, true, &story);
         }
     }
 }
@@ -230,50 +245,48 @@ fn cut_everywhere(history_seed: u64, len: u64, seeds: std::ops::Range<u64>, stri
 #[test]
 fn a_power_cut_at_any_step_loses_nothing_flushed() {
     for history_seed in 1..=2 {
-        cut_everywhere(history_seed, 40, 0..4, 1);
+        cut_everywhere(&empty, history_seed, 40, 0..4, 1);
     }
 }
 
 /// Long enough that the log wraps and checkpoints happen, with and without flushes.
 #[test]
 fn a_power_cut_around_checkpoints_loses_nothing_flushed() {
-    cut_everywhere(5, 400, 2..4, 7);
+    cut_everywhere(&empty, 5, 400, 2..4, 7);
 }
 
 #[test]
 fn a_process_that_is_killed_loses_nothing() {
-    for seed in 0..40 {
-        let storage = image(&Power::new());
-        let mut model = Model::new();
-        run(&storage, &history(seed, 20 + seed * 10), &mut model, false).unwrap();
-        live_on(
-            &storage,
-            &mut model,
-            false,
-            &format!("killed after history {seed}"),
-        );
+    kill_after_histories(&empty, 40);
+}
+
+pub(super) fn kill_after_histories(make: Make<'_>, count: u64) {
+    for seed in 0..count {
+        let (image, mut model) = make(&Power::new());
+        run(&image, &history(seed, 20 + seed * 10), &mut model, false).unwrap();
+        let story = format!("killed after history {seed}");
+        live_on(&image, &mut model, false, &story);
     }
 }
 
 #[test]
 fn a_call_that_fails_once_at_any_step_does_no_harm() {
-    let ops = history(7, 60);
+    fail_everywhere(&empty, 60);
+}
+
+pub(super) fn fail_everywhere(make: Make<'_>, len: u64) {
+    let ops = history(7, len);
     for kind in [io::ErrorKind::StorageFull, io::ErrorKind::Other] {
         for step in 0.. {
             let power = Power::new();
-            let storage = image(&power);
-            let mut model = Model::new();
+            let (image, mut model) = make(&power);
             let before = power.steps();
             power.fail_after(step, kind);
-            let _ = run(&storage, &ops, &mut model, true);
+            let _ = run(&image, &ops, &mut model, true);
             let happened = power.steps() - before > step;
             power.restore(&mut kept(step));
-            live_on(
-                &storage,
-                &mut model,
-                true,
-                &format!("{kind} at step {step}"),
-            );
+            let story = format!("{kind} at step {step}");
+            live_on(&image, &mut model, true, &story);
             if !happened {
                 break;
             }
@@ -305,7 +318,7 @@ fn an_image_is_complete_or_none_while_it_is_made() {
 #[test]
 fn a_failed_sync_stops_the_disk() {
     let power = Power::new();
-    let disk = open(&image(&power)).unwrap();
+    let disk = image(&power).open().unwrap();
     disk.write_at(0, &[1; 512], Fua::No).unwrap();
     power.fail_after(0, io::ErrorKind::Other);
     assert!(matches!(
@@ -331,7 +344,7 @@ fn a_failed_sync_stops_the_disk() {
 #[test]
 fn opening_without_writing_changes_nothing() {
     let power = Power::new();
-    let storage = image(&power);
+    let storage = image(&power).storage;
     let before = storage.bytes();
     let disk = open(&storage).unwrap();
     disk.flush().unwrap();

@@ -23,7 +23,7 @@ impl Subject for Vhdx {
     }
 
     fn open(&self, storage: Arc<dyn Storage>, access: Access) -> Result<VhdxDisk, Refused> {
-        VhdxDisk::open(storage, access, ids()).map_err(|error| match error {
+        VhdxDisk::open(storage, &Opening::new(access, ids())).map_err(|error| match error {
             OpenError::NotVhdx => Refused::NoImage,
             error => Refused::Damaged(error.to_string()),
         })

@@ -5,7 +5,7 @@ use std::{os::unix::fs::FileExt, path::Path, time::Instant};
 use super::*;
 use crate::{
     base::units::{MIB, TIB, to_u64, to_usize},
-    disk::{Content, Fua, vhdx::bat::Numbering},
+    disk::{Content, Fua, vhdx::numbering::Numbering},
     storage::{Space, file::FileStorage},
 };
 
@@ -59,13 +59,13 @@ fn image(place: &Path, block_size: u32, present: u64) -> u64 {
     };
     create(&storage, &options, ids().as_ref()).unwrap();
     let first = storage.len().unwrap();
-    let disk = VhdxDisk::open(Arc::new(storage), Access::ReadOnly, ids()).unwrap();
+    let disk = open_as(Arc::new(storage), Access::ReadOnly).unwrap();
     let distance = disk.bat.blocks() / present.max(1);
     let numbering = Numbering::new(&disk.parameters);
     let file = std::fs::File::options().write(true).open(place).unwrap();
     let block_size = u64::from(block_size);
     for number in 0..present {
-        let entry = bat::Entry::present(first + number * block_size);
+        let entry = numbering::Entry::present(first + number * block_size);
         let at = 3 * MIB + numbering.entry(number * distance) * 8;
         file.write_all_at(&entry.to_bytes(), at).unwrap();
     }

@@ -1,11 +1,15 @@
 //! Tests of the whole disk over storage in memory: against a model, through power cuts, and with hostile bytes.
 
 mod crash;
+mod differencing;
 mod enumeration;
 mod hostile;
 mod large;
+mod linkage;
 mod model;
+mod survey;
 mod threads;
+mod traps;
 
 use std::sync::{
     Arc,
@@ -15,8 +19,12 @@ use std::sync::{
 use super::*;
 use crate::{
     base::ids::{Ids, SeededIds},
-    disk::{Access, Disk, enumeration::Random},
-    storage::Storage,
+    disk::{
+        Access, Disk, Opening,
+        enumeration::Random,
+        parents::{MemoryParents, Parents},
+    },
+    storage::{Storage, memory::MemoryStorage},
 };
 
 /// Other identities each time: two sessions must not give their logs the same name.
@@ -37,7 +45,35 @@ fn options(size: u64, kind: Kind) -> CreateOptions {
 }
 
 fn open(storage: &Arc<impl Storage + 'static>) -> Result<VhdxDisk, OpenError> {
-    VhdxDisk::open(Arc::clone(storage) as _, Access::ReadWrite, ids())
+    open_as(Arc::clone(storage), Access::ReadWrite)
+}
+
+fn open_as(storage: Arc<impl Storage + 'static>, access: Access) -> Result<VhdxDisk, OpenError> {
+    VhdxDisk::open(storage, &Opening::new(access, ids()))
+}
+
+/// An image in memory, and the parents that it may have.
+struct Subject {
+    storage: Arc<MemoryStorage>,
+    parents: Arc<dyn Parents>,
+}
+
+impl Subject {
+    fn new(storage: Arc<MemoryStorage>) -> Self {
+        Self {
+            storage,
+            parents: Arc::new(MemoryParents::default()),
+        }
+    }
+
+    fn open(&self) -> Result<VhdxDisk, OpenError> {
+        self.open_as(Access::ReadWrite)
+    }
+
+    fn open_as(&self, access: Access) -> Result<VhdxDisk, OpenError> {
+        let opening = Opening::new(access, ids()).with_parents(Arc::clone(&self.parents));
+        VhdxDisk::open(Arc::clone(&self.storage) as _, &opening)
+    }
 }
 
 fn read_all(disk: &impl Disk) -> Vec<u8> {

@@ -9,10 +9,10 @@ use crate::{
     storage::memory::{MemoryStorage, Power},
 };
 
-const SIZE: u64 = (6 << 20) + 512;
+pub(super) const SIZE: u64 = (6 << 20) + 512;
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(super) enum Op {
     Write(u64, usize, u8),
     Zero(u64, u64, bool),
     Flush,
@@ -20,7 +20,7 @@ enum Op {
     Kill,
 }
 
-fn op() -> impl Strategy<Value = Op> {
+pub(super) fn op() -> impl Strategy<Value = Op> {
     // Any byte offset: the disk knows no alignment. Lengths from bytes to blocks.
     let offset = 0..SIZE;
     prop_oneof![
@@ -34,7 +34,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-fn check(disk: &VhdxDisk, model: &[u8]) {
+pub(super) fn check(disk: &VhdxDisk, model: &[u8]) {
     assert!(read_all(disk) == model, "the disk holds something else");
     let mut at = 0;
     while at < SIZE {
@@ -50,7 +50,12 @@ fn run(kind: Kind, ops: &[Op]) {
     let storage = MemoryStorage::new(&Power::new());
     create(storage.as_ref(), &options(SIZE, kind), ids().as_ref()).unwrap();
     let mut model = vec![0; usize::try_from(SIZE).unwrap()];
-    let mut disk = open(&storage).unwrap();
+    change(&Subject::new(storage), &mut model, ops);
+}
+
+/// Does to an image and to an array what `ops` say, compares them now and then, and leaves the image closed.
+pub(super) fn change(image: &Subject, model: &mut [u8], ops: &[Op]) {
+    let mut disk = image.open().unwrap();
     for op in ops {
         match *op {
             Op::Write(at, len, byte) => {
@@ -69,15 +74,15 @@ fn run(kind: Kind, ops: &[Op]) {
             Op::Flush => disk.flush().unwrap(),
             Op::Close => {
                 disk.close().unwrap();
-                disk = open(&storage).unwrap();
-                check(&disk, &model);
+                disk = image.open().unwrap();
+                check(&disk, model);
             }
-            Op::Kill => disk = open(&storage).unwrap(),
+            Op::Kill => disk = image.open().unwrap(),
         }
     }
-    check(&disk, &model);
+    check(&disk, model);
     disk.close().unwrap();
-    check(&open(&storage).unwrap(), &model);
+    check(&image.open().unwrap(), model);
 }
 
 proptest! {
@@ -131,7 +136,7 @@ fn a_read_only_disk_refuses_writes() {
         ids().as_ref(),
     )
     .unwrap();
-    let disk = VhdxDisk::open(storage as _, Access::ReadOnly, ids()).unwrap();
+    let disk = open_as(storage, Access::ReadOnly).unwrap();
     assert!(disk.write_at(0, &[1], Fua::No).is_err());
     assert!(disk.zero(Extent::new(0, 1), Space::Keep, Fua::No).is_err());
     disk.flush().unwrap();

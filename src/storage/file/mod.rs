@@ -2,6 +2,10 @@
 //!
 //! I/O goes through the host's page cache. What is acknowledged therefore survives the death of the process, and a
 //! sync makes it survive a power cut; there is no alignment to keep and no second copy to align writes with.
+//!
+//! The exception are the long writes of a file opened with [`Open::WriteAside`]: see [`direct`].
+
+mod direct;
 
 use std::{
     fs::{self, File},
@@ -18,6 +22,7 @@ use nix::{
     unistd::{Whence, lseek64},
 };
 
+use self::direct::Direct;
 use super::{Access, Folder, Fua, Open, Space, Storage, check_component};
 use crate::base::units::{Extent, to_u64, to_usize};
 
@@ -30,6 +35,8 @@ pub struct FileStorage {
     file: File,
     /// The same file opened with `O_DSYNC`: its writes are forced unit access. Block devices and files alike.
     durable: Option<File>,
+    /// The way past the page cache, where it was asked for.
+    direct: Option<Direct>,
     block_device: bool,
 }
 
@@ -55,6 +62,12 @@ impl FileStorage {
         Self::new(file, path, true)
     }
 
+    /// Wraps a file that is open for reading.
+    pub(super) fn read_only(file: File) -> io::Result<Self> {
+        Self::new(file, Path::new(""), false)
+    }
+
+    /// `path` is looked at only to write.
     fn new(file: File, path: &Path, write: bool) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -74,6 +87,7 @@ impl FileStorage {
         Ok(Self {
             file,
             durable,
+            direct: None,
             block_device: kind.is_block_device(),
         })
     }
@@ -112,21 +126,21 @@ impl Storage for FileStorage {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
-        match (fua, &self.durable) {
-            (Fua::Yes, Some(durable)) => {
-                let mut done = 0;
-                while done < buf.len() {
-                    match pwrite(durable, &buf[done..], signed(offset + to_u64(done))) {
-                        Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                        Ok(count) => done += count,
-                        Err(Errno::EINTR) => {}
-                        Err(error) => return Err(error.into()),
-                    }
+        if let (Fua::Yes, Some(durable)) = (fua, &self.durable) {
+            let mut done = 0;
+            while done < buf.len() {
+                match pwrite(durable, &buf[done..], signed(offset + to_u64(done))) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(count) => done += count,
+                    Err(Errno::EINTR) => {}
+                    Err(error) => return Err(error.into()),
                 }
-                Ok(())
             }
-            _ => self.file.write_all_at(buf, offset),
+            return Ok(());
         }
+        let direct = self.direct.as_ref();
+        let done = direct.map_or(Ok(0), |direct| direct.write(offset, buf))?;
+        self.file.write_all_at(&buf[done..], offset + to_u64(done))
     }
 
     fn zero(&self, run: Extent, space: Space) -> io::Result<()> {
@@ -219,7 +233,7 @@ impl Folder for FileFolder {
             .write(how != Open::Read)
             .custom_flags(nofollow);
         match how {
-            Open::Read | Open::Write => {}
+            Open::Read | Open::Write | Open::WriteAside => {}
             Open::CreateNew => {
                 options.create_new(true);
             }
@@ -228,7 +242,11 @@ impl Folder for FileFolder {
             }
         }
         let file = options.open(&path)?;
-        Ok(Arc::new(FileStorage::new(file, &path, how != Open::Read)?))
+        let mut storage = FileStorage::new(file, &path, how != Open::Read)?;
+        if how == Open::WriteAside {
+            storage.direct = Direct::open(&path);
+        }
+        Ok(Arc::new(storage))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {

@@ -1,0 +1,878 @@
+//! The role of one machine on one node, as a pure function: what is remembered, what happened, what is true afterwards.
+//!
+//! The truth about roles lives with the disks. Contract for the node that drives this: it keeps one [`RoleState`] per
+//! machine in its store, and makes the next one durable *before* any of its effects (before it serves, answers or sends);
+//! a link is over, to its last message, before the next one is heard. Whoever asks for a failover only causes events. No
+//! event is trusted because of who sent it: each one names the generation it is meant for.
+//!
+//! ```text
+//!                    hand-over of a planned failover
+//!   +---------+  step down   +-------------+   peer begins at our head   +---------+
+//!   | Primary |------------->| SteppedDown |---------------------------->| Replica |<-----+
+//!   +---------+<-------------+-------------+                             +---------+      |
+//!     ^  ^  |   reclaim, with the peer's consent                     hand-over |  | promote |
+//!     |  |  |                                                       from peer  |  |         |
+//!     |  |  +--- peer has a higher generation ---> +--------+                  |  v         |
+//!     |  |                                         | Fenced |  <--- or ---- +------------+ |
+//!     |  +---------- commit -----------------------|--------|---------------| FailedOver | |
+//!     |                                            +--------+               +------------+ |
+//!     +------------- (the hand-over makes a primary)    | reverse              cancel |    |
+//!                                                       v                             +--->|
+//!                                                 +-----------+  divergence taken         |
+//!                                                 | Returning |-------------------------->+
+//!                                                 +-----------+
+//!   equal numbers, different identities:  Primary, SteppedDown, FailedOver --> Split --> Fenced (the loser), or back
+//! ```
+//!
+//! # Rules
+//! - A generation never goes back, and nobody is active in one that somebody else chose.
+//! - A promotion is a compare-and-swap on the replica's generation. So a primary that wants to be one again after it
+//!   stepped down lets the replica move to a new generation first (*reclaim*): then no hand-over of the old one works any
+//!   more, however late it arrives, and only then the primary goes on.
+//! - An active host that meets a higher generation stops serving. It comes back as a replica by a person's or a plan's
+//!   `reverse`, after the new primary has durably taken the list of blocks in which this host may differ.
+//! - A cancelled failover leaves its generation *abandoned*: nobody is primary of it. The old primary reclaims the machine
+//!   with a still higher one, although the lower generation alone would have fenced it: the cancel was a person's word.
+//! - Equal numbers with different identities are a split brain: both stop replicating and say so; nothing is merged by
+//!   itself. They go on serving their guests until the operator names the loser.
+//!
+//! `tests/roles.rs` explores this function with two nodes, lossy links, crashes and operators that do the wrong thing.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::base::ids::{Generation, Lineage};
+
+/// What a node remembers of its role for one machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RoleState {
+    /// The highest generation this node obeys or is active in.
+    pub generation: Generation,
+    /// The point of the history at which `generation` began, if it began here.
+    pub born: Option<Lineage>,
+    /// What the node does.
+    pub part: Part,
+    /// The generation in which this node wants to be primary again, once the peer has consented.
+    pub claim: Option<Generation>,
+}
+
+/// What a node does for a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// Serves the guest and feeds the replica.
+    Primary,
+    /// Served until `head`, which the replica holds too, and hands over to it. Nobody writes.
+    SteppedDown {
+        /// The last point.
+        head: Lineage,
+    },
+    /// Follows a primary.
+    Replica {
+        /// The generation belongs to a failover that was cancelled here: nobody is primary of it.
+        abandoned: bool,
+    },
+    /// Serves the guest on a writable layer after an unplanned failover that can still be cancelled.
+    FailedOver {
+        /// The generation it followed before.
+        from: Generation,
+        /// The recovery point below the layer.
+        point: Lineage,
+    },
+    /// Was active, and somebody was promoted since. Its images hold writes that nobody else has.
+    Fenced {
+        /// The generation that is active elsewhere.
+        by: Generation,
+    },
+    /// Fenced, and asked to become the replica of the new primary.
+    Returning {
+        /// The generation to follow.
+        to: Generation,
+    },
+    /// Promoted apart from a peer with an equal generation number.
+    Split {
+        /// The peer's generation.
+        other: Generation,
+        /// What this node did before it knew.
+        was: Active,
+    },
+}
+
+/// The parts in which a node serves a guest, or just did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Active {
+    /// [`Part::Primary`].
+    Primary,
+    /// [`Part::SteppedDown`].
+    SteppedDown {
+        /// The last point.
+        head: Lineage,
+    },
+    /// [`Part::FailedOver`].
+    FailedOver {
+        /// The generation it followed before.
+        from: Generation,
+        /// The recovery point below the layer.
+        point: Lineage,
+    },
+}
+
+/// Whether a witness lets this node serve. Without a lease nobody is asked, and two hosts that cannot see each other may
+/// both serve after an unplanned failover; the old one learns of it at the next contact.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lease {
+    /// None is configured.
+    Unneeded,
+    /// It is held, and ends later than now.
+    Held,
+    /// It could not be renewed: stop before it ends.
+    Lost,
+}
+
+/// What a primary, or one that wants to be one, says first on a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Claim {
+    /// The generation it is in.
+    pub generation: Generation,
+    /// Whether it is a committed primary. If not, it asks whether it may be one again.
+    pub active: bool,
+    /// Where that one began, if it began there.
+    pub born: Option<Lineage>,
+    /// The generation it asks the peer to move to.
+    pub wants: Option<Generation>,
+}
+
+/// What the peer answers to a [`Claim`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// It follows this generation.
+    Follows(Generation),
+    /// It will follow once the caller has durably taken the blocks in which its images may differ.
+    Diverged(Generation),
+    /// It obeys a higher generation.
+    Higher {
+        /// Which.
+        theirs: Generation,
+        /// Nobody is primary of it: its failover was cancelled.
+        abandoned: bool,
+    },
+    /// It has an equal number and another identity.
+    Split {
+        /// Which.
+        theirs: Generation,
+    },
+    /// It was active itself until this claim; a person has to reverse it first.
+    NotReversed,
+    /// It has a lower generation and does not follow a host that is not active.
+    Lower(Generation),
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A planned failover: nobody can write any more, and the replica acknowledged `head`, which is the machine's last.
+    StepDown {
+        /// The common head.
+        head: Lineage,
+    },
+    /// A planned failover is cancelled on the host that stepped down.
+    Reclaim {
+        /// Identity for the generation to come.
+        fresh: Uuid,
+    },
+    /// The primary that stepped down hands over.
+    HandedOver {
+        /// Its generation.
+        from: Generation,
+        /// Its last point.
+        head: Lineage,
+        /// The last point held here.
+        ours: Option<Lineage>,
+        /// Identity for the generation to come.
+        fresh: Uuid,
+    },
+    /// An operator promotes the replica without its primary.
+    Promote {
+        /// The generation the operator saw it follow.
+        expected: Generation,
+        /// The recovery point to serve.
+        point: Lineage,
+        /// Identity for the generation to come.
+        fresh: Uuid,
+    },
+    /// An operator keeps the unplanned failover.
+    Commit,
+    /// An operator discards the unplanned failover.
+    Cancel,
+    /// An operator lets the fenced host follow.
+    Reverse,
+    /// After a split brain the operator names this node the loser.
+    Lose,
+    /// After a split brain the operator names the other node the loser.
+    Win {
+        /// Identity for the generation to come.
+        fresh: Uuid,
+    },
+    /// A peer claims the machine.
+    Claimed(Claim),
+    /// The peer has durably taken the blocks in which the images here may differ.
+    DivergenceTaken {
+        /// The peer's generation.
+        by: Generation,
+    },
+    /// The answer to this node's own claim.
+    Answered {
+        /// What the peer said.
+        answer: Answer,
+        /// Identity for a generation that may have to be claimed.
+        fresh: Uuid,
+    },
+}
+
+/// Why an event changes nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The event belongs to another part.
+    #[error("this host is {part}: {wanted}")]
+    Part {
+        /// What it is.
+        part: &'static str,
+        /// What it would have to be, or what to do first.
+        wanted: &'static str,
+    },
+    /// Somebody else was faster.
+    #[error("generation {found} is active here, not {expected}: look at the status again")]
+    Generation {
+        /// What the caller took for granted.
+        expected: Generation,
+        /// What is.
+        found: Generation,
+    },
+    /// The hand-over is for a point that is not held here.
+    #[error("the primary handed over a point that is not this replica's latest one")]
+    Head,
+    /// The number cannot grow.
+    #[error("generation {0} is the last possible one")]
+    Exhausted(Generation),
+}
+
+/// What an event leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The state from now on. Durable before anything else.
+    pub next: RoleState,
+    /// What to answer, to a claim.
+    pub answer: Option<Answer>,
+}
+
+impl RoleState {
+    /// The host on which the machine was protected first.
+    pub fn primary(generation: Generation) -> Self {
+        Self::new(generation, Part::Primary)
+    }
+
+    /// A host that follows `generation`.
+    pub fn replica(generation: Generation) -> Self {
+        Self::new(generation, Part::Replica { abandoned: false })
+    }
+
+    fn new(generation: Generation, part: Part) -> Self {
+        Self {
+            generation,
+            born: None,
+            part,
+            claim: None,
+        }
+    }
+
+    /// Whether the guest's writes are accepted here.
+    pub fn serves(&self, lease: Lease) -> bool {
+        let active = match self.part {
+            Part::Primary | Part::FailedOver { .. } => true,
+            Part::Split { was, .. } => !matches!(was, Active::SteppedDown { .. }),
+            Part::SteppedDown { .. }
+            | Part::Replica { .. }
+            | Part::Fenced { .. }
+            | Part::Returning { .. } => false,
+        };
+        active && lease != Lease::Lost
+    }
+
+    /// Whether delta logs of `generation` may be staged here.
+    pub fn follows(&self, generation: Generation) -> bool {
+        self.part == Part::Replica { abandoned: false } && self.generation == generation
+    }
+
+    /// What this node says first to its peer, if it is one that calls: a committed primary, one that wants to be, or one
+    /// that was fenced, since the failover that fenced it may be cancelled.
+    pub fn claim(&self) -> Option<Claim> {
+        let active = self.part == Part::Primary;
+        let calls = active || self.claim.is_some() || matches!(self.part, Part::Fenced { .. });
+        calls.then_some(Claim {
+            generation: self.generation,
+            active,
+            born: self.born,
+            wants: self.claim,
+        })
+    }
+
+    /// What the node is, for people.
+    pub fn describe(&self) -> &'static str {
+        match self.part {
+            Part::Primary => "the primary",
+            Part::SteppedDown { .. } => "a primary that stepped down",
+            Part::Replica { .. } => "a replica",
+            Part::FailedOver { .. } => "in a failover that is not committed",
+            Part::Fenced { .. } => "fenced",
+            Part::Returning { .. } => "about to become a replica",
+            Part::Split { .. } => "in a split brain",
+        }
+    }
+
+    /// What is true after `event`.
+    pub fn apply(&self, event: &Event) -> Result<Step, Refused> {
+        match *event {
+            Event::StepDown { head } => self.step_down(head),
+            Event::Reclaim { fresh } => self.reclaim(fresh),
+            Event::HandedOver {
+                from,
+                head,
+                ours,
+                fresh,
+            } => self.handed_over(from, head, ours, fresh),
+            Event::Promote {
+                expected,
+                point,
+                fresh,
+            } => self.promote(expected, point, fresh),
+            Event::Commit => self.commit(),
+            Event::Cancel => self.cancel(),
+            Event::Reverse => self.reverse(),
+            Event::Lose => self.lose(),
+            Event::Win { fresh } => self.win(fresh),
+            Event::Claimed(claim) => Ok(self.claimed(&claim)),
+            Event::DivergenceTaken { by } => self.divergence_taken(by),
+            Event::Answered { answer, fresh } => self.answered(answer, fresh),
+        }
+    }
+
+    fn step_down(&self, head: Lineage) -> Result<Step, Refused> {
+        match self.part {
+            Part::Primary => Ok(self.becomes(Part::SteppedDown { head })),
+            Part::SteppedDown { head: known } if known == head => Ok(self.stays(None)),
+            _ => Err(self.refuse("only a primary can hand over")),
+        }
+    }
+
+    fn reclaim(&self, fresh: Uuid) -> Result<Step, Refused> {
+        match self.part {
+            // Asked again: the same claim, or the peer could consent to one that nobody uses.
+            Part::SteppedDown { .. } if self.claim.is_some() => Ok(self.stays(None)),
+            Part::SteppedDown { .. } => {
+                let claim = Some(self.after(self.generation, fresh)?);
+                Ok(step(Self { claim, ..*self }))
+            }
+            _ => Err(self.refuse("there is no planned failover to cancel")),
+        }
+    }
+
+    fn handed_over(
+        &self,
+        from: Generation,
+        head: Lineage,
+        ours: Option<Lineage>,
+        fresh: Uuid,
+    ) -> Result<Step, Refused> {
+        match self.part {
+            Part::Replica { abandoned: false } => {}
+            _ => return Err(self.refuse("only a replica can take over")),
+        }
+        self.expect(from)?;
+        if ours != Some(head) {
+            return Err(Refused::Head);
+        }
+        let generation = self.after(self.generation, fresh)?;
+        Ok(step(Self {
+            generation,
+            born: Some(head),
+            part: Part::Primary,
+            claim: None,
+        }))
+    }
+
+    fn promote(&self, expected: Generation, point: Lineage, fresh: Uuid) -> Result<Step, Refused> {
+        match self.part {
+            Part::Replica { .. } => {}
+            _ => return Err(self.refuse("only a replica can be failed over to")),
+        }
+        self.expect(expected)?;
+        let generation = self.after(self.generation, fresh)?;
+        Ok(step(Self {
+            generation,
+            born: Some(point),
+            part: Part::FailedOver {
+                from: self.generation,
+                point,
+            },
+            claim: None,
+        }))
+    }
+
+    fn commit(&self) -> Result<Step, Refused> {
+        match self.part {
+            Part::FailedOver { .. } => Ok(self.becomes(Part::Primary)),
+            Part::Primary => Ok(self.stays(None)),
+            _ => Err(self.refuse("there is no failover to commit")),
+        }
+    }
+
+    fn cancel(&self) -> Result<Step, Refused> {
+        match self.part {
+            Part::FailedOver { .. } => Ok(step(Self {
+                born: None,
+                ..self.becomes(Part::Replica { abandoned: true }).next
+            })),
+            Part::Replica { abandoned: true } => Ok(self.stays(None)),
+            _ => Err(self.refuse("there is no uncommitted failover to cancel")),
+        }
+    }
+
+    fn reverse(&self) -> Result<Step, Refused> {
+        match self.part {
+            Part::Fenced { by } => Ok(step(Self {
+                claim: None,
+                ..self.becomes(Part::Returning { to: by }).next
+            })),
+            Part::Returning { .. } => Ok(self.stays(None)),
+            _ => Err(self.refuse("only a host that was fenced is reversed")),
+        }
+    }
+
+    fn lose(&self) -> Result<Step, Refused> {
+        match self.part {
+            Part::Split { other, .. } => Ok(self.becomes(Part::Fenced { by: other })),
+            _ => Err(self.refuse("there is no split brain to end")),
+        }
+    }
+
+    fn win(&self, fresh: Uuid) -> Result<Step, Refused> {
+        let Part::Split { was, .. } = self.part else {
+            return Err(self.refuse("there is no split brain to end"));
+        };
+        let part = match was {
+            Active::Primary | Active::SteppedDown { .. } => Part::Primary,
+            Active::FailedOver { from, point } => Part::FailedOver { from, point },
+        };
+        let generation = self.after(self.generation, fresh)?;
+        Ok(step(Self {
+            generation,
+            ..self.becomes(part).next
+        }))
+    }
+
+    fn divergence_taken(&self, by: Generation) -> Result<Step, Refused> {
+        match self.part {
+            Part::Returning { to } if to == by => Ok(step(Self::replica(to))),
+            Part::Replica { abandoned: false } if self.generation == by => Ok(self.stays(None)),
+            _ => Err(self.refuse("nobody is returning to this generation")),
+        }
+    }
+
+    /// A peer calls. It is answered in any case.
+    fn claimed(&self, claim: &Claim) -> Step {
+        if claim.generation.number > self.generation.number {
+            return self.meet_higher(claim);
+        }
+        if claim.generation.number == self.generation.number && claim.generation != self.generation
+        {
+            return self.meet_equal(claim.generation);
+        }
+        if let Some(wanted) = claim.wants
+            && let Some(step) = self.consent(claim, wanted)
+        {
+            return step;
+        }
+        if claim.generation == self.generation {
+            return match self.part {
+                Part::Replica { abandoned: false } => {
+                    self.stays(Some(Answer::Follows(self.generation)))
+                }
+                // Nobody else can be in a generation that is or was active here.
+                _ => self.stays(Some(Answer::Split {
+                    theirs: self.generation,
+                })),
+            };
+        }
+        self.stays(Some(Answer::Higher {
+            theirs: self.generation,
+            abandoned: self.part == Part::Replica { abandoned: true },
+        }))
+    }
+
+    /// A primary without a generation of its own asks this replica to move on to one.
+    fn consent(&self, claim: &Claim, wanted: Generation) -> Option<Step> {
+        let Part::Replica { abandoned } = self.part else {
+            return None;
+        };
+        let again = self.generation == wanted;
+        // The generation that is given up was the claimant's own, or nobody's.
+        let free = abandoned || self.generation == claim.generation;
+        if again || free && wanted.number > self.generation.number {
+            let next = Self::replica(wanted);
+            return Some(Step {
+                next,
+                answer: Some(Answer::Follows(wanted)),
+            });
+        }
+        None
+    }
+
+    fn meet_higher(&self, claim: &Claim) -> Step {
+        let theirs = claim.generation;
+        let fenced = || Step {
+            answer: Some(Answer::NotReversed),
+            next: self.fenced(theirs),
+        };
+        let follows = || Step {
+            next: Self::replica(theirs),
+            answer: Some(Answer::Follows(theirs)),
+        };
+        match self.part {
+            Part::Replica { .. } if claim.active => follows(),
+            Part::Replica { .. } => self.stays(Some(Answer::Lower(self.generation))),
+            // The failover that was prepared here has happened, and nothing was written in between.
+            Part::SteppedDown { head } if claim.active && claim.born == Some(head) => follows(),
+            Part::Returning { .. } if claim.active => Step {
+                answer: Some(Answer::Diverged(theirs)),
+                ..self.becomes(Part::Returning { to: theirs })
+            },
+            Part::Returning { .. } => self.stays(Some(Answer::NotReversed)),
+            Part::Primary
+            | Part::SteppedDown { .. }
+            | Part::FailedOver { .. }
+            | Part::Fenced { .. }
+            | Part::Split { .. } => fenced(),
+        }
+    }
+
+    /// This node after it met a higher generation.
+    fn fenced(&self, theirs: Generation) -> Self {
+        let by = match self.part {
+            Part::Fenced { by } if by.number > theirs.number => by,
+            _ => theirs,
+        };
+        Self {
+            claim: None,
+            part: Part::Fenced { by },
+            ..*self
+        }
+    }
+
+    fn meet_equal(&self, other: Generation) -> Step {
+        let answer = Some(Answer::Split {
+            theirs: self.generation,
+        });
+        Step {
+            answer,
+            next: self.split(other).unwrap_or(*self),
+        }
+    }
+
+    fn split(&self, other: Generation) -> Option<Self> {
+        let was = match self.part {
+            Part::Primary => Active::Primary,
+            Part::SteppedDown { head } => Active::SteppedDown { head },
+            Part::FailedOver { from, point } => Active::FailedOver { from, point },
+            _ => return None,
+        };
+        Some(Self {
+            claim: None,
+            ..self.becomes(Part::Split { other, was }).next
+        })
+    }
+
+    /// The peer answered a claim.
+    fn answered(&self, answer: Answer, fresh: Uuid) -> Result<Step, Refused> {
+        match answer {
+            Answer::Follows(generation) if self.claim == Some(generation) => Ok(step(Self {
+                generation,
+                born: None,
+                part: Part::Primary,
+                claim: None,
+            })),
+            Answer::Higher { theirs, abandoned } if theirs.number > self.generation.number => {
+                self.learns_of(theirs, abandoned, fresh)
+            }
+            Answer::Split { theirs }
+                if theirs.number == self.generation.number && theirs != self.generation =>
+            {
+                Ok(step(self.split(theirs).unwrap_or(*self)))
+            }
+            _ => Ok(self.stays(None)),
+        }
+    }
+
+    fn learns_of(&self, theirs: Generation, abandoned: bool, fresh: Uuid) -> Result<Step, Refused> {
+        let active = matches!(self.part, Part::Primary | Part::SteppedDown { .. });
+        let by_it = matches!(self.part, Part::Fenced { by } if by.number <= theirs.number);
+        if abandoned && (active || by_it) {
+            let claimed = self.claim.filter(|claim| claim.number > theirs.number);
+            let claim = match claimed {
+                Some(claim) => claim,
+                None => self.after(theirs, fresh)?,
+            };
+            return Ok(step(Self {
+                claim: Some(claim),
+                ..*self
+            }));
+        }
+        match self.part {
+            Part::Primary | Part::FailedOver { .. } | Part::Split { .. } => {
+                Ok(step(self.fenced(theirs)))
+            }
+            // The peer was promoted: it will call, and tell from where.
+            Part::SteppedDown { .. } => Ok(step(Self {
+                claim: None,
+                ..*self
+            })),
+            Part::Fenced { by } if by.number < theirs.number => Ok(step(self.fenced(theirs))),
+            Part::Fenced { .. } | Part::Returning { .. } | Part::Replica { .. } => {
+                Ok(self.stays(None))
+            }
+        }
+    }
+
+    fn becomes(&self, part: Part) -> Step {
+        step(Self { part, ..*self })
+    }
+
+    fn stays(&self, answer: Option<Answer>) -> Step {
+        Step {
+            next: *self,
+            answer,
+        }
+    }
+
+    fn refuse(&self, wanted: &'static str) -> Refused {
+        Refused::Part {
+            part: self.describe(),
+            wanted,
+        }
+    }
+
+    fn expect(&self, expected: Generation) -> Result<(), Refused> {
+        if expected == self.generation {
+            return Ok(());
+        }
+        Err(Refused::Generation {
+            expected,
+            found: self.generation,
+        })
+    }
+
+    /// The generation after `last`, with the identity `id`.
+    fn after(&self, last: Generation, id: Uuid) -> Result<Generation, Refused> {
+        let number = last.number.max(self.generation.number).checked_add(1);
+        let number = number.ok_or(Refused::Exhausted(last))?;
+        Ok(Generation { number, id })
+    }
+}
+
+fn step(next: RoleState) -> Step {
+    Step { next, answer: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::{checksum::Digest, units::Epoch};
+
+    fn generation(number: u64, id: u128) -> Generation {
+        Generation {
+            number,
+            id: Uuid::from_u128(id),
+        }
+    }
+
+    fn point(epoch: u64) -> Lineage {
+        Lineage {
+            epoch: Epoch(epoch),
+            chain: Digest::default(),
+        }
+    }
+
+    const MINE: u128 = 5;
+    const FRESH: Uuid = Uuid::from_u128(9);
+
+    /// Every part a node can be in, at generation 5.
+    fn parts() -> Vec<(&'static str, RoleState)> {
+        let from = generation(4, 4);
+        let state = |part| RoleState::new(generation(5, MINE), part);
+        let head = point(7);
+        let stepped_down = state(Part::SteppedDown { head });
+        vec![
+            ("primary", state(Part::Primary)),
+            ("stepped-down", stepped_down),
+            (
+                "reclaiming",
+                RoleState {
+                    claim: Some(generation(6, 8)),
+                    ..stepped_down
+                },
+            ),
+            ("replica", state(Part::Replica { abandoned: false })),
+            ("abandoned", state(Part::Replica { abandoned: true })),
+            ("failed-over", state(Part::FailedOver { from, point: head })),
+            (
+                "fenced",
+                state(Part::Fenced {
+                    by: generation(6, 6),
+                }),
+            ),
+            (
+                "returning",
+                state(Part::Returning {
+                    to: generation(6, 6),
+                }),
+            ),
+            (
+                "split",
+                state(Part::Split {
+                    other: generation(5, 6),
+                    was: Active::Primary,
+                }),
+            ),
+        ]
+    }
+
+    fn events() -> Vec<(&'static str, Event)> {
+        let fresh = FRESH;
+        let (head, ours) = (point(7), Some(point(7)));
+        let expected = generation(5, MINE);
+        let claimed = |number, id, wants| {
+            Event::Claimed(Claim {
+                generation: generation(number, id),
+                active: true,
+                born: Some(head),
+                wants,
+            })
+        };
+        let higher = |abandoned| Event::Answered {
+            answer: Answer::Higher {
+                theirs: generation(6, 6),
+                abandoned,
+            },
+            fresh,
+        };
+        let handed_over = |from, head| Event::HandedOver {
+            from,
+            head,
+            ours,
+            fresh,
+        };
+        let promote = |expected| Event::Promote {
+            expected,
+            point: head,
+            fresh,
+        };
+        let old = generation(4, 4);
+        let by = generation(6, 6);
+        let consented = Event::Answered {
+            answer: Answer::Follows(generation(6, 8)),
+            fresh,
+        };
+        vec![
+            ("step-down", Event::StepDown { head }),
+            ("reclaim", Event::Reclaim { fresh }),
+            ("handed-over", handed_over(expected, head)),
+            ("promote", promote(expected)),
+            ("handed-stale", handed_over(old, head)),
+            ("handed-ahead", handed_over(expected, point(8))),
+            ("promote-stale", promote(old)),
+            ("commit", Event::Commit),
+            ("cancel", Event::Cancel),
+            ("reverse", Event::Reverse),
+            ("lose", Event::Lose),
+            ("win", Event::Win { fresh }),
+            ("claim-lower", claimed(4, 4, None)),
+            ("claim-own", claimed(5, MINE, None)),
+            ("claim-equal", claimed(5, 6, None)),
+            ("claim-higher", claimed(6, 6, None)),
+            ("claim-wants", claimed(4, 4, Some(generation(6, 4)))),
+            ("taken", Event::DivergenceTaken { by }),
+            ("higher", higher(false)),
+            ("higher-gone", higher(true)),
+            ("consented", consented),
+        ]
+    }
+
+    /// The part and the generation after an event; a dot where nothing changes, a cross where it is refused.
+    fn cell(before: &RoleState, event: &Event) -> String {
+        let Ok(step) = before.apply(event) else {
+            return "x".into();
+        };
+        if step.next == *before {
+            return ".".into();
+        }
+        let letter = match step.next.part {
+            Part::Primary => "P",
+            Part::SteppedDown { .. } => "D",
+            Part::Replica { abandoned: false } => "R",
+            Part::Replica { abandoned: true } => "A",
+            Part::FailedOver { .. } => "O",
+            Part::Fenced { .. } => "F",
+            Part::Returning { .. } => "T",
+            Part::Split { .. } => "S",
+        };
+        let claim = step.next.claim.map(|claim| format!("+{}", claim.number));
+        format!(
+            "{letter}{}{}",
+            step.next.generation.number,
+            claim.unwrap_or_default()
+        )
+    }
+
+    /// The whole table: a row for each event, a column for each part at generation 5, in the order of `parts`. A letter
+    /// is the part and a number the generation that follow, `+` a claim; a dot is no change, a cross a refusal.
+    const TABLE: &str = "\
+step-down    D5     .      .      x      x      x      x      x      x
+reclaim      x      D5+6   .      x      x      x      x      x      x
+handed-over  x      x      x      P6     x      x      x      x      x
+promote      x      x      x      O6     O6     x      x      x      x
+handed-stale x      x      x      x      x      x      x      x      x
+handed-ahead x      x      x      x      x      x      x      x      x
+promote-stalex      x      x      x      x      x      x      x      x
+commit       .      x      x      x      x      P5     x      x      x
+cancel       x      x      x      x      .      A5     x      x      x
+reverse      x      x      x      x      x      x      T5     .      x
+lose         x      x      x      x      x      x      x      x      F5
+win          x      x      x      x      x      x      x      x      P6
+claim-lower  .      .      .      .      .      .      .      .      .
+claim-own    .      .      .      .      .      .      .      .      .
+claim-equal  S5     S5     S5     .      .      S5     .      .      .
+claim-higher F5     R6     R6     R6     R6     F5     .      .      F5
+claim-wants  .      .      .      .      R6     .      .      .      .
+taken        x      x      x      x      x      x      x      R6     x
+higher       F5     .      D5     .      .      F5     .      .      F5
+higher-gone  P5+7   D5+7   D5+7   .      .      F5     F5+7   .      F5
+consented    .      .      P6     .      .      .      .      .      .
+";
+
+    #[test]
+    fn the_transition_table() {
+        use std::fmt::Write;
+        let mut table = String::new();
+        for (name, event) in events() {
+            write!(table, "{name:<13}").unwrap();
+            for (_, before) in parts() {
+                write!(table, "{:<7}", cell(&before, &event)).unwrap();
+            }
+            table.truncate(table.trim_end().len());
+            table.push('\n');
+        }
+        println!("{table}");
+        assert_eq!(table, TABLE);
+    }
+}

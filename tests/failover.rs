@@ -1,0 +1,5 @@
+//! From a replica to disks that a guest can use: recovery points and test failovers, with real nodes and real mounts.
+
+mod space;
+mod speed;
+mod tests;
