@@ -6,12 +6,12 @@ pub use super::vhdx::Kind;
 use super::{
     Access, Disk, Geometry, Opening,
     check::Report,
-    raw::{RawDisk, RawError},
+    raw::{self, RawDisk, RawError},
     vhd::{self, VhdDisk},
     vhdx::{self, VhdxDisk},
 };
 use crate::{
-    base::{ids::Ids, limits::DISK_BYTES_MAX, units::SECTOR_BYTES},
+    base::{ids::Ids, units::SECTOR_BYTES},
     storage::Storage,
 };
 
@@ -64,6 +64,20 @@ pub enum CreateError {
         /// What it cannot have.
         what: String,
     },
+}
+
+/// Why the disk in an image keeps its size.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// The image does not open.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// As a VHD image.
+    #[error(transparent)]
+    Vhd(#[from] vhd::ResizeError),
+    /// The disk in it cannot have that size, or something failed.
+    #[error(transparent)]
+    Resize(#[from] super::ResizeError),
 }
 
 /// A text that names no format.
@@ -162,15 +176,35 @@ pub fn create(
     }
 }
 
+/// Gives the disk in the closed image in `storage` another size, in bytes, durably: larger, or smaller by what holds no
+/// data. After a power cut the disk has the old size or the new one. A differencing image is refused.
+pub fn resize(
+    storage: Arc<dyn Storage>,
+    format: Format,
+    size: u64,
+    ids: Arc<dyn Ids>,
+) -> Result<(), ResizeError> {
+    match format {
+        Format::Raw => Ok(raw::resize(storage.as_ref(), size)?),
+        Format::Vhd => Ok(vhd::resize(storage.as_ref(), size)?),
+        Format::Vhdx => {
+            let opening = Opening::new(Access::ReadWrite, ids);
+            let disk = VhdxDisk::open(storage, &opening).map_err(OpenError::from)?;
+            let resized = disk.resize(size);
+            disk.close().map_err(super::ResizeError::from)?;
+            Ok(resized?)
+        }
+    }
+}
+
 fn create_raw(storage: &dyn Storage, options: &CreateOptions) -> Result<(), CreateError> {
     let refuse = |what: String| CreateError::Options {
         format: Format::Raw,
         what,
     };
     let size = options.geometry.size;
-    if size == 0 || size > DISK_BYTES_MAX || !size.is_multiple_of(SECTOR_BYTES) {
-        return Err(refuse(format!("a size of {size} bytes")));
-    }
+    raw::check_size(size)
+        .map_err(|problem| refuse(format!("a size of {size} bytes: {problem}")))?;
     if let Some(kind) = options.kind {
         return Err(refuse(format!("the kind {kind}")));
     }

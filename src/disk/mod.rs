@@ -9,6 +9,7 @@ pub mod image;
 pub mod layered;
 pub mod parents;
 pub mod raw;
+mod resize;
 pub mod vhd;
 pub mod vhdx;
 
@@ -17,8 +18,9 @@ use std::{fmt, io, sync::Arc};
 use self::parents::{NoParents, Parents};
 use crate::base::{ids::Ids, units::Extent};
 pub use crate::storage::{Access, Fua, Space};
+pub use resize::ResizeError;
 
-/// The fixed properties of a disk.
+/// The properties of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Geometry {
     /// Bytes that the guest sees; a multiple of the logical sector size.
@@ -72,7 +74,7 @@ pub enum DiskError {
     /// The storage below failed.
     #[error("{operation} failed at disk offset {offset:#x}")]
     Io {
-        /// The guest's operation: `read`, `write`, `zero`, `flush`.
+        /// The guest's operation: `read`, `write`, `zero`, `flush`, `resize`.
         operation: &'static str,
         /// First byte of the run concerned.
         offset: u64,
@@ -103,7 +105,8 @@ pub enum DiskError {
 /// the process; after [`flush`](Disk::flush), or with [`Fua::Yes`], a power cut as well. After a failed flush the disk
 /// stops: every later write and flush fails.
 pub trait Disk: Send + Sync + fmt::Debug {
-    /// Fixed properties.
+    /// Its properties. The sectors never change; the size does when somebody resizes the disk while it is open, so it is
+    /// one atomic load in a format that can. Whoever needs it twice in one operation asks once.
     fn geometry(&self) -> Geometry;
 
     /// Fills `buf` from `offset`.
@@ -142,3 +145,6 @@ pub fn check_run(offset: u64, len: usize, size: u64) -> Result<Extent, DiskError
         _ => Err(DiskError::OutOfRange { run, size }),
     }
 }
+
+#[cfg(test)]
+pub(crate) mod enumeration;

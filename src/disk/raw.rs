@@ -1,7 +1,8 @@
 //! A raw image: the disk's bytes and nothing else, in a file or on a block device.
 //!
 //! # Crash contract
-//! There is no metadata. A write is with the kernel when it returns and durable at the next flush.
+//! There is no metadata. A write is with the kernel when it returns and durable at the next flush. The size is the
+//! file's length, which a resize changes and syncs.
 
 use std::{
     io,
@@ -11,9 +12,15 @@ use std::{
     },
 };
 
-use super::{Access, Content, Disk, DiskError, Fua, Geometry, Space, check_run, failed};
+use super::{
+    Access, Content, Disk, DiskError, Fua, Geometry, ResizeError, Space, check_run, failed,
+};
 use crate::{
-    base::units::{Extent, SECTOR_BYTES, to_usize},
+    base::{
+        checksum::is_zero,
+        limits::DISK_BYTES_MAX,
+        units::{Extent, MIB, SECTOR_BYTES, to_u64, to_usize},
+    },
     storage::Storage,
 };
 
@@ -72,6 +79,50 @@ impl RawDisk {
             Ok(())
         }
     }
+}
+
+/// Gives the raw image in `storage` another size in bytes, durably. What is cut off must be zeros.
+pub fn resize(storage: &dyn Storage, size: u64) -> Result<(), ResizeError> {
+    check_size(size).map_err(|problem| ResizeError::Size { size, problem })?;
+    let smallest = data_end(storage, size).map_err(failed("read", size))?;
+    if smallest > size {
+        let smallest = smallest.next_multiple_of(SECTOR_BYTES);
+        return Err(ResizeError::InUse { size, smallest });
+    }
+    let change = || {
+        storage.set_len(size)?;
+        storage.sync()
+    };
+    Ok(change().map_err(failed("resize", size))?)
+}
+
+/// Whether a raw image can have `size` bytes; if not, why.
+pub(super) fn check_size(size: u64) -> Result<(), String> {
+    if size == 0 || !size.is_multiple_of(SECTOR_BYTES) {
+        return Err(format!("it is no multiple of {SECTOR_BYTES}, or zero"));
+    }
+    if size > DISK_BYTES_MAX {
+        return Err(format!("{DISK_BYTES_MAX} bytes is the largest"));
+    }
+    Ok(())
+}
+
+/// One past the last byte at or after `from` that is not zero, or `from`.
+fn data_end(storage: &dyn Storage, from: u64) -> io::Result<u64> {
+    let mut end = from;
+    let mut at = from;
+    let mut buf = vec![0; to_usize(MIB)];
+    while let Some(data) = storage.data_after(at)? {
+        at = data.offset.max(at);
+        let part = &mut buf[..to_usize((data.end() - at).min(MIB))];
+        storage.read_at(at, part)?;
+        if !is_zero(part) {
+            let last = part.iter().rposition(|&byte| byte != 0);
+            end = at + last.map_or(0, to_u64) + 1;
+        }
+        at += to_u64(part.len());
+    }
+    Ok(end)
 }
 
 impl Disk for RawDisk {
@@ -179,6 +230,31 @@ mod tests {
             );
         }
         disk.write_at((1 << 20) - 512, &[1; 512], Fua::No).unwrap();
+    }
+
+    #[test]
+    fn only_zeros_are_cut_off() {
+        let storage = MemoryStorage::new(&Power::new());
+        storage.set_len(4 << 20).unwrap();
+        storage.write_at(3 << 20, &[0; 4096], Fua::No).unwrap();
+        storage.write_at((2 << 20) + 700, &[1], Fua::No).unwrap();
+        let smallest_of = |size| match resize(storage.as_ref(), size) {
+            Err(ResizeError::InUse { smallest, .. }) => Some(smallest),
+            other => other.map(|()| None).unwrap(),
+        };
+        assert_eq!(smallest_of(1 << 20), Some((2 << 20) + 1024));
+        assert_eq!(smallest_of((2 << 20) + 512), Some((2 << 20) + 1024));
+        assert_eq!(storage.len().unwrap(), 4 << 20);
+        assert_eq!(smallest_of((2 << 20) + 1024), None);
+        assert_eq!(storage.len().unwrap(), (2 << 20) + 1024);
+        assert_eq!(smallest_of(1 << 40), None);
+        for size in [0, 1, 4097, DISK_BYTES_MAX + 512] {
+            assert!(matches!(
+                resize(storage.as_ref(), size),
+                Err(ResizeError::Size { .. })
+            ));
+        }
+        assert_eq!(storage.len().unwrap(), 1 << 40);
     }
 
     #[test]

@@ -198,8 +198,16 @@ fn disks_that_changed_are_refused() {
         let refused = primary.wait("a refusal", |m| m.state == ReplicationState::Error);
         assert_eq!(refused.health, Health::Critical);
         let reasons = refused.reasons.join(" ");
-        assert!(reasons.contains("disks"), "{reasons}");
+        assert!(
+            reasons.contains("remove the replica and make a new one"),
+            "{reasons}"
+        );
+        // The guest goes on all the same.
+        let guest = File::options().write(true).open(hosts.disk("a")).unwrap();
+        guest.write_all_at(&[7; 4096], 0).unwrap();
+        drop(guest);
         primary.stop();
+        assert_eq!(fs::read(&first).unwrap()[..4096], [7; 4096]);
     }
     assert_eq!(replica.machine().durable, Some(lineage));
     replica.stop();

@@ -1,210 +1,100 @@
 //! The block allocation table: where each block of the disk is in the file.
 //!
-//! The whole table is in memory, one atomic word for each entry, so that finding a block on the hot path takes one load
-//! and no lock. It is read in bulk at open because the check that no two blocks share space needs every entry anyway.
-//! Memory is 8 bytes for each block of the disk (256 KiB for 1 TiB in 32 MiB blocks, 512 MiB for the largest disk the
-//! format allows in the smallest blocks), never what the file claims beyond that.
+//! The table is in memory, one atomic word for each entry, in groups of 8192: finding a block takes no lock, one load
+//! from the array of groups, which is small and stays in the cache, and one of the entry. A group that holds nothing takes
+//! no space. Memory is at most 8 bytes for each block of the disk (256 KiB for 1 TiB in 32 MiB blocks, 512 MiB for the
+//! largest disk in the smallest blocks) and 24 bytes for each group that the largest disk would have (193 KiB at most).
+//!
+//! # When it is read
+//! At open, group by group from the start, but no more than [`OPEN_BYTES`] of it; holes of the file cost nothing. That is
+//! all of the table of a disk of 16 TiB in 32 MiB blocks, or of 512 GiB in 1 MiB blocks, or of any size if it is empty. What is
+//! left is read a group at a time when somebody looks there, and all of it before the session's first write. So opening
+//! takes a bounded time and yet nothing is written into a file before every entry has been checked: only then is it known
+//! that no two blocks share space, and which space is free. A group is checked before anybody sees an entry of it; the
+//! first one that is damaged is an error for whoever wants any group after that. The price is paid by the first write of
+//! a session in a very large table: seconds, once, for 500 MiB of it from a cold disk.
 //!
 //! Every 2^23 sectors, a chunk, one entry for a sector bitmap stands between those of the blocks; a disk without
 //! parent leaves it zero. Entries past the last block are padding: ignored when read, kept as they are.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    io,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
 
 use crate::{
-    base::units::{Extent, MIB, to_u64, to_usize},
+    base::{
+        limits::DISK_BYTES_MAX,
+        units::{Extent, MIB, to_usize},
+    },
     storage::Storage,
 };
 
 use super::{
-    Kind,
     error::OpenError,
     format::{PAGE, PAGE_BYTES, Page},
     metadata::Parameters,
+    numbering::{ENTRIES_PER_PAGE, ENTRY_BYTES, Entry, Numbering, Role, Source, State},
     occupancy::Occupancy,
 };
 
-const ENTRY_BYTES: u64 = 8;
-const ENTRIES_PER_PAGE: u64 = PAGE_BYTES / ENTRY_BYTES;
-const SECTORS_PER_CHUNK: u64 = 1 << 23;
-const STATE_MASK: u64 = 0b111;
-const OFFSET_MASK: u64 = !(MIB - 1);
-/// Bytes of the table read at once.
-const READ_BYTES: u64 = MIB;
-
-/// Where the bytes of a block are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Source {
-    /// In the file, at this offset.
-    File(u64),
-    /// Sector by sector, as the bitmap says, at this offset of the file or in the parent.
-    Mixed(u64),
-    /// In the parent.
-    Parent,
-    /// Nowhere: it reads as zeros.
-    Zeros,
-}
-
-/// What an entry stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
-    Block(u64),
-    Bitmap,
-    Padding,
-}
-
-/// What an entry says of its block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum State {
-    /// Never written: reads as the parent, or as zeros if there is none.
-    NotPresent,
-    /// Content given up: reads as zeros.
-    Undefined,
-    /// Reads as zeros.
-    Zero,
-    /// Discarded: reads as zeros.
-    Unmapped,
-    /// In the file.
-    FullyPresent,
-    /// Partly in the parent: only in differencing disks.
-    PartiallyPresent,
-}
-
-/// A word of the table: the state in bits 0 to 2, the file offset in bits 20 to 63.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Entry(u64);
-
-impl Entry {
-    /// A block that reads as zeros and has no space.
-    pub(super) const ZERO: Self = Self(2);
-
-    /// A block at `offset` of the file.
-    pub(super) fn present(offset: u64) -> Self {
-        assert!(offset >= MIB && offset.is_multiple_of(MIB));
-        Self(offset | 6)
-    }
-
-    /// The state; nothing for the reserved ones.
-    pub(super) fn state(self) -> Option<State> {
-        Some(match self.0 & STATE_MASK {
-            0 => State::NotPresent,
-            1 => State::Undefined,
-            2 => State::Zero,
-            3 => State::Unmapped,
-            6 => State::FullyPresent,
-            7 => State::PartiallyPresent,
-            _ => return None,
-        })
-    }
-
-    /// Where the block is, if all of it is in the file.
-    pub(super) fn location(self) -> Option<u64> {
-        (self.0 & STATE_MASK == 6).then_some(self.0 & OFFSET_MASK)
-    }
-
-    /// As it stands in the file.
-    pub(super) fn to_bytes(self) -> [u8; 8] {
-        self.0.to_le_bytes()
-    }
-
-    /// As it stands in a file that is only looked through: nothing is checked.
-    pub(super) fn from_bytes(bytes: [u8; 8]) -> Self {
-        Self(u64::from_le_bytes(bytes))
-    }
-
-    /// The whole word.
-    pub(super) fn word(self) -> u64 {
-        self.0
-    }
-
-    /// The offset, whatever the state is.
-    pub(super) fn offset(self) -> u64 {
-        self.0 & OFFSET_MASK
-    }
-
-    /// The reserved bits.
-    pub(super) fn reserved(self) -> u64 {
-        self.0 & !OFFSET_MASK & !STATE_MASK
-    }
-}
-
-/// How blocks are numbered: disk offset to block to entry.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Numbering {
-    /// Blocks of the disk, the last one perhaps short.
-    pub(super) blocks: u64,
-    /// Blocks of a chunk; a power of two.
-    chunk_ratio: u64,
-    /// There is a parent, and bitmaps with it.
-    has_parent: bool,
-}
-
-impl Numbering {
-    pub(super) fn new(parameters: &Parameters) -> Self {
-        let chunk = SECTORS_PER_CHUNK * u64::from(parameters.geometry.logical_sector);
-        Self {
-            blocks: parameters.geometry.size.div_ceil(parameters.block_size),
-            chunk_ratio: chunk / parameters.block_size,
-            has_parent: parameters.kind == Kind::Differencing,
-        }
-    }
-
-    /// The entry of `block`: one bitmap entry follows those of each chunk.
-    pub(super) fn entry(self, block: u64) -> u64 {
-        block + block / self.chunk_ratio
-    }
-
-    /// Entries in use.
-    pub(super) fn entries(self) -> u64 {
-        if self.has_parent {
-            self.entries_with_bitmaps()
-        } else {
-            self.entry(self.blocks - 1) + 1
-        }
-    }
-
-    /// Entries that a disk with a parent uses; what every new table has room for.
-    pub(super) fn entries_with_bitmaps(self) -> u64 {
-        self.blocks.div_ceil(self.chunk_ratio) * (self.chunk_ratio + 1)
-    }
-
-    /// What an entry stands for.
-    pub(super) fn role(self, entry: u64) -> Role {
-        let (chunk, within) = (
-            entry / (self.chunk_ratio + 1),
-            entry % (self.chunk_ratio + 1),
-        );
-        let block = chunk * self.chunk_ratio + within;
-        if within == self.chunk_ratio {
-            Role::Bitmap
-        } else if block < self.blocks {
-            Role::Block(block)
-        } else {
-            Role::Padding
-        }
-    }
-
-    /// The entry of the bitmap of `block`, and at which byte of the bitmap its bits begin.
-    pub(super) fn bitmap(self, block: u64) -> (u64, u64) {
-        let entry = block / self.chunk_ratio * (self.chunk_ratio + 1) + self.chunk_ratio;
-        (entry, block % self.chunk_ratio * (MIB / self.chunk_ratio))
-    }
-}
+/// Entries of a group, and their bytes: what is read at once.
+const GROUP_ENTRIES: u64 = 8192;
+const GROUP_BYTES: u64 = GROUP_ENTRIES * ENTRY_BYTES;
+/// Most bytes of the table that an open reads: some milliseconds from memory, some tens of them from a slow disk.
+const OPEN_BYTES: u64 = 4 * MIB;
 
 /// The table.
 pub(super) struct Bat {
-    entries: Vec<AtomicU64>,
+    storage: Arc<dyn Storage>,
+    block_size: u64,
+    /// As many as the largest disk in these blocks would have, so that a disk grows without moving them.
+    groups: Box<[Group]>,
     numbering: Numbering,
+    /// Blocks of the disk now; `numbering` has those of the disk as it was opened.
+    blocks: AtomicU64,
     /// File offset of the first entry.
-    offset: u64,
+    offset: AtomicU64,
+    reader: Mutex<Reader>,
+}
+
+/// Entries with neighbouring numbers.
+#[derive(Debug, Default)]
+struct Group {
+    /// Nothing: all of them are zero, or not read.
+    entries: OnceLock<Box<[AtomicU64]>>,
+    /// Whether it was read and checked.
+    read: AtomicBool,
+}
+
+/// Who reads the table, one thread at a time.
+#[derive(Debug)]
+struct Reader {
+    /// The space of all entries read so far; given away when all have been.
+    taken: Option<Occupancy>,
+    /// Groups in front of this one were read.
+    next: u64,
+    /// A run of the file known to be a hole.
+    hole: Extent,
+    /// Groups with entries that have no content and hold on to space.
+    keeping: Vec<u64>,
+    /// The first damaged entry: nothing is read behind it.
+    damage: Option<(u64, String)>,
 }
 
 impl Bat {
-    /// Reads the table in `region`, checks every entry, and marks the space of the blocks as taken.
+    /// Reads the table in `region` as far as an open does, checks every entry read, and marks the space of its block in
+    /// `taken`.
     pub(super) fn read(
-        storage: &dyn Storage,
+        storage: Arc<dyn Storage>,
         region: Extent,
         parameters: &Parameters,
-        taken: &mut Occupancy,
+        taken: Occupancy,
     ) -> Result<Self, OpenError> {
         let numbering = Numbering::new(parameters);
         let used = numbering.entries();
@@ -215,58 +105,181 @@ impl Bat {
                 format!("{} bytes cannot hold {used} entries", region.len),
             ));
         }
-        let padded = used.next_multiple_of(ENTRIES_PER_PAGE);
+        let largest = Numbering::of_size(parameters, DISK_BYTES_MAX).entries_with_bitmaps();
+        let groups = largest.div_ceil(GROUP_ENTRIES);
         let bat = Self {
-            entries: (0..padded).map(|_| AtomicU64::new(0)).collect(),
+            storage,
+            block_size: parameters.block_size,
+            groups: (0..groups).map(|_| Group::default()).collect(),
             numbering,
-            offset: region.offset,
+            blocks: AtomicU64::new(numbering.blocks),
+            offset: AtomicU64::new(region.offset),
+            reader: Mutex::new(Reader {
+                taken: Some(taken),
+                next: 0,
+                hole: Extent::new(0, 0),
+                keeping: Vec::new(),
+                damage: None,
+            }),
         };
-        bat.load(storage, used)?;
-        bat.check(used, parameters.block_size, taken)?;
+        bat.read_on(&mut bat.reader.lock(), OPEN_BYTES)?;
         Ok(bat)
     }
 
-    /// The entry of `block`.
-    pub(super) fn get(&self, block: u64) -> Entry {
-        Entry(self.slot(block).load(Ordering::Acquire))
+    /// Reads what is left. The first to call this is given the space that is taken.
+    pub(super) fn complete(&self) -> Result<Option<Occupancy>, OpenError> {
+        let mut reader = self.reader.lock();
+        self.read_on(&mut reader, u64::MAX)?;
+        let Some(mut taken) = reader.taken.take() else {
+            return Ok(None);
+        };
+        for group in std::mem::take(&mut reader.keeping) {
+            for (number, entry) in (group * GROUP_ENTRIES..).zip(self.entries_of(group)) {
+                let is_block = matches!(self.numbering().role(number), Role::Block(_));
+                // A place kept by an undefined or unmapped block must not be given away; one that cannot be is no
+                // promise.
+                if is_block && matches!(entry.state(), Some(State::Undefined | State::Unmapped)) {
+                    let _ = taken.take_block(Extent::new(entry.offset(), self.block_size), false);
+                }
+            }
+        }
+        Ok(Some(taken))
     }
 
-    /// Where `block` is, if all of it is in the file.
-    pub(super) fn location(&self, block: u64) -> Option<u64> {
-        self.get(block).location()
+    /// Where `block` is, if all of it is in the file. An error is one of reading the table.
+    pub(super) fn location(&self, block: u64) -> io::Result<Option<u64>> {
+        Ok(self.get(block)?.location())
     }
 
     /// Where the bytes of `block` are.
-    pub(super) fn source(&self, block: u64) -> Source {
-        let entry = self.get(block);
-        match entry.state() {
+    pub(super) fn source(&self, block: u64) -> io::Result<Source> {
+        let entry = self.get(block)?;
+        Ok(match entry.state() {
             Some(State::FullyPresent) => Source::File(entry.offset()),
             Some(State::PartiallyPresent) => Source::Mixed(entry.offset()),
             Some(State::NotPresent) if self.numbering.has_parent => Source::Parent,
             _ => Source::Zeros,
-        }
+        })
     }
 
     /// The file offset of the first bit of `block`, one that is partially present.
-    pub(super) fn bits(&self, block: u64) -> u64 {
-        let (entry, within) = self.numbering.bitmap(block);
-        Entry(self.entries[to_usize(entry)].load(Ordering::Acquire)).offset() + within
+    pub(super) fn bits(&self, block: u64) -> io::Result<u64> {
+        let (number, within) = self.numbering.bitmap(block);
+        Ok(self.entry(number)?.offset() + within)
     }
 
-    /// Publishes a new entry of `block`.
+    fn get(&self, block: u64) -> io::Result<Entry> {
+        self.entry(self.numbering.entry(block))
+    }
+
+    fn entry(&self, number: u64) -> io::Result<Entry> {
+        let group = &self.groups[to_usize(number / GROUP_ENTRIES)];
+        let held = |entries: &[AtomicU64]| {
+            Entry(entries[to_usize(number % GROUP_ENTRIES)].load(Ordering::Acquire))
+        };
+        if let Some(entries) = group.entries.get() {
+            return Ok(held(entries));
+        }
+        if !group.read.load(Ordering::Acquire) {
+            self.read_group(&mut self.reader.lock(), number / GROUP_ENTRIES)
+                .map_err(OpenError::into_io)?;
+        }
+        // Another thread may have read it after the first look.
+        Ok(group
+            .entries
+            .get()
+            .map_or(Entry(0), |entries| held(entries)))
+    }
+
+    /// Publishes a new entry of `block`, whose group was read.
     pub(super) fn set(&self, block: u64, entry: Entry) {
-        self.slot(block).store(entry.0, Ordering::Release);
+        let number = self.numbering.entry(block);
+        let group = &self.groups[to_usize(number / GROUP_ENTRIES)];
+        assert!(
+            group.read.load(Ordering::Acquire),
+            "nothing is written before all is read"
+        );
+        let entries = group.entries.get_or_init(no_entries);
+        entries[to_usize(number % GROUP_ENTRIES)].store(entry.0, Ordering::Release);
+    }
+
+    /// Blocks of the disk.
+    pub(super) fn blocks(&self) -> u64 {
+        self.blocks.load(Ordering::Acquire)
+    }
+
+    /// The last block that is in the file, once the table is complete.
+    pub(super) fn last_present(&self) -> Option<u64> {
+        let used = self.numbering().entries();
+        let last_of = |group: u64| {
+            let first = group * GROUP_ENTRIES;
+            let present = (first..used)
+                .zip(self.entries_of(group))
+                .filter(|(_, entry)| entry.location().is_some());
+            present
+                .filter_map(|(number, _)| match self.numbering().role(number) {
+                    Role::Block(block) => Some(block),
+                    Role::Bitmap | Role::Padding => None,
+                })
+                .last()
+        };
+        (0..used.div_ceil(GROUP_ENTRIES)).rev().find_map(last_of)
+    }
+
+    /// The page in which the entries of the smaller one of this table and `numbering` end, as it would stand in the file
+    /// of that; nothing if they end with their page.
+    pub(super) fn page_of_end(&self, numbering: Numbering) -> Option<(u64, Arc<Page>)> {
+        let end = numbering.entries().min(self.numbering().entries());
+        let within = end % ENTRIES_PER_PAGE;
+        (within > 0).then(|| {
+            let number = end / ENTRIES_PER_PAGE;
+            let mut page = self.page(number);
+            page[to_usize(within * ENTRY_BYTES)..].fill(0);
+            (self.page_offset(number), Arc::from(page))
+        })
+    }
+
+    /// The table in pieces, each at its offset from the start, without those that hold nothing.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = (u64, Vec<u8>)> {
+        let groups = self.numbering().entries().div_ceil(GROUP_ENTRIES);
+        (0..groups).filter_map(|group| {
+            let bytes: Vec<u8> = self.entries_of(group).flat_map(Entry::to_bytes).collect();
+            (!bytes.is_empty()).then_some((group * GROUP_BYTES, bytes))
+        })
+    }
+
+    /// The disk has other blocks now, none of which come or go meanwhile, and the table perhaps another place. The entries
+    /// of new blocks are zero.
+    pub(super) fn resized(&self, numbering: Numbering, moved: Option<Extent>) {
+        let reader = self.reader.lock();
+        assert!(
+            reader.taken.is_none(),
+            "nothing is resized before all is read"
+        );
+        let (old, new) = (self.numbering().entries(), numbering.entries());
+        if let Some(region) = moved {
+            self.offset.store(region.offset, Ordering::Release);
+        }
+        for group in &self.groups[..to_usize(new.div_ceil(GROUP_ENTRIES))] {
+            group.read.store(true, Ordering::Release);
+        }
+        self.blocks.store(numbering.blocks, Ordering::Release);
+        for number in new..old {
+            let group = &self.groups[to_usize(number / GROUP_ENTRIES)];
+            if let Some(entries) = group.entries.get() {
+                entries[to_usize(number % GROUP_ENTRIES)].store(0, Ordering::Release);
+            }
+        }
     }
 
     /// One past the last byte of the file, up to `limit`, that an entry refers to. What refers to more is the place of
     /// an unmapped block that was not there when the table was read.
-    pub(super) fn end(&self, block_size: u64, limit: u64) -> u64 {
-        let ends = (0..self.numbering.entries()).filter_map(|number| {
-            let entry = Entry(self.entries[to_usize(number)].load(Ordering::Acquire));
-            let len = match (entry.state()?, self.numbering.role(number)) {
+    pub(super) fn end(&self, limit: u64) -> u64 {
+        let ends = self.entries().filter_map(|(number, entry)| {
+            let len = match (entry.state()?, self.numbering().role(number)) {
                 (State::NotPresent | State::Zero, _) | (_, Role::Padding) => return None,
                 (_, Role::Bitmap) => MIB,
-                (_, Role::Block(_)) => block_size,
+                (_, Role::Block(_)) => self.block_size,
             };
             (entry.offset() != 0).then(|| entry.offset().saturating_add(len))
         });
@@ -280,16 +293,19 @@ impl Bat {
 
     /// File offset of a page.
     pub(super) fn page_offset(&self, page: u64) -> u64 {
-        self.offset + page * PAGE_BYTES
+        self.offset.load(Ordering::Acquire) + page * PAGE_BYTES
     }
 
     /// A page as it would stand in the file now.
     pub(super) fn page(&self, page: u64) -> Box<Page> {
         let mut image = Box::new([0; PAGE]);
-        let first = to_usize(page * ENTRIES_PER_PAGE);
-        let entries = &self.entries[first..first + to_usize(ENTRIES_PER_PAGE)];
-        for (entry, bytes) in entries.iter().zip(image.chunks_exact_mut(8)) {
-            bytes.copy_from_slice(&entry.load(Ordering::Acquire).to_le_bytes());
+        let first = page * ENTRIES_PER_PAGE;
+        let group = &self.groups[to_usize(first / GROUP_ENTRIES)];
+        if let Some(entries) = group.entries.get() {
+            let entries = &entries[to_usize(first % GROUP_ENTRIES)..];
+            for (entry, bytes) in entries.iter().zip(image.chunks_exact_mut(8)) {
+                bytes.copy_from_slice(&entry.load(Ordering::Acquire).to_le_bytes());
+            }
         }
         image
     }
@@ -300,152 +316,184 @@ impl Bat {
         page[at..at + 8].copy_from_slice(&entry.0.to_le_bytes());
     }
 
-    fn has_bitmap(&self, block: u64) -> bool {
-        let (entry, _) = self.numbering.bitmap(block);
-        let entry = Entry(self.entries[to_usize(entry)].load(Ordering::Relaxed));
-        matches!(
-            entry.state(),
-            Some(State::FullyPresent | State::PartiallyPresent)
-        )
+    fn numbering(&self) -> Numbering {
+        Numbering {
+            blocks: self.blocks(),
+            ..self.numbering
+        }
     }
 
-    fn slot(&self, block: u64) -> &AtomicU64 {
-        &self.entries[to_usize(self.numbering.entry(block))]
+    /// Numbers and entries of all groups that hold any, up to the last one in use.
+    fn entries(&self) -> impl Iterator<Item = (u64, Entry)> {
+        let used = self.numbering().entries();
+        (0..used.div_ceil(GROUP_ENTRIES)).flat_map(move |group| {
+            let first = group * GROUP_ENTRIES;
+            (first..used).zip(self.entries_of(group))
+        })
     }
 
-    /// Fills the table from the file, leaving out its holes.
-    fn load(&self, storage: &dyn Storage, used: u64) -> Result<(), OpenError> {
-        let reading = || OpenError::reading("BAT", self.offset);
-        let end = self.offset + used * ENTRY_BYTES;
-        let mut at = self.offset;
-        let mut buf = Vec::new();
-        while at < end {
-            let Some(data) = storage.data_after(at).map_err(reading())? else {
-                break;
-            };
-            // Whole entries, whatever the boundaries of the host's holes are.
-            let start = data.offset.max(at) / ENTRY_BYTES * ENTRY_BYTES;
-            if start >= end {
-                break;
-            }
-            let stop = data.end().next_multiple_of(ENTRY_BYTES).min(end);
-            at = stop.min(start + READ_BYTES);
-            buf.resize(to_usize(at - start), 0);
-            storage.read_at(start, &mut buf).map_err(reading())?;
-            let first = to_usize((start - self.offset) / ENTRY_BYTES);
-            for (word, entry) in buf.chunks_exact(8).zip(&self.entries[first..]) {
-                let word = word.try_into().expect("chunks of eight bytes");
-                entry.store(u64::from_le_bytes(word), Ordering::Relaxed);
-            }
+    fn entries_of(&self, group: u64) -> impl Iterator<Item = Entry> {
+        let entries = self.groups[to_usize(group)].entries.get();
+        let entries = entries.map_or([].as_slice(), |entries| &entries[..]);
+        entries
+            .iter()
+            .map(|entry| Entry(entry.load(Ordering::Acquire)))
+    }
+
+    /// Reads on from where reading stopped, until `budget` bytes were read.
+    fn read_on(&self, reader: &mut Reader, budget: u64) -> Result<(), OpenError> {
+        let groups = self.numbering().entries().div_ceil(GROUP_ENTRIES);
+        let mut read = 0;
+        while reader.next < groups && read < budget {
+            read += self.read_group(reader, reader.next)?;
+            reader.next += 1;
         }
         Ok(())
     }
 
-    /// Checks every entry in use: blocks first, then the space that entries without content still hold on to.
-    fn check(&self, used: u64, block_size: u64, taken: &mut Occupancy) -> Result<(), OpenError> {
-        let words =
-            || (0..used).map(|n| (n, Entry(self.entries[to_usize(n)].load(Ordering::Relaxed))));
-        for (number, entry) in words() {
-            let corrupt = |problem: String| {
-                let place = self.offset + number * ENTRY_BYTES;
-                OpenError::corrupt("BAT", place, format!("entry {number}: {problem}"))
+    /// Reads a group, unless that was done, and checks every entry of it. Returns the bytes read.
+    fn read_group(&self, reader: &mut Reader, number: u64) -> Result<u64, OpenError> {
+        let group = &self.groups[to_usize(number)];
+        if group.read.load(Ordering::Acquire) {
+            return Ok(0);
+        }
+        if let Some((place, problem)) = &reader.damage {
+            return Err(OpenError::corrupt("BAT", *place, problem));
+        }
+        let first = number * GROUP_ENTRIES;
+        let count = (self.numbering().entries() - first).min(GROUP_ENTRIES);
+        let run = Extent::new(
+            self.offset.load(Ordering::Acquire) + first * ENTRY_BYTES,
+            count * ENTRY_BYTES,
+        );
+        let mut read = 0;
+        if !self.is_hole(reader, run)? {
+            let mut bytes = vec![0; to_usize(run.len)];
+            self.storage
+                .read_at(run.offset, &mut bytes)
+                .map_err(OpenError::reading("BAT", run.offset))?;
+            read = run.len;
+            let (words, _) = bytes.as_chunks::<8>();
+            let words = || words.iter().map(|word| u64::from_le_bytes(*word));
+            let mut bitmap = None;
+            for (number, word) in (first..).zip(words()) {
+                self.check(reader, number, Entry(word), &mut bitmap)?;
+            }
+            let keeps = |word| {
+                matches!(
+                    Entry(word).state(),
+                    Some(State::Undefined | State::Unmapped)
+                )
             };
-            let role = self.numbering.role(number);
+            if words().any(keeps) {
+                reader.keeping.push(number);
+            }
+            if words().any(|word| word != 0) {
+                let entries: Box<[AtomicU64]> = words()
+                    .chain(std::iter::repeat(0))
+                    .take(to_usize(GROUP_ENTRIES))
+                    .map(AtomicU64::new)
+                    .collect();
+                group.entries.set(entries).expect("a group is read once");
+            }
+        }
+        group.read.store(true, Ordering::Release);
+        Ok(read)
+    }
+
+    /// Whether the file has no data in `run` of the table.
+    fn is_hole(&self, reader: &mut Reader, run: Extent) -> Result<bool, OpenError> {
+        if reader.hole.offset <= run.offset && run.end() <= reader.hole.end() {
+            return Ok(true);
+        }
+        let data = self
+            .storage
+            .data_after(run.offset)
+            .map_err(OpenError::reading("BAT", run.offset))?;
+        let end = data.map_or(u64::MAX, |data| data.offset.max(run.offset));
+        reader.hole = Extent::new(run.offset, end - run.offset);
+        Ok(run.end() <= end)
+    }
+
+    /// Checks an entry and takes the space of its block. `bitmap` is the last one that was asked about.
+    fn check(
+        &self,
+        reader: &mut Reader,
+        number: u64,
+        entry: Entry,
+        bitmap: &mut Option<(u64, bool)>,
+    ) -> Result<(), OpenError> {
+        let numbering = self.numbering();
+        let role = numbering.role(number);
+        let partial = entry.state() == Some(State::PartiallyPresent);
+        let has_bitmap = match role {
+            Role::Block(block) if partial => self.has_bitmap(block, bitmap)?,
+            Role::Block(_) | Role::Bitmap | Role::Padding => false,
+        };
+        let outcome = (|| {
             if role == Role::Padding {
-                continue;
+                return Ok(());
             }
             if entry.reserved() != 0 {
-                return Err(corrupt(format!("reserved bits in {:#x}", entry.0)));
+                return Err(format!("reserved bits in {:#x}", entry.0));
             }
-            let has_parent = self.numbering.has_parent;
+            let has_parent = numbering.has_parent;
             let len = match (entry.state(), role) {
-                (Some(State::PartiallyPresent), Role::Block(block)) if has_parent => {
-                    if !self.has_bitmap(block) {
-                        return Err(corrupt("its sector bitmap is not there".into()));
-                    }
-                    block_size
+                (Some(State::PartiallyPresent), Role::Block(_)) if has_parent && !has_bitmap => {
+                    return Err("its sector bitmap is not there".into());
                 }
-                (Some(State::FullyPresent), Role::Block(_)) => block_size,
+                (Some(State::PartiallyPresent), Role::Block(_)) if has_parent => self.block_size,
+                (Some(State::FullyPresent), Role::Block(_)) => self.block_size,
                 // Microsoft's own parser takes either state for a bitmap.
                 (Some(State::PartiallyPresent), Role::Bitmap) if has_parent => MIB,
                 (Some(State::FullyPresent), Role::Bitmap) => MIB,
                 (None | Some(State::PartiallyPresent), _) => {
-                    return Err(corrupt(format!("state {}", entry.0 & STATE_MASK)));
+                    return Err(format!("state {}", entry.state_bits()));
                 }
-                _ => continue,
+                _ => return Ok(()),
             };
-            let last = role == Role::Block(self.numbering.blocks - 1);
-            taken
-                .take_block(Extent::new(entry.offset(), len), last)
-                .map_err(corrupt)?;
-        }
-        for (number, entry) in words() {
-            let is_block = matches!(self.numbering.role(number), Role::Block(_));
-            // A place kept by an undefined or unmapped block must not be given away; one that cannot be is no promise.
-            if is_block && matches!(entry.state(), Some(State::Undefined | State::Unmapped)) {
-                let _ = taken.take_block(Extent::new(entry.offset(), block_size), false);
-            }
-        }
-        Ok(())
+            let last = role == Role::Block(numbering.blocks - 1);
+            let taken = reader.taken.as_mut();
+            let taken = taken.expect("it is given away after all is read");
+            taken.take_block(Extent::new(entry.offset(), len), last)
+        })();
+        outcome.map_err(|problem| {
+            let place = self.offset.load(Ordering::Acquire) + number * ENTRY_BYTES;
+            let problem = format!("entry {number}: {problem}");
+            reader.damage = Some((place, problem.clone()));
+            OpenError::corrupt("BAT", place, problem)
+        })
     }
+
+    /// Whether the bitmap of `block`, whose entry may be in a group that is not read yet, is in the file.
+    fn has_bitmap(&self, block: u64, known: &mut Option<(u64, bool)>) -> Result<bool, OpenError> {
+        let (number, _) = self.numbering.bitmap(block);
+        if let Some((_, there)) = known.filter(|(last, _)| *last == number) {
+            return Ok(there);
+        }
+        let place = self.offset.load(Ordering::Acquire) + number * ENTRY_BYTES;
+        let mut word = [0; 8];
+        if number < self.numbering().entries() {
+            self.storage
+                .read_at(place, &mut word)
+                .map_err(OpenError::reading("BAT", place))?;
+        }
+        let state = Entry::from_bytes(word).state();
+        let there = matches!(state, Some(State::FullyPresent | State::PartiallyPresent));
+        *known = Some((number, there));
+        Ok(there)
+    }
+}
+
+fn no_entries() -> Box<[AtomicU64]> {
+    (0..GROUP_ENTRIES).map(|_| AtomicU64::new(0)).collect()
 }
 
 impl std::fmt::Debug for Bat {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Bat")
-            .field("entries", &to_u64(self.entries.len()))
+            .field("blocks", &self.blocks)
             .field("offset", &self.offset)
             .finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use uuid::Uuid;
-
-    use super::*;
-    use crate::disk::{Geometry, vhdx::Kind};
-
-    fn numbering(size: u64, block_size: u64, logical_sector: u32) -> Numbering {
-        Numbering::new(&Parameters {
-            geometry: Geometry {
-                size,
-                logical_sector,
-                physical_sector: 4096,
-            },
-            block_size,
-            kind: Kind::Dynamic,
-            disk_id: Uuid::nil(),
-        })
-    }
-
-    #[test]
-    fn a_bitmap_entry_follows_each_chunk() {
-        let five_gib = numbering(5 << 30, 32 * MIB, 512);
-        assert_eq!(five_gib.blocks, 160);
-        assert_eq!([127, 128].map(|block| five_gib.entry(block)), [127, 129]);
-        assert_eq!(five_gib.role(128), Role::Bitmap);
-        assert_eq!(five_gib.role(129), Role::Block(128));
-        assert_eq!(five_gib.role(161), Role::Padding);
-        assert_eq!(five_gib.bitmap(127), (128, 127 * 8192));
-        assert_eq!(five_gib.bitmap(129), (257, 8192));
-        assert_eq!(five_gib.entries(), 161);
-        assert_eq!(five_gib.entries_with_bitmaps(), 258);
-        let exactly_one_chunk = numbering(4 << 30, 32 * MIB, 512);
-        assert_eq!(exactly_one_chunk.entries(), 128);
-        let large_sectors = numbering(64 << 30, 256 * MIB, 4096);
-        assert_eq!(large_sectors.entry(128), 129);
-        let largest = numbering(64 << 40, MIB, 512);
-        let bitmaps = (64 << 40) / (4 << 30);
-        assert_eq!(largest.entries_with_bitmaps(), (64 << 20) + bitmaps);
-    }
-
-    #[test]
-    fn only_present_blocks_have_a_location() {
-        assert_eq!(Entry::present(5 * MIB).location(), Some(5 * MIB));
-        assert_eq!(Entry::ZERO.location(), None);
-        assert_eq!(Entry((5 * MIB) | 3).location(), None);
-        assert_eq!(Entry(4).state(), None);
-        assert_eq!(Entry(5).state(), None);
     }
 }

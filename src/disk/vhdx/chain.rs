@@ -130,7 +130,7 @@ impl Link {
         if offset >= self.disk.parameters.geometry.size {
             return Ok((end, Content::Zero));
         }
-        let (stop, content) = self.named(self.disk.piece_at(offset))?;
+        let (stop, content) = self.named(self.disk.piece_at(offset, self.disk.size()))?;
         Ok((stop.min(end), content))
     }
 

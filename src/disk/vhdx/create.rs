@@ -19,7 +19,6 @@ use crate::{
 
 use super::{
     CreateOptions, Kind,
-    bat::{Entry, Numbering},
     error::CreateError,
     format::{
         FILE_BYTES_MAX, FILE_IDENTIFIER_BYTES, FILE_SIGNATURE, HEADER_OFFSETS, Header,
@@ -28,6 +27,7 @@ use super::{
     header,
     locator::Locator,
     metadata::Parameters,
+    numbering::{Entry, Numbering},
     open::{Image, Replaying},
     region,
 };
@@ -120,9 +120,7 @@ fn lay_out(
         return Err(CreateError::NotEmpty(len));
     }
     let numbering = Numbering::new(parameters);
-    // Room for sector bitmaps too, so that the disk can get a parent later.
-    let bat_len = (numbering.entries_with_bitmaps() * ENTRY_BYTES).next_multiple_of(MIB);
-    let bat = Extent::new(BAT_OFFSET, bat_len);
+    let bat = Extent::new(BAT_OFFSET, numbering.region_len());
     let end = match parameters.kind {
         Kind::Dynamic | Kind::Differencing => bat.end(),
         Kind::Fixed => bat.end() + numbering.blocks * parameters.block_size,

@@ -2,7 +2,10 @@
 
 use std::{
     fmt, io,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
@@ -16,13 +19,14 @@ use crate::{
 
 use super::{
     Kind,
-    bat::{Bat, Source},
+    bat::Bat,
     bitmap::Bits,
     chain::{self, Link},
     error::OpenError,
     flight::Flights,
     log::journal::Journal,
     metadata::Parameters,
+    numbering::Source,
     open::{Image, Replaying},
     space::Space,
     write::Allocated,
@@ -36,7 +40,10 @@ const DATA_BLOCKS_PER_RUN: u64 = 256;
 /// A disk in a VHDX image.
 pub struct VhdxDisk {
     pub(super) storage: Arc<dyn Storage>,
+    /// As they were when the image was opened.
     pub(super) parameters: Parameters,
+    /// Bytes of the disk now; changed while all stripes are held.
+    pub(super) size: AtomicU64,
     pub(super) access: Access,
     pub(super) bat: Bat,
     /// What is not in this file, in a differencing disk.
@@ -49,7 +56,7 @@ pub struct VhdxDisk {
     /// The checkpoint under way: the log position whose pages are in place, but not yet durably.
     pub(super) checkpoint: Mutex<Option<u64>>,
     /// One past the log and the regions: the file is never shorter.
-    pub(super) fixed_end: u64,
+    pub(super) fixed_end: AtomicU64,
     /// Why nothing may be written any more.
     pub(super) stopped: OnceLock<String>,
 }
@@ -93,21 +100,17 @@ impl VhdxDisk {
             regions,
             parameters,
             bat,
-            taken,
             fixed_end,
             len,
             ..
         } = image;
-        let gaps = match access {
-            Access::ReadWrite => taken.gaps(parameters.block_size),
-            Access::ReadOnly => Vec::new(),
-        };
-        let space = Space::new(parameters.block_size, len, taken.end(), gaps);
+        let space = Space::new(parameters.block_size, len);
         let ids = Arc::clone(&opening.ids);
         let journal = Journal::new(Arc::clone(&storage), ids, headers, regions.repair);
         Self {
             storage,
             parameters,
+            size: AtomicU64::new(parameters.geometry.size),
             access,
             bat,
             parent,
@@ -116,7 +119,7 @@ impl VhdxDisk {
             flights: Flights::default(),
             stripes: [const { Mutex::new(()) }; STRIPES],
             checkpoint: Mutex::new(None),
-            fixed_end,
+            fixed_end: AtomicU64::new(fixed_end),
             stopped: OnceLock::new(),
         }
     }
@@ -134,6 +137,11 @@ impl VhdxDisk {
     /// The identity that a guest sees (SCSI vital product data, page 0x83).
     pub fn disk_id(&self) -> Uuid {
         self.parameters.disk_id
+    }
+
+    /// Bytes of the disk now.
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
     }
 
     /// Nothing may be written from now on, because of `reason`.
@@ -173,16 +181,37 @@ impl VhdxDisk {
         if self.journal.has_begun() {
             return Ok(());
         }
+        self.know_space().map_err(failed("write", 0))?;
         self.journal.begin(&self.space).map_err(|source| {
             self.stop("the headers of the image cannot be written");
             failed("write", 0)(source)
         })
     }
 
+    /// Where `block` is, if all of it is in the file; `operation` wants to know for the sake of disk offset `at`.
+    pub(super) fn locate(
+        &self,
+        block: u64,
+        operation: &'static str,
+        at: u64,
+    ) -> Result<Option<u64>, DiskError> {
+        self.bat.location(block).map_err(failed(operation, at))
+    }
+
+    /// Reads the rest of the table, which tells what space is free. Nothing is written before that.
+    pub(super) fn know_space(&self) -> io::Result<()> {
+        // Whoever comes second waits until the first has told the space.
+        let _checkpoint = self.checkpoint.lock();
+        if let Some(taken) = self.bat.complete().map_err(OpenError::into_io)? {
+            self.space.begin(&taken);
+        }
+        Ok(())
+    }
+
     /// Fills `buf` from `offset`; what lies past the end of the disk reads as zeros.
     pub(super) fn read_run(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = offset + to_u64(buf.len());
-        let len = self.parameters.geometry.size.clamp(offset, end) - offset;
+        let len = self.size().clamp(offset, end) - offset;
         let (inside, past) = buf.split_at_mut(to_usize(len));
         past.fill(0);
         for piece in self.pieces(Extent::new(offset, len)) {
@@ -194,7 +223,7 @@ impl VhdxDisk {
     /// Reads what lies in one block.
     pub(super) fn read_piece(&self, piece: Piece, buf: &mut [u8]) -> io::Result<()> {
         let offset = piece.block * self.parameters.block_size + piece.within;
-        match self.bat.source(piece.block) {
+        match self.bat.source(piece.block)? {
             Source::File(place) => self.read_place(place + piece.within, buf),
             Source::Parent => self.parent().read(offset, buf),
             Source::Zeros => {
@@ -202,7 +231,7 @@ impl VhdxDisk {
                 Ok(())
             }
             Source::Mixed(place) => {
-                let bits = self.bits(piece.block);
+                let bits = self.bits(piece.block)?;
                 bits.runs(piece.within, piece.len, |run| {
                     let at = run.within - piece.within;
                     let part = &mut buf[to_usize(at)..to_usize(at + run.len)];
@@ -223,9 +252,10 @@ impl VhdxDisk {
             .expect("only blocks of a differencing disk are in a parent")
     }
 
-    fn bits(&self, block: u64) -> Bits<'_> {
+    fn bits(&self, block: u64) -> io::Result<Bits<'_>> {
         let sector = self.parameters.geometry.logical_sector;
-        Bits::new(self.storage.as_ref(), self.bat.bits(block), sector)
+        let offset = self.bat.bits(block)?;
+        Ok(Bits::new(self.storage.as_ref(), offset, sector))
     }
 
     /// Reads from a place in the file; what the file is too short for reads as zeros.
@@ -240,23 +270,20 @@ impl VhdxDisk {
         self.storage.read_at(offset, stored)
     }
 
-    /// The run of one kind at `offset` that one block or its absence explains: where it ends, and what it holds.
-    pub(super) fn piece_at(&self, offset: u64) -> io::Result<(u64, Content)> {
-        let Parameters {
-            geometry,
-            block_size,
-            ..
-        } = self.parameters;
+    /// The run of one kind at `offset` that one block of a disk of `size` bytes or its absence explains: where it ends, and
+    /// what it holds.
+    pub(super) fn piece_at(&self, offset: u64, size: u64) -> io::Result<(u64, Content)> {
+        let block_size = self.parameters.block_size;
         let within = offset % block_size;
-        let end = (offset - within + block_size).min(geometry.size);
+        let end = (offset - within + block_size).min(size);
         let block = offset / block_size;
-        match self.bat.source(block) {
+        match self.bat.source(block)? {
             Source::Zeros => Ok((end, Content::Zero)),
             Source::File(place) => self.stored_at(place + within, offset, end),
             Source::Parent => self.parent().piece_at(offset, end),
             Source::Mixed(place) => {
                 let mut first = None;
-                self.bits(block).runs(within, end - offset, |run| {
+                self.bits(block)?.runs(within, end - offset, |run| {
                     first = Some(run);
                     Ok(false)
                 })?;
@@ -286,11 +313,14 @@ impl VhdxDisk {
 
 impl Disk for VhdxDisk {
     fn geometry(&self) -> Geometry {
-        self.parameters.geometry
+        Geometry {
+            size: self.size(),
+            ..self.parameters.geometry
+        }
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
-        let run = check_run(offset, buf.len(), self.parameters.geometry.size)?;
+        let run = check_run(offset, buf.len(), self.size())?;
         let _flight = self.flights.start();
         for piece in self.pieces(run) {
             self.read_piece(piece, &mut buf[piece.range()])
@@ -300,12 +330,13 @@ impl Disk for VhdxDisk {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> Result<(), DiskError> {
-        let run = check_run(offset, buf.len(), self.parameters.geometry.size)?;
+        let run = check_run(offset, buf.len(), self.size())?;
         self.begin_write()?;
         let flight = self.flights.start();
         for piece in self.pieces(run) {
             let part = &buf[piece.range()];
-            let place = match self.bat.location(piece.block) {
+            let at = offset + piece.done;
+            let place = match self.locate(piece.block, "write", at)? {
                 Some(place) => place,
                 None => match self.allocate(piece, part)? {
                     Allocated::Place(place) => place,
@@ -318,7 +349,7 @@ impl Disk for VhdxDisk {
                     if fua == Fua::Yes {
                         self.stop_unless_full(&source);
                     }
-                    failed("write", offset + piece.done)(source)
+                    failed("write", at)(source)
                 })?;
         }
         drop(flight);
@@ -330,7 +361,7 @@ impl Disk for VhdxDisk {
     }
 
     fn zero(&self, run: Extent, space: Keeping, fua: Fua) -> Result<(), DiskError> {
-        check_run(run.offset, to_usize(run.len), self.parameters.geometry.size)?;
+        check_run(run.offset, to_usize(run.len), self.size())?;
         self.begin_write()?;
         self.zero_run(run, space)?;
         match fua {
@@ -344,11 +375,11 @@ impl Disk for VhdxDisk {
     }
 
     fn run_at(&self, offset: u64) -> Result<(Extent, Content), DiskError> {
-        let size = self.parameters.geometry.size;
+        let size = self.size();
         check_run(offset, 1, size)?;
         let _flight = self.flights.start();
         let reading = failed("read", offset);
-        let piece_at = |at| self.piece_at(at);
+        let piece_at = |at| self.piece_at(at, size);
         let found = (|| -> io::Result<_> {
             let (mut end, content) = piece_at(offset)?;
             let limit = match content {

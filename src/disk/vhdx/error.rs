@@ -119,6 +119,14 @@ impl OpenError {
         }
     }
 
+    /// For those who find out after the image was opened.
+    pub(super) fn into_io(self) -> io::Error {
+        match self {
+            Self::Io { source, .. } => source,
+            error => io::Error::new(io::ErrorKind::InvalidData, error),
+        }
+    }
+
     pub(super) fn reading(part: &'static str, offset: u64) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io {
             doing: "read",

@@ -5,21 +5,18 @@
 //! flushes therefore pays one sync for each flush and gets its checkpoints for nothing; only a ring that runs low
 //! without flushes makes somebody sync for its sake. No round holds a lock that reads and writes of present blocks need.
 
-use std::io;
+use std::{io, sync::atomic::Ordering};
 
 use crate::{
     base::units::MIB,
     disk::{Access, DiskError},
 };
 
-use super::{
-    disk::{VhdxDisk, failed},
-    log::journal::CommitError,
-};
+use super::disk::{VhdxDisk, failed};
 
 /// What a round does with pages that are not in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pages {
+pub(super) enum Pages {
     /// Puts them there.
     Place,
     /// Nothing.
@@ -59,23 +56,19 @@ impl VhdxDisk {
         if !self.journal.is_low() {
             return Ok(());
         }
-        self.round(&mut placed, Pages::Place)?;
-        self.round(&mut placed, Pages::Leave)?;
+        self.empty_log(&mut placed)
+    }
+
+    /// Puts all pages in place, durably, and writes down that nothing of the log is needed any more but the entry that
+    /// says so: nothing older is ever replayed.
+    pub(super) fn empty_log(&self, placed: &mut Option<u64>) -> Result<(), DiskError> {
+        self.round(placed, Pages::Place)?;
+        self.round(placed, Pages::Leave)?;
         // Only a durable entry that names the new tail frees the space before it.
-        match self.journal.record_tail(&self.space) {
-            Ok(()) => {}
-            Err(CommitError::Full) => {
-                let error = io::Error::other("the log of the image is full");
-                return Err(failed("flush", 0)(error));
-            }
-            Err(CommitError::Failed(error) | CommitError::Fatal(error)) => {
-                return Err(failed("flush", 0)(io::Error::new(
-                    error.kind(),
-                    error.to_string(),
-                )));
-            }
-        }
-        self.round(&mut placed, Pages::Leave)
+        self.journal
+            .record_tail(&self.space)
+            .map_err(|error| self.commit_failed("flush", 0, &error))?;
+        self.round(placed, Pages::Leave)
     }
 
     /// Flushes and leaves the image clean and no longer than need be.
@@ -110,7 +103,7 @@ impl VhdxDisk {
     }
 
     /// One sync and what it allows. `placed` is the position up to which pages are in place, not yet durably.
-    fn round(&self, placed: &mut Option<u64>, pages: Pages) -> Result<(), DiskError> {
+    pub(super) fn round(&self, placed: &mut Option<u64>, pages: Pages) -> Result<(), DiskError> {
         let mark = self.journal.mark();
         let snapshot = (pages == Pages::Place).then(|| self.journal.snapshot());
         let cleared = self.space.punched();
@@ -140,8 +133,8 @@ impl VhdxDisk {
 
     fn leave_clean(&self) -> io::Result<()> {
         self.journal.finish()?;
-        let blocks = self.bat.end(self.parameters.block_size, self.space.end());
-        let used = blocks.max(self.fixed_end);
+        let blocks = self.bat.end(self.space.end());
+        let used = blocks.max(self.fixed_end.load(Ordering::Acquire));
         assert!(used.is_multiple_of(MIB));
         if used != self.space.len() {
             self.space.truncate(self.storage.as_ref(), used)?;

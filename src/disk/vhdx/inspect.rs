@@ -11,12 +11,11 @@ use crate::{
 };
 
 use super::{
-    Kind,
-    bat::State,
-    chain,
+    Kind, chain,
     error::OpenError,
     format::{Header, MetadataEntry, RegionEntry},
     metadata::{self, IS_REQUIRED, IS_USER, IS_VIRTUAL_DISK},
+    numbering::State,
     open::{Image, Replaying},
     region,
     survey::Survey,

@@ -1,5 +1,7 @@
 //! The metadata region: what kind of disk the file holds.
 
+use std::sync::Arc;
+
 use uuid::Uuid;
 
 use crate::{
@@ -16,11 +18,12 @@ use super::{
     error::OpenError,
     format::{
         self, BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, FILE_PARAMETERS, INCOMPLETE_FILE, LOGICAL_SECTOR,
-        METADATA_ITEM_BYTES_MAX, METADATA_TABLE_BYTES, MetadataEntry, MetadataTableHeader,
-        PARENT_LOCATOR, PHYSICAL_SECTOR, TABLE_ENTRIES_MAX, VIRTUAL_DISK_ID, VIRTUAL_DISK_SIZE,
-        u32_at,
+        METADATA_ITEM_BYTES_MAX, METADATA_TABLE_BYTES, MetadataEntry, MetadataTableHeader, PAGE,
+        PAGE_BYTES, PARENT_LOCATOR, PHYSICAL_SECTOR, TABLE_ENTRIES_MAX, VIRTUAL_DISK_ID,
+        VIRTUAL_DISK_SIZE, u32_at,
     },
     locator::Locator,
+    log::journal::LoggedPages,
 };
 
 const ENTRY_BYTES: usize = 32;
@@ -230,6 +233,35 @@ impl<'a> Items<'a> {
     fn corrupt(&self, problem: String) -> OpenError {
         OpenError::corrupt("metadata", self.region.offset, problem)
     }
+}
+
+/// The pages of the metadata in `region` that hold the disk's size, with `size` in its place. What is in the file must be
+/// what the log would leave there.
+pub(super) fn pages_with_size(
+    storage: &dyn Storage,
+    region: Extent,
+    size: u64,
+) -> Result<LoggedPages, OpenError> {
+    let reading = || OpenError::reading("metadata", region.offset);
+    let mut table = vec![0; to_usize(METADATA_TABLE_BYTES)];
+    storage
+        .read_at(region.offset, &mut table)
+        .map_err(reading())?;
+    let entries = decode_table(&table).unwrap_or_default();
+    let entry = entries
+        .iter()
+        .find(|entry| entry.id == VIRTUAL_DISK_SIZE && entry.flags & IS_USER == 0)
+        .ok_or_else(|| OpenError::corrupt("metadata", region.offset, "there is no disk size"))?;
+    let at = region.offset + u64::from(entry.offset);
+    let first = at / PAGE_BYTES * PAGE_BYTES;
+    let end = (at + u64::from(entry.len)).next_multiple_of(PAGE_BYTES);
+    let mut bytes = vec![0; to_usize(end - first)];
+    storage.read_at(first, &mut bytes).map_err(reading())?;
+    let within = to_usize(at - first);
+    bytes[within..within + 8].copy_from_slice(&size.to_le_bytes());
+    let (pages, _) = bytes.as_chunks::<PAGE>();
+    let pages = pages.iter().map(|page| Arc::new(*page));
+    Ok((first..).step_by(PAGE).zip(pages).collect())
 }
 
 /// The entries of a table, if signature and count are right.

@@ -1,9 +1,9 @@
 //! VHDX, the virtual disk format of Hyper-V (MS-VHDX): dynamic, fixed and differencing disks, read and written in place.
 //!
-//! Reading order: `format` is the bytes; `header`, `region`, `metadata` and `bat` check them; `log` replays and writes
+//! Reading order: `format` is the bytes; `header`, `region`, `metadata`, `numbering` and `bat` check them; `log` replays and writes
 //! metadata; `open` puts these together; `locator` names the parent of a differencing disk, `chain` opens it and its own,
 //! `bitmap` tells which sectors are in which file; `space` finds room; `flight` knows who is still looking at an old
-//! place; `disk` is the disk, `write` how blocks come and go, `flush` how all of it becomes durable; `create` makes new
+//! place; `disk` is the disk, `write` how blocks come and go, `resize` how the disk does, `flush` how all of it becomes durable; `create` makes new
 //! files; `survey` looks through a whole file past its faults, for `check`, which finds them, and `inspect`, which shows
 //! the rest.
 //!
@@ -22,11 +22,12 @@
 //! # Crash contract
 //! Order of what is made durable in a session; each arrow is a sync or a forced write:
 //! ```text
-//!   open dirty:  new FileWriteGuid -> pages replayed -> LogGuid nil, in both headers
+//!   open dirty:  new FileWriteGuid -> log entries -> pages replayed -> LogGuid nil, in both headers
 //!   first write: new FileWriteGuid and DataWriteGuid, in both headers -> unused end of the file cut off
 //!   first log:   empty entry -> LogGuid in both headers
 //!   flush:       payload and log entries, together
 //!   checkpoint:  log entries -> pages in place -> entry with the new tail -> ring space used again
+//!   resize:      log emptied -> what is not looked at yet -> entry with the new size (see `resize`)
 //!   close:       log entries -> pages in place -> LogGuid nil -> unused end of the file cut off
 //! ```
 //! Therefore: a power cut loses nothing flushed, and of the rest each sector is old or new. The death of the process
@@ -52,9 +53,11 @@ mod inspect;
 mod locator;
 mod log;
 mod metadata;
+mod numbering;
 mod occupancy;
 mod open;
 mod region;
+mod resize;
 mod space;
 mod survey;
 mod write;

@@ -47,7 +47,6 @@ pub(super) struct Image {
     /// Where the parent is, if it has one.
     pub(super) locator: Option<Locator>,
     pub(super) bat: Bat,
-    pub(super) taken: Occupancy,
     /// One past the log and the regions.
     pub(super) fixed_end: u64,
     /// Length of the file.
@@ -55,7 +54,7 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// Reads the file in `storage`.
+    /// Reads the file in `storage`, of a large table only the start: see [`super::bat`].
     pub(super) fn read(
         storage: Arc<dyn Storage>,
         replay: &Replaying<'_>,
@@ -82,7 +81,7 @@ impl Image {
             Kind::Differencing => Some(items.locator()?),
             Kind::Dynamic | Kind::Fixed => None,
         };
-        let bat = Bat::read(storage.as_ref(), regions.bat, &parameters, &mut taken)?;
+        let bat = Bat::read(Arc::clone(&storage), regions.bat, &parameters, taken)?;
         Ok(Self {
             storage,
             headers,
@@ -90,7 +89,6 @@ impl Image {
             parameters,
             locator,
             bat,
-            taken,
             fixed_end,
             len,
         })

@@ -1,5 +1,7 @@
 //! The region tables: where the block allocation table and the metadata are.
 
+use std::sync::Arc;
+
 use uuid::Uuid;
 
 use crate::{
@@ -10,9 +12,10 @@ use crate::{
 use super::{
     error::OpenError,
     format::{
-        self, BAT_REGION, METADATA_REGION, REGION_TABLE_BYTES, REGION_TABLE_OFFSETS, RegionEntry,
-        RegionTableHeader, TABLE_ENTRIES_MAX, checksum_of,
+        self, BAT_REGION, METADATA_REGION, PAGE, Page, REGION_TABLE_BYTES, REGION_TABLE_OFFSETS,
+        RegionEntry, RegionTableHeader, TABLE_ENTRIES_MAX, checksum_of,
     },
+    log::journal::LoggedPages,
 };
 
 const ENTRY_BYTES: usize = 32;
@@ -25,6 +28,8 @@ pub(super) struct Regions {
     pub(super) metadata: Extent,
     /// Every region, known or not: their space is taken.
     pub(super) all: Vec<(Uuid, Extent)>,
+    /// The table they are from.
+    table: Box<[u8]>,
     /// The whole table, for the other copy if that is damaged.
     pub(super) repair: Option<Repair>,
 }
@@ -50,7 +55,10 @@ impl Regions {
         for (offset, bytes) in copies {
             if let Some(entries) = decode(&bytes) {
                 let mut regions = Self::check(&entries, offset)?;
-                regions.repair = (!same).then_some(Repair { table: bytes });
+                regions.repair = (!same).then(|| Repair {
+                    table: bytes.clone(),
+                });
+                regions.table = bytes;
                 return Ok(regions);
             }
         }
@@ -83,8 +91,35 @@ impl Regions {
             bat: find(BAT_REGION),
             metadata: find(METADATA_REGION),
             all,
+            table: Box::default(),
             repair: None,
         })
+    }
+
+    /// The pages of both tables that change if the block allocation table moves to `bat`.
+    pub(super) fn pages_with_bat(&self, bat: Extent) -> LoggedPages {
+        let mut table = self.table.clone();
+        let index = self.all.iter().position(|(id, _)| *id == BAT_REGION);
+        let at = HEADER_BYTES + ENTRY_BYTES * index.expect("every table has it");
+        format::encode(&entry(BAT_REGION, bat), &mut table[at..at + ENTRY_BYTES]);
+        format::seal(&mut table);
+        let pages = |bytes: &[u8]| bytes.as_chunks::<PAGE>().0.to_vec();
+        let changed = (0..)
+            .step_by(PAGE)
+            .zip(pages(&table))
+            .zip(pages(&self.table));
+        let changed: Vec<(u64, Page)> = changed
+            .filter(|((_, new), old)| new != old)
+            .map(|(new, _)| new)
+            .collect();
+        let copies = REGION_TABLE_OFFSETS.into_iter();
+        copies
+            .flat_map(|copy| {
+                changed
+                    .iter()
+                    .map(move |(at, page)| (copy + at, Arc::new(*page)))
+            })
+            .collect()
     }
 }
 
@@ -165,16 +200,19 @@ pub(super) fn encode(bat: Extent, metadata: Extent) -> Vec<u8> {
         .into_iter()
         .zip(bytes[HEADER_BYTES..].chunks_exact_mut(ENTRY_BYTES))
     {
-        let entry = RegionEntry {
-            id,
-            offset: run.offset,
-            len: u32::try_from(run.len).expect("the BAT of the largest disk has 513 MiB"),
-            required: 1,
-        };
-        format::encode(&entry, place);
+        format::encode(&entry(id, run), place);
     }
     format::seal(&mut bytes);
     bytes
+}
+
+fn entry(id: Uuid, run: Extent) -> RegionEntry {
+    RegionEntry {
+        id,
+        offset: run.offset,
+        len: u32::try_from(run.len).expect("the BAT of the largest disk has 513 MiB"),
+        required: 1,
+    }
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use crate::{
     storage::{Space as Keeping, Storage},
 };
 
-use super::{flight::Flights, format::FILE_BYTES_MAX};
+use super::{flight::Flights, format::FILE_BYTES_MAX, occupancy::Occupancy};
 
 /// The file grows by at least this much, so that most blocks find it long enough.
 const GROWTH_BYTES: u64 = 32 * MIB;
@@ -54,18 +54,21 @@ struct Places {
 }
 
 impl Space {
-    /// The space of a file of `len` bytes that is in use up to `end`, but for `gaps`, which may hold anything.
-    pub(super) fn new(block_size: u64, len: u64, end: u64, gaps: Vec<u64>) -> Self {
-        let places = Places {
-            discarded: gaps.into_iter().map(|place| (place, 0)).collect(),
-            ..Places::default()
-        };
+    /// The space of a file of `len` bytes, of which nothing else is known yet.
+    pub(super) fn new(block_size: u64, len: u64) -> Self {
         Self {
             block_size,
             len: AtomicU64::new(len),
-            end: AtomicU64::new(end),
-            places: Mutex::new(places),
+            end: AtomicU64::new(len),
+            places: Mutex::default(),
         }
+    }
+
+    /// All that is `taken` is known: the file is in use up to its end, but for the gaps, which may hold anything.
+    pub(super) fn begin(&self, taken: &Occupancy) {
+        let gaps = taken.gaps(self.block_size);
+        self.places.lock().discarded = gaps.into_iter().map(|place| (place, 0)).collect();
+        self.end.store(taken.end(), Ordering::Release);
     }
 
     /// Length of the file; what lies behind reads as zeros.
@@ -94,8 +97,19 @@ impl Space {
         if let Some(place) = places.free.pop_first() {
             return Ok(place);
         }
+        self.grow(storage, self.block_size)
+    }
+
+    /// The end of the file, which reads as zeros, for something of `len` bytes that is no block.
+    pub(super) fn take_end(&self, storage: &dyn Storage, len: u64) -> io::Result<u64> {
+        let _places = self.places.lock();
+        self.grow(storage, len)
+    }
+
+    /// Takes `len` bytes at the end; the caller holds the places.
+    fn grow(&self, storage: &dyn Storage, len: u64) -> io::Result<u64> {
         let place = self.end();
-        let end = place + self.block_size;
+        let end = place + len;
         if end > FILE_BYTES_MAX {
             return Err(io::ErrorKind::FileTooLarge.into());
         }

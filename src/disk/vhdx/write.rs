@@ -20,21 +20,21 @@
 //! of its sectors that are not zeros. What would change this choice: children with blocks far larger than the 2 MiB that
 //! Windows and [`create_child`](super::create_child) give them.
 
-use std::io;
+use std::{io, ops::Range};
 
 use crate::{
     base::{
         checksum::is_zero,
         units::{Extent, MIB, to_u64, to_usize},
     },
-    disk::{Content, DiskError, Fua, Space as Keeping},
+    disk::{Content, DiskError, Fua, Space as Keeping, check_run},
 };
 
 use super::{
     Kind,
-    bat::{Entry, Source},
     disk::{Piece, STRIPES, VhdxDisk, failed},
     log::journal::{BlockChange, CHANGES_PER_REQUEST_MAX, CommitError},
+    numbering::{Entry, Source},
 };
 
 const _: () = assert!(
@@ -59,11 +59,13 @@ impl VhdxDisk {
     pub(super) fn allocate(&self, piece: Piece, bytes: &[u8]) -> Result<Allocated, DiskError> {
         let block = piece.block;
         let _stripe = self.stripes[stripe(block)].lock();
-        let source = self.bat.source(block);
+        let offset = block * self.parameters.block_size;
+        // The disk may have shrunk since the caller looked; it does not while this is held.
+        check_run(offset, 1, self.size())?;
+        let source = self.source(block, "write", offset)?;
         if let Source::File(place) = source {
             return Ok(Allocated::Place(place));
         }
-        let offset = block * self.parameters.block_size;
         if let Source::Mixed(place) = source {
             self.copy_up(piece, bytes, place, source)?;
             self.commit(&[(block, Entry::present(place))], offset)?;
@@ -100,8 +102,7 @@ impl VhdxDisk {
         source: Source,
     ) -> Result<(), DiskError> {
         let start = piece.block * self.parameters.block_size;
-        let size = self.parameters.geometry.size;
-        let len = self.parameters.block_size.min(size - start);
+        let len = self.parameters.block_size.min(self.size() - start);
         let new = Extent::new(piece.within, to_u64(bytes.len()));
         let mut buf = vec![0; to_usize(len.min(COPY_BYTES))];
         let mut within = 0;
@@ -140,21 +141,54 @@ impl VhdxDisk {
         Ok(())
     }
 
+    /// Places for all of some neighbouring blocks, which share no stripe.
+    pub(super) fn allocate_all(&self, blocks: Range<u64>) -> Result<(), DiskError> {
+        let _stripes: Vec<_> = blocks
+            .clone()
+            .map(|block| self.stripes[stripe(block)].lock())
+            .collect();
+        let offset = blocks.start * self.parameters.block_size;
+        let mut changes: Vec<BlockChange> = Vec::new();
+        let take = || {
+            for block in blocks {
+                if block < self.bat.blocks() && self.locate(block, "write", offset)?.is_none() {
+                    let place = self.space.take(self.storage.as_ref());
+                    let place = place.map_err(failed("write", offset))?;
+                    changes.push((block, Entry::present(place)));
+                }
+            }
+            Ok(())
+        };
+        let taken: Result<(), DiskError> = take();
+        if changes.is_empty() {
+            return taken;
+        }
+        let done = taken.and_then(|()| self.commit(&changes, offset));
+        if done.is_err() {
+            let places = changes.iter().filter_map(|(_, entry)| entry.location());
+            places.for_each(|place| self.space.give_back(place));
+        }
+        done
+    }
+
     /// Makes a run read as zeros.
     pub(super) fn zero_run(&self, run: Extent, space: Keeping) -> Result<(), DiskError> {
         let keeps = space == Keeping::Keep || self.parameters.kind == Kind::Fixed;
         let window_of = |block: u64| block / CHANGES_PER_REQUEST_MAX;
+        let size = self.size();
         let mut whole: Vec<u64> = Vec::new();
         for piece in self.pieces(run) {
             if whole
                 .first()
                 .is_some_and(|&first| window_of(first) != window_of(piece.block))
             {
-                self.discard(&whole)?;
+                if !self.discard(&whole, size)? {
+                    return self.zero_run(run, space);
+                }
                 whole.clear();
             }
-            let is_whole = self.is_whole(piece);
-            match self.bat.source(piece.block) {
+            let is_whole = self.is_whole(piece, size);
+            match self.source(piece.block, "zero", run.offset + piece.done)? {
                 Source::Zeros => {}
                 Source::File(_) if keeps || !is_whole => {
                     self.zero_piece(run, piece, if keeps { Keeping::Keep } else { space })?;
@@ -168,25 +202,35 @@ impl VhdxDisk {
                 Source::File(_) | Source::Parent | Source::Mixed(_) => whole.push(piece.block),
             }
         }
-        self.discard(&whole)
+        if self.discard(&whole, size)? {
+            Ok(())
+        } else {
+            self.zero_run(run, space)
+        }
+    }
+
+    fn source(&self, block: u64, operation: &'static str, at: u64) -> Result<Source, DiskError> {
+        self.bat.source(block).map_err(failed(operation, at))
     }
 
     /// Zeros within a block that keeps its place.
     fn zero_piece(&self, run: Extent, piece: Piece, space: Keeping) -> Result<(), DiskError> {
         let _flight = self.flights.start();
-        let Some(place) = self.bat.location(piece.block) else {
+        let at = run.offset + piece.done;
+        let Some(place) = self.locate(piece.block, "zero", at)? else {
             return Ok(());
         };
         self.storage
             .zero(Extent::new(place + piece.within, piece.len), space)
-            .map_err(failed("zero", run.offset + piece.done))
+            .map_err(failed("zero", at))
     }
 
     fn reads_as_zeros(&self, run: Extent, piece: Piece) -> Result<bool, DiskError> {
         let start = run.offset + piece.done;
+        let size = self.size();
         let mut at = start;
         while at < start + piece.len {
-            let (end, content) = self.piece_at(at).map_err(failed("zero", at))?;
+            let (end, content) = self.piece_at(at, size).map_err(failed("zero", at))?;
             if content == Content::Data {
                 return Ok(false);
             }
@@ -196,25 +240,29 @@ impl VhdxDisk {
     }
 
     /// Gives up whole blocks of one window, with their places. They become zeros: without an entry of their own the
-    /// parent would be seen.
-    fn discard(&self, blocks: &[u64]) -> Result<(), DiskError> {
+    /// parent would be seen. They are whole in a disk of `size` bytes; if it has another size by now, the last one may have
+    /// become longer: then nothing is done, and that is said.
+    fn discard(&self, blocks: &[u64], size: u64) -> Result<bool, DiskError> {
         let Some(&first) = blocks.first() else {
-            return Ok(());
+            return Ok(true);
         };
         let _stripes: Vec<_> = blocks
             .iter()
             .map(|&block| self.stripes[stripe(block)].lock())
             .collect();
-        let given_up: Vec<(u64, Option<u64>)> = blocks
-            .iter()
-            .filter_map(|&block| match self.bat.source(block) {
-                Source::File(place) | Source::Mixed(place) => Some((block, Some(place))),
-                Source::Parent => Some((block, None)),
-                Source::Zeros => None,
-            })
-            .collect();
+        if self.size() != size {
+            return Ok(false);
+        }
+        let mut given_up: Vec<(u64, Option<u64>)> = Vec::with_capacity(blocks.len());
+        for &block in blocks {
+            match self.source(block, "zero", block * self.parameters.block_size)? {
+                Source::File(place) | Source::Mixed(place) => given_up.push((block, Some(place))),
+                Source::Parent => given_up.push((block, None)),
+                Source::Zeros => {}
+            }
+        }
         if given_up.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let changes: Vec<BlockChange> = given_up
             .iter()
@@ -225,7 +273,7 @@ impl VhdxDisk {
         for place in given_up.into_iter().filter_map(|(_, place)| place) {
             self.space.discard(place, position);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Writes changes of the table, making room in the log if need be.
@@ -241,21 +289,32 @@ impl VhdxDisk {
             {
                 Ok(()) => return Ok(()),
                 Err(CommitError::Full) => self.make_room()?,
-                Err(CommitError::Failed(error)) => {
-                    return Err(failed("write", offset)(same(&error)));
-                }
-                Err(CommitError::Fatal(error)) => {
-                    self.stop("the log of the image cannot be started");
-                    return Err(failed("write", offset)(same(&error)));
-                }
+                Err(error) => return Err(self.commit_failed("write", offset, &error)),
             }
         }
     }
 
-    fn is_whole(&self, piece: Piece) -> bool {
+    /// What an entry that was not written means for `operation` at disk offset `at`.
+    pub(super) fn commit_failed(
+        &self,
+        operation: &'static str,
+        at: u64,
+        error: &CommitError,
+    ) -> DiskError {
+        failed(operation, at)(match error {
+            CommitError::Full => io::Error::other("the log of the image is full"),
+            CommitError::Failed(error) => same(error),
+            CommitError::Fatal(error) => {
+                self.stop("the log of the image cannot be started");
+                same(error)
+            }
+        })
+    }
+
+    fn is_whole(&self, piece: Piece, size: u64) -> bool {
         let block_size = self.parameters.block_size;
         let end = piece.block * block_size + piece.within + piece.len;
-        piece.within == 0 && (piece.len == block_size || end == self.parameters.geometry.size)
+        piece.within == 0 && (piece.len == block_size || end == size)
     }
 }
 

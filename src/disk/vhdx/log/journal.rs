@@ -41,9 +41,10 @@ use crate::{
 
 use super::{
     super::{
-        bat::{Bat, Entry},
+        bat::Bat,
         format::{PAGE, PAGE_BYTES, Page, REGION_TABLE_OFFSETS},
         header::Headers,
+        numbering::Entry,
         region::Repair,
         space::Space,
     },
@@ -55,6 +56,9 @@ use super::{
 const REQUESTS_PER_ENTRY_MAX: usize = 32;
 /// Most changes of one request: an aligned run of as many blocks has its entries in at most two pages.
 pub(in super::super) const CHANGES_PER_REQUEST_MAX: u64 = 64;
+
+/// Pages of metadata, each at its file offset.
+pub(in super::super) type LoggedPages = Vec<(u64, Arc<Page>)>;
 
 /// A new entry for a block.
 pub(in super::super) type BlockChange = (u64, Entry);
@@ -126,7 +130,7 @@ pub(in super::super) struct Mark {
 #[derive(Debug)]
 pub(in super::super) struct Snapshot {
     pub(in super::super) head: u64,
-    pages: Vec<(u64, Arc<Page>)>,
+    pages: LoggedPages,
 }
 
 impl Journal {
@@ -302,7 +306,16 @@ impl Journal {
 
     /// Writes down the tail in an entry of its own, so that the space before it can be used again after a sync.
     pub(in super::super) fn record_tail(&self, space: &Space) -> Result<(), CommitError> {
-        self.append(&mut self.state.lock(), Vec::new(), space)
+        self.append_pages(Vec::new(), space)
+    }
+
+    /// Writes pages of metadata into the log, all of them as one.
+    pub(in super::super) fn append_pages(
+        &self,
+        pages: LoggedPages,
+        space: &Space,
+    ) -> Result<(), CommitError> {
+        self.append(&mut self.state.lock(), pages, space)
     }
 
     /// Declares the log empty. Everything logged must be in place and durable.
@@ -359,7 +372,7 @@ impl Journal {
     fn append(
         &self,
         state: &mut State,
-        pages: Vec<(u64, Arc<Page>)>,
+        pages: LoggedPages,
         space: &Space,
     ) -> Result<(), CommitError> {
         if state.log.is_nil() {

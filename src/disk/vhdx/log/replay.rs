@@ -4,8 +4,10 @@
 //! for writing puts them there; one opened for reading only sees them through an [`Overlay`] and leaves the file as it is.
 //!
 //! # Crash contract
-//! Replay writes the final state of each page, so repeating it changes nothing. The log stays valid until the header
-//! that declares it empty is durable, and that is written after everything replayed has been synced.
+//! Replay writes the final state of each page, so repeating it changes nothing. It begins with a sync: the entries that a
+//! killed process left are in the page cache only, and a page in its place without its entry is half of a change. The log
+//! stays valid until the header that declares it empty is durable, and that is written after everything replayed has been
+//! synced.
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
@@ -83,6 +85,8 @@ impl Replay {
 
     /// Writes everything into the file and makes it durable.
     pub(in super::super) fn apply(&self, storage: &dyn Storage) -> io::Result<()> {
+        // What was read may have come from the page cache that a killed process left.
+        storage.sync()?;
         if storage.len()? < self.len {
             storage.set_len(self.len)?;
         }
@@ -207,7 +211,9 @@ impl Storage for Overlay {
         }
         let below = self.below.len()?.clamp(offset, end) - offset;
         let (stored, grown) = buf.split_at_mut(to_usize(below));
-        self.below.read_at(offset, stored)?;
+        if !stored.is_empty() {
+            self.below.read_at(offset, stored)?;
+        }
         grown.fill(0);
         for run in &self.replay.zeros {
             if let Some((part, _)) = part(buf, offset, *run) {

@@ -15,9 +15,9 @@ use crate::{
 use super::{
     super::{
         Kind,
-        bat::{Entry, Numbering, Role, State},
         inspect::Blocks,
         metadata::Parameters,
+        numbering::{Entry, Numbering, Role, State},
         occupancy::Occupancy,
     },
     Survey,

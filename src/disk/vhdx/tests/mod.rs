@@ -2,7 +2,9 @@
 
 mod crash;
 mod differencing;
+mod enumeration;
 mod hostile;
+mod large;
 mod linkage;
 mod model;
 mod survey;
@@ -19,6 +21,7 @@ use crate::{
     base::ids::{Ids, SeededIds},
     disk::{
         Access, Disk, Opening,
+        enumeration::Random,
         parents::{MemoryParents, Parents},
     },
     storage::{Storage, memory::MemoryStorage},
@@ -78,17 +81,4 @@ fn read_all(disk: &impl Disk) -> Vec<u8> {
     let mut bytes = vec![0xAA; len];
     disk.read_at(0, &mut bytes).unwrap();
     bytes
-}
-
-/// `SplitMix64`.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % limit
-    }
 }

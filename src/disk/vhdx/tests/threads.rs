@@ -154,3 +154,62 @@ fn a_discard_meets_writes_of_the_same_block() {
     drop(disk);
     assert!(read_all(&open(&storage).unwrap()) == before);
 }
+
+/// The disk grows, its table moves, and it shrinks again, while others write, read and discard: nobody's data changes.
+#[test]
+fn a_disk_is_resized_while_it_is_in_use() {
+    let storage = MemoryStorage::new(&Power::new());
+    create(
+        storage.as_ref(),
+        &options((BLOCKS << 20) - 4096, Kind::Dynamic),
+        ids().as_ref(),
+    )
+    .unwrap();
+    let disk = open(&storage).unwrap();
+    thread::scope(|scope| {
+        for owner in 0..4u64 {
+            let disk = &disk;
+            scope.spawn(move || {
+                for turn in 0..200u64 {
+                    let block = (turn * 7 % (BLOCKS / 4)) * 4 + owner;
+                    let at = (block << 20) + 4096;
+                    let byte = u8::try_from(turn % 251 + 1).unwrap();
+                    disk.write_at(at, &[byte; 4096], Fua::No).unwrap();
+                    let mut held = [0; 4096];
+                    disk.read_at(at, &mut held).unwrap();
+                    assert_eq!(held, [byte; 4096], "{owner} {turn}");
+                    if turn % 16 == 0 {
+                        let run = Extent::new(block << 20, (1 << 20) - 4096);
+                        disk.zero(run, Space::Release, Fua::No).unwrap();
+                    }
+                    if turn % 32 == 0 {
+                        disk.flush().unwrap();
+                    }
+                }
+            });
+        }
+        for size in [
+            (BLOCKS + 8) << 20,
+            129 << 30,
+            BLOCKS << 20,
+            40 << 20,
+            1 << 40,
+        ] {
+            disk.resize(size).unwrap();
+            assert_eq!(disk.geometry().size, size);
+        }
+    });
+    let mut before = vec![0; usize::try_from(BLOCKS << 20).unwrap()];
+    disk.read_at(0, &mut before).unwrap();
+    disk.write_at((1 << 40) - 4096, &[7; 4096], Fua::No)
+        .unwrap();
+    drop(disk);
+    let disk = open(&storage).unwrap();
+    let mut after = vec![0; before.len()];
+    disk.read_at(0, &mut after).unwrap();
+    assert!(before == after);
+    let mut held = [0; 4096];
+    disk.read_at((1 << 40) - 4096, &mut held).unwrap();
+    assert_eq!(held, [7; 4096]);
+    disk.close().unwrap();
+}
