@@ -4,6 +4,7 @@ mod checkers;
 mod images;
 mod nodes;
 mod peers;
+mod shapes;
 
 use std::{collections::BTreeMap, fs, path::Path};
 

@@ -53,7 +53,7 @@ enum Verb {
     Failover(failover::FailoverArgs),
     /// End test failovers and remove what was written in them.
     Cancel(failover::CancelArgs),
-    /// Create, examine, check and convert image files.
+    /// Create, examine, check, convert and resize image files.
     Image(image::ImageArgs),
     /// Measure throughput and latency of files and mounts, side by side.
     Bench(bench::BenchArgs),

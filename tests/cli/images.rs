@@ -15,10 +15,10 @@ use nix::{
 use super::{assert_refused, assert_said, understudy};
 use crate::support::{PROGRAM, can_mount, have, must, run, scratch};
 
-const MIB: usize = 1 << 20;
+pub(super) const MIB: usize = 1 << 20;
 
 /// Formats and kinds that an image can be made in, as options of `create` and `convert`.
-const KINDS: [(&str, &[&str]); 5] = [
+pub(super) const KINDS: [(&str, &[&str]); 5] = [
     ("raw", &[]),
     ("vhdx", &["--kind", "dynamic", "--block-size", "1M"]),
     ("vhdx", &["--kind", "fixed", "--block-size", "2M"]),
@@ -26,12 +26,12 @@ const KINDS: [(&str, &[&str]); 5] = [
     ("vhd", &["--kind", "fixed"]),
 ];
 
-fn text(path: &Path) -> &str {
+pub(super) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 /// A disk of 20 MiB and a bit: data, stored zeros, holes, a page that begins late, and a tail shorter than any block.
-fn content() -> Vec<u8> {
+pub(super) fn content() -> Vec<u8> {
     let mut bytes = vec![0; 20 * MIB + 3 * 512];
     let mut state = 7u64;
     for range in [

@@ -100,7 +100,7 @@ fn child(
     let folder = path
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new(".")).canonicalize()?;
+    let folder = folder.unwrap_or_else(|| Path::new(".")).canonicalize()?;
     let relative = relative_path(&folder, &parent.canonicalize()?);
     let relative = relative
         .with_context(|| format!("{} has a name that a VHDX cannot hold", parent.display()))?;

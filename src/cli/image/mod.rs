@@ -5,6 +5,7 @@ mod convert;
 mod create;
 mod inspect;
 mod new;
+mod resize;
 mod vhd;
 
 use std::{
@@ -44,6 +45,8 @@ enum ImageVerb {
     Check(check::CheckArgs),
     /// Make the same disk in another file, in any format and kind. SRC is not changed, DST is complete or not there.
     Convert(convert::ConvertArgs),
+    /// Give the disk in an image another size: larger, or smaller by what holds no data. Not while it is in use.
+    Resize(resize::ResizeArgs),
 }
 
 /// Runs the verb.
@@ -53,6 +56,7 @@ pub fn run(args: &ImageArgs, out: &Output) -> anyhow::Result<()> {
         ImageVerb::Inspect(args) => inspect::run(args, out),
         ImageVerb::Check(args) => check::run(args, out),
         ImageVerb::Convert(args) => convert::run(args, out),
+        ImageVerb::Resize(args) => resize::run(args, out),
     }
 }
 
