@@ -1,10 +1,10 @@
-//! The largest disks there are, in files of the host: what an open reads of them, and how long that takes.
+//! The largest disks there are, in files of the host: what an open reads of them.
 
-use std::{os::unix::fs::FileExt, path::Path, time::Instant};
+use std::{os::unix::fs::FileExt, path::Path};
 
 use super::*;
 use crate::{
-    base::units::{MIB, TIB, to_u64, to_usize},
+    base::units::{MIB, TIB, to_u64},
     disk::{Content, Fua, vhdx::numbering::Numbering},
     storage::{Space, file::FileStorage},
 };
@@ -80,54 +80,24 @@ fn opening_the_largest_disk_reads_a_bounded_part_of_it() {
         for present in [0, 100_000] {
             let place = folder.path().join(format!("{block_size}-{present}.vhdx"));
             let distance = image(&place, block_size, present);
-            let mut times = Vec::new();
-            for cold in [false, true] {
-                if cold {
-                    let file = std::fs::File::open(&place).unwrap();
-                    file.sync_all().unwrap();
-                    nix::fcntl::posix_fadvise(
-                        &file,
-                        0,
-                        0,
-                        nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED,
-                    )
-                    .unwrap();
-                }
-                let storage = Arc::new(Counting {
-                    file: FileStorage::open(&place, Access::ReadWrite).unwrap(),
-                    read: AtomicU64::new(0),
-                });
-                let before = Instant::now();
-                let disk = open(&storage).unwrap();
-                times.push(before.elapsed());
-                let read = storage.read.load(Ordering::Relaxed);
-                assert!(read < 6 * MIB, "an open reads {read} bytes");
-                // A block far behind what was read, and one that is not there.
-                if let Some(last) = present.checked_sub(1) {
-                    assert!(
-                        disk.bat
-                            .location(last * distance / u64::from(block_size))
-                            .unwrap()
-                            .is_some()
-                    );
-                }
-                let mut held = [0xAA; 512];
-                disk.read_at(64 * TIB - 512, &mut held).unwrap();
-                assert_eq!(held, [0; 512]);
-                assert_eq!(disk.run_at(64 * TIB - MIB).unwrap().1, Content::Zero);
-                if cold {
-                    let before = Instant::now();
-                    disk.write_at(64 * TIB - 512, &[1; 512], Fua::No).unwrap();
-                    eprintln!(
-                        "64 TiB in blocks of {} MiB, {present} present: opened in {:.1?}, cold {:.1?}; first write {:.1?}",
-                        to_usize(u64::from(block_size) / MIB),
-                        times[0],
-                        times[1],
-                        before.elapsed(),
-                    );
-                    disk.close().unwrap();
-                }
+            let storage = Arc::new(Counting {
+                file: FileStorage::open(&place, Access::ReadWrite).unwrap(),
+                read: AtomicU64::new(0),
+            });
+            let disk = open(&storage).unwrap();
+            let read = storage.read.load(Ordering::Relaxed);
+            assert!(read < 6 * MIB, "an open reads {read} bytes");
+            // A block far behind what was read, and one that is not there.
+            if let Some(last) = present.checked_sub(1) {
+                let last = last * distance / u64::from(block_size);
+                assert!(disk.bat.location(last).unwrap().is_some());
             }
+            let mut held = [0xAA; 512];
+            disk.read_at(64 * TIB - 512, &mut held).unwrap();
+            assert_eq!(held, [0; 512]);
+            assert_eq!(disk.run_at(64 * TIB - MIB).unwrap().1, Content::Zero);
+            disk.write_at(64 * TIB - 512, &[1; 512], Fua::No).unwrap();
+            disk.close().unwrap();
             std::fs::remove_file(&place).unwrap();
         }
     }
