@@ -1,5 +1,7 @@
 //! The program as people and scripts meet it: exit codes, one clear line for what went wrong, nothing touched.
 
+mod checkers;
+mod images;
 mod nodes;
 mod peers;
 
@@ -208,7 +210,7 @@ fn images_are_made_once_and_shown() {
         let path = dir.join(name).to_str().unwrap().to_owned();
         let create = ["image", "create", &path, "--size", "64M"];
         assert_eq!(understudy(&create).code, 0);
-        assert_refused(dir, &create, 1, &[name]);
+        assert_refused(dir, &create, 3, &[name]);
         let shown = understudy(&["image", "inspect", &path, "--json"]);
         let value: serde_json::Value = serde_json::from_str(&shown.out).unwrap();
         assert_eq!(value["format"], format);

@@ -30,6 +30,8 @@ use understudy::{
     storage::{Storage, file::FileStorage},
 };
 
+mod vhd;
+
 const MIB: u64 = 1 << 20;
 
 #[derive(Deserialize)]
@@ -46,17 +48,7 @@ struct Sample {
 }
 
 /// Samples that this program does not read yet, each with the reason. It must refuse them; none is passed in silence.
-const NOT_YET: [(&str, &str); 9] = [
-    ("qemu/virtualpc-dynamic.vhd.bz2", "VHD"),
-    ("dfvfs/ext2.vhd.gz", "VHD"),
-    ("dfvfs/image-differential.vhd.gz", "VHD"),
-    ("dfvfs/image.vhd.gz", "VHD"),
-    ("plaso/image.vhd.gz", "VHD"),
-    ("vhd-forensic/minimal.vhd.gz", "VHD"),
-    ("vhd-forensic/original-size-mismatch.vhd.gz", "VHD"),
-    ("qemu-10.0.2/dyn.vhd.gz", "VHD"),
-    ("qemu-10.0.2/fixed.vhd.gz", "VHD"),
-];
+const NOT_YET: [(&str, &str); 0] = [];
 
 fn ids() -> Arc<dyn Ids> {
     Arc::new(SystemIds::default())
@@ -166,7 +158,7 @@ fn samples_read_as_their_makers_meant() {
     let dir = tempfile::tempdir().unwrap();
     let (mut read, mut refused) = (0, 0);
     for sample in &catalog(&shared.join("disks")) {
-        if differencing::is_child(&sample.file) {
+        if differencing::is_child(&sample.file) || vhd::is_one(sample) {
             continue;
         }
         let path = dir.path().join("image");
@@ -419,9 +411,19 @@ fn raw_is_never_guessed() {
         logical_sector: 512,
         physical_sector: 4096,
     };
-    image::create(&storage, Format::Raw, geometry, None, ids().as_ref()).unwrap();
+    image::create(
+        &storage,
+        &image::CreateOptions::new(Format::Raw, geometry),
+        ids().as_ref(),
+    )
+    .unwrap();
     assert_eq!(image::detect(&storage).unwrap(), None);
-    image::create(&storage, Format::Vhdx, geometry, None, ids().as_ref()).unwrap_err();
+    image::create(
+        &storage,
+        &image::CreateOptions::new(Format::Vhdx, geometry),
+        ids().as_ref(),
+    )
+    .unwrap_err();
     assert_eq!("vhdx".parse(), Ok(Format::Vhdx));
     assert!("VHDX ".parse::<Format>().is_err());
 }

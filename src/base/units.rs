@@ -144,6 +144,15 @@ impl Extent {
         self.offset + self.len
     }
 
+    /// Whether they share a byte. Ends past 64 bits count as the last byte.
+    pub const fn overlaps(self, other: Self) -> bool {
+        let (end, other_end) = (
+            self.offset.saturating_add(self.len),
+            other.offset.saturating_add(other.len),
+        );
+        self.offset < other_end && other.offset < end
+    }
+
     /// One past the last byte, or nothing if that does not fit 64 bits.
     pub const fn checked_end(self) -> Option<u64> {
         self.offset.checked_add(self.len)

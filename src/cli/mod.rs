@@ -18,6 +18,7 @@ use std::{fmt, io::IsTerminal as _, process::ExitCode};
 use clap::Parser;
 
 use self::output::Output;
+use crate::node::{convert::ConvertError, images::ImageError};
 
 /// Disaster recovery for the disks of virtual machines: mount VM disks, track every write, replicate, fail over.
 #[derive(Debug, Parser)]
@@ -44,7 +45,7 @@ enum Verb {
     Replica(replica::ReplicaArgs),
     /// Show what the nodes of this host are doing.
     Status(status::StatusArgs),
-    /// Create and examine image files.
+    /// Create, examine, check and convert image files.
     Image(image::ImageArgs),
     /// Measure throughput and latency of files and mounts, side by side.
     Bench(bench::BenchArgs),
@@ -117,6 +118,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 
 fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause.is::<Refused>()
+        || matches!(cause.downcast_ref(), Some(ImageError::InUse(_)))
+        || cause.downcast_ref().is_some_and(ConvertError::is_refusal)
         || cause.is::<crate::protocol::message::Refusal>()
         || cause
             .downcast_ref::<crate::net::DialError>()

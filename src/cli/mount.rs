@@ -39,7 +39,7 @@ pub struct MountArgs {
     #[arg(long, value_name = "NAME")]
     machine: Option<Name>,
     /// Format of the images [default: what their suffix says]. Contents are never guessed from.
-    #[arg(long, value_name = "raw|vhdx")]
+    #[arg(long, value_name = "raw|vhd|vhdx")]
     format: Option<Format>,
     /// The folder that holds the parents of differencing images, below which they are looked for; never written to.
     #[arg(long, value_name = "DIR")]

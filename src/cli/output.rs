@@ -48,18 +48,7 @@ impl Output {
 
     /// A failure with its causes, outermost first, each said once.
     pub fn failure(&self, error: &anyhow::Error) {
-        let mut text = String::from("understudy: ");
-        let mut said = String::new();
-        for (depth, cause) in error.chain().enumerate() {
-            let cause = cause.to_string();
-            if said.contains(&cause) {
-                continue;
-            }
-            let separator = if depth == 0 { "" } else { ": " };
-            let _ = write!(text, "{separator}{cause}");
-            said.push_str(&cause);
-        }
-        eprintln!("{text}");
+        eprintln!("understudy: {}", chain(error.as_ref()));
     }
 
     /// What is being done now: on a terminal one line that the next one overwrites, elsewhere nothing.
@@ -97,6 +86,20 @@ impl Output {
     }
 }
 
+/// An error with its causes, outermost first, each said once.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = String::new();
+    for cause in anyhow::Chain::new(error) {
+        let cause = cause.to_string();
+        if text.contains(&cause) {
+            continue;
+        }
+        let separator = if text.is_empty() { "" } else { ": " };
+        let _ = write!(text, "{separator}{cause}");
+    }
+    text
+}
+
 /// A running progress display.
 #[derive(Debug)]
 pub struct Progress {
@@ -122,6 +125,15 @@ impl Progress {
                 crate::base::units::Bytes(total),
             );
             eprintln!("{}: {}0 %, {done} of {total}", self.what, tenths.min(10));
+        }
+    }
+
+    /// It is complete, or it failed and the failure is told elsewhere.
+    pub fn finish_if(self, complete: bool) {
+        match (complete, &self.bar) {
+            (true, _) => self.finish(),
+            (false, Some(bar)) => bar.finish_and_clear(),
+            (false, None) => {}
         }
     }
 

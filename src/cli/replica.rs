@@ -31,7 +31,7 @@ pub struct ReplicaArgs {
     #[arg(long, value_name = "NAME", required = true)]
     allow: Vec<Name>,
     /// Format of the replica's images [default: the primary's].
-    #[arg(long, value_name = "raw|vhdx")]
+    #[arg(long, value_name = "raw|vhd|vhdx")]
     format: Option<Format>,
     /// Recovery points to keep as delta logs beside the images; 0 keeps only the latest state.
     #[arg(long, value_name = "N", default_value_t = 0)]

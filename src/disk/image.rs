@@ -2,9 +2,12 @@
 
 use std::{fmt, io, str::FromStr, sync::Arc};
 
+pub use super::vhdx::Kind;
 use super::{
-    Disk, Geometry, Opening,
+    Access, Disk, Geometry, Opening,
+    check::Report,
     raw::{RawDisk, RawError},
+    vhd::{self, VhdDisk},
     vhdx::{self, VhdxDisk},
 };
 use crate::{
@@ -18,6 +21,8 @@ use crate::{
 pub enum Format {
     /// The disk's bytes and nothing else.
     Raw,
+    /// Virtual PC's and Hyper-V's format before that, and Azure's.
+    Vhd,
     /// Hyper-V's format since 2012.
     Vhdx,
 }
@@ -28,6 +33,9 @@ pub enum OpenError {
     /// As a raw image.
     #[error(transparent)]
     Raw(#[from] RawError),
+    /// As a VHD image.
+    #[error(transparent)]
+    Vhd(#[from] vhd::OpenError),
     /// As a VHDX image.
     #[error(transparent)]
     Vhdx(#[from] vhdx::OpenError),
@@ -36,6 +44,9 @@ pub enum OpenError {
 /// Why an image is not made.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
+    /// As a VHD image.
+    #[error(transparent)]
+    Vhd(#[from] vhd::CreateError),
     /// As a VHDX image.
     #[error(transparent)]
     Vhdx(#[from] vhdx::CreateError),
@@ -57,7 +68,7 @@ pub enum CreateError {
 
 /// A text that names no format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no image format is called {0:?}; there are raw and vhdx")]
+#[error("no image format is called {0:?}; there are raw, vhd and vhdx")]
 pub struct FormatError(String);
 
 /// Opens the image in `storage`, which must have the given format.
@@ -68,37 +79,81 @@ pub fn open(
 ) -> Result<Arc<dyn Disk>, OpenError> {
     Ok(match format {
         Format::Raw => Arc::new(RawDisk::open(storage, opening.access)?),
+        Format::Vhd => Arc::new(VhdDisk::open(storage, opening)?),
         Format::Vhdx => Arc::new(VhdxDisk::open(storage, opening)?),
     })
 }
 
-/// The format that the first eight bytes name. Nothing is said of raw images, which have no signature: a guest writes
-/// every byte of one and could make it look like anything, so a file is raw only if a person says so.
+/// The format whose signs the file bears: the first eight bytes, or, for a fixed VHD, the footer at its end. Two formats
+/// at once are none. Nothing is said of raw images, which have no signature: a guest writes every byte of one and could
+/// make it look like anything, so a file is raw only if a person says so.
 pub fn detect(storage: &dyn Storage) -> io::Result<Option<Format>> {
-    let mut signature = [0; vhdx::SIGNATURE.len()];
-    match storage.read_at(0, &mut signature) {
-        Ok(()) => Ok((signature == *vhdx::SIGNATURE).then_some(Format::Vhdx)),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-        Err(error) => Err(error),
+    let mut signature = [0; 8];
+    let first = match storage.read_at(0, &mut signature) {
+        Ok(()) if signature == *vhdx::SIGNATURE => Some(Format::Vhdx),
+        Ok(()) if signature == *vhd::SIGNATURE => Some(Format::Vhd),
+        Ok(()) => None,
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    Ok(match (first, vhd::is_fixed(storage)?) {
+        (Some(Format::Vhdx), true) => None,
+        (None, true) => Some(Format::Vhd),
+        (first, _) => first,
+    })
+}
+
+/// Checks the image in `storage`, which must have the given format, without changing it. A read that fails is a finding
+/// like any other.
+pub fn check(storage: &Arc<dyn Storage>, format: Format) -> Report {
+    match format {
+        Format::Raw => Report::of_opening(RawDisk::open(Arc::clone(storage), Access::ReadOnly)),
+        Format::Vhd => vhd::check(storage),
+        Format::Vhdx => vhdx::check(storage),
     }
 }
 
-/// Makes an image in the empty `storage`, durable: a dynamic VHDX, or a sparse raw file. `block_size` is in bytes and
-/// for VHDX only.
+/// What a new image is to be. What is not given is as usual for the format; what it cannot have is an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// How the file stores the disk.
+    pub format: Format,
+    /// Size and sectors. A raw image keeps only the size, and so does a VHD, whose sectors have 512 bytes.
+    pub geometry: Geometry,
+    /// Whether blocks take space from the beginning. Not for raw images.
+    pub kind: Option<Kind>,
+    /// Bytes of a block. Not for raw images.
+    pub block_size: Option<u32>,
+}
+
+impl CreateOptions {
+    /// An image as usual for `format`.
+    pub fn new(format: Format, geometry: Geometry) -> Self {
+        Self {
+            format,
+            geometry,
+            kind: None,
+            block_size: None,
+        }
+    }
+}
+
+/// Makes an image in the empty `storage`, durable. A VHD has no word for sectors larger than 512 bytes: physical ones do
+/// not matter to it, logical ones are refused.
 pub fn create(
     storage: &dyn Storage,
-    format: Format,
-    geometry: Geometry,
-    block_size: Option<u32>,
+    options: &CreateOptions,
     ids: &dyn Ids,
 ) -> Result<(), CreateError> {
-    match format {
-        Format::Raw => create_raw(storage, geometry, block_size),
+    let geometry = options.geometry;
+    match options.format {
+        Format::Raw => create_raw(storage, options),
+        Format::Vhd => create_vhd(storage, options, ids),
         Format::Vhdx => {
             let options = vhdx::CreateOptions {
                 size: geometry.size,
-                block_size: block_size.unwrap_or(vhdx::BLOCK_BYTES_DEFAULT),
-                kind: vhdx::Kind::Dynamic,
+                block_size: options.block_size.unwrap_or(vhdx::BLOCK_BYTES_DEFAULT),
+                kind: options.kind.unwrap_or(Kind::Dynamic),
                 logical_sector: geometry.logical_sector,
                 physical_sector: geometry.physical_sector,
             };
@@ -107,20 +162,19 @@ pub fn create(
     }
 }
 
-fn create_raw(
-    storage: &dyn Storage,
-    geometry: Geometry,
-    block_size: Option<u32>,
-) -> Result<(), CreateError> {
+fn create_raw(storage: &dyn Storage, options: &CreateOptions) -> Result<(), CreateError> {
     let refuse = |what: String| CreateError::Options {
         format: Format::Raw,
         what,
     };
-    let size = geometry.size;
+    let size = options.geometry.size;
     if size == 0 || size > DISK_BYTES_MAX || !size.is_multiple_of(SECTOR_BYTES) {
         return Err(refuse(format!("a size of {size} bytes")));
     }
-    if let Some(block_size) = block_size {
+    if let Some(kind) = options.kind {
+        return Err(refuse(format!("the kind {kind}")));
+    }
+    if let Some(block_size) = options.block_size {
         return Err(refuse(format!("blocks of {block_size} bytes")));
     }
     let len = storage.len()?;
@@ -131,10 +185,46 @@ fn create_raw(
     Ok(storage.sync()?)
 }
 
+fn create_vhd(
+    storage: &dyn Storage,
+    options: &CreateOptions,
+    ids: &dyn Ids,
+) -> Result<(), CreateError> {
+    let Geometry {
+        size,
+        logical_sector,
+        ..
+    } = options.geometry;
+    if u64::from(logical_sector) != SECTOR_BYTES {
+        return Err(CreateError::Options {
+            format: Format::Vhd,
+            what: format!("sectors of {logical_sector} bytes"),
+        });
+    }
+    let kind = match options.kind {
+        None | Some(Kind::Dynamic) => vhd::Kind::Dynamic,
+        Some(Kind::Fixed) => vhd::Kind::Fixed,
+        Some(Kind::Differencing) => vhd::Kind::Differencing,
+    };
+    if let (vhd::Kind::Fixed, Some(block_size)) = (kind, options.block_size) {
+        return Err(CreateError::Options {
+            format: Format::Vhd,
+            what: format!("blocks of {block_size} bytes when it is fixed"),
+        });
+    }
+    let options = vhd::CreateOptions {
+        size,
+        block_size: options.block_size.unwrap_or(vhd::BLOCK_BYTES_DEFAULT),
+        kind,
+    };
+    Ok(vhd::create(storage, &options, ids)?)
+}
+
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Raw => "raw",
+            Self::Vhd => "vhd",
             Self::Vhdx => "vhdx",
         })
     }
@@ -146,6 +236,7 @@ impl FromStr for Format {
     fn from_str(text: &str) -> Result<Self, FormatError> {
         match text {
             "raw" => Ok(Self::Raw),
+            "vhd" => Ok(Self::Vhd),
             "vhdx" => Ok(Self::Vhdx),
             _ => Err(FormatError(text.to_owned())),
         }

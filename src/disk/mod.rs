@@ -1,11 +1,14 @@
 //! Floor 2: what a guest sees. A [`Disk`] is bytes `0..size`; an image format gives it a place in a file.
 //!
-//! Reading order: this seam, then `raw`, then `parents`, then `vhdx`, then `image`, the one door to all formats.
+//! Reading order: this seam, then `raw`, then `parents`, then `vhd` and `vhdx`, then `image`, the one door to all formats;
+//! `check` is what their checkers find.
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod image;
 pub mod parents;
 pub mod raw;
+pub mod vhd;
 pub mod vhdx;
 
 use std::{fmt, io, sync::Arc};

@@ -65,7 +65,7 @@ pub enum ImageError {
         source: io::Error,
     },
     /// Another process serves it.
-    #[error("image {} is in use by another node", .0.display())]
+    #[error("image {} is in use by another process", .0.display())]
     InUse(PathBuf),
     /// The content is not what the format demands.
     #[error("image {} ({format}) cannot be used", path.display())]
@@ -122,8 +122,10 @@ impl ImageConfig {
     }
 }
 
-fn suffix_format(path: &Path) -> Option<Format> {
+/// The format that a file's suffix tells.
+pub fn suffix_format(path: &Path) -> Option<Format> {
     match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
+        "vhd" | "avhd" => Some(Format::Vhd),
         "vhdx" | "avhdx" => Some(Format::Vhdx),
         "raw" | "img" => Some(Format::Raw),
         _ => None,
@@ -155,16 +157,7 @@ impl OpenImage {
             path: path.clone(),
             source,
         };
-        let lock = File::open(path).map_err(failed)?;
-        let locked = match access {
-            Access::ReadOnly => lock.try_lock_shared(),
-            Access::ReadWrite => lock.try_lock(),
-        };
-        match locked {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(ImageError::InUse(path.clone())),
-            Err(TryLockError::Error(source)) => return Err(failed(source)),
-        }
+        let lock = lock(path, access)?;
         let stamp = stamp(path).map_err(failed)?;
         let storage = FileStorage::open(path, access).map_err(failed)?;
         let opening = config.opening(access, ids)?;
@@ -181,6 +174,24 @@ impl OpenImage {
             stamp,
             _lock: lock,
         })
+    }
+}
+
+/// Locks the image at `path` for as long as the file returned is open: readers share it, a writer has it alone.
+pub fn lock(path: &Path, access: Access) -> Result<File, ImageError> {
+    let failed = |source| ImageError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let lock = File::open(path).map_err(failed)?;
+    let locked = match access {
+        Access::ReadOnly => lock.try_lock_shared(),
+        Access::ReadWrite => lock.try_lock(),
+    };
+    match locked {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(ImageError::InUse(path.to_owned())),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
     }
 }
 

@@ -14,6 +14,7 @@
 mod admission;
 pub mod control;
 mod conversation;
+pub mod convert;
 mod driver;
 pub mod images;
 mod pipeline;

@@ -330,7 +330,11 @@ impl Shared {
                 .folder
                 .open(&name, Open::CreateNew)
                 .map_err(ReplicaError::io("create", &name))?;
-            let made = image::create(&*storage, disk.format, disk.geometry, None, &*self.ids);
+            let made = image::create(
+                &*storage,
+                &image::CreateOptions::new(disk.format, disk.geometry),
+                &*self.ids,
+            );
             made.map_err(|source| ReplicaError::Image {
                 operation: "create",
                 name,

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod beneath;
+pub mod draft;
 pub mod file;
 pub mod ledger;
 pub mod memory;

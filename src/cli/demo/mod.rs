@@ -156,13 +156,8 @@ fn create_image(path: &Path, size: u64) -> anyhow::Result<()> {
         logical_sector: 512,
         physical_sector: 4096,
     };
-    image::create(
-        &storage,
-        image::Format::Vhdx,
-        geometry,
-        None,
-        &SystemIds::default(),
-    )?;
+    let options = image::CreateOptions::new(image::Format::Vhdx, geometry);
+    image::create(&storage, &options, &SystemIds::default())?;
     Ok(())
 }
 

@@ -46,7 +46,7 @@ pub(super) enum Source {
 
 /// What an entry stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
+pub(super) enum Role {
     Block(u64),
     Bitmap,
     Padding,
@@ -106,11 +106,23 @@ impl Entry {
         self.0.to_le_bytes()
     }
 
-    fn offset(self) -> u64 {
+    /// As it stands in a file that is only looked through: nothing is checked.
+    pub(super) fn from_bytes(bytes: [u8; 8]) -> Self {
+        Self(u64::from_le_bytes(bytes))
+    }
+
+    /// The whole word.
+    pub(super) fn word(self) -> u64 {
+        self.0
+    }
+
+    /// The offset, whatever the state is.
+    pub(super) fn offset(self) -> u64 {
         self.0 & OFFSET_MASK
     }
 
-    fn reserved(self) -> u64 {
+    /// The reserved bits.
+    pub(super) fn reserved(self) -> u64 {
         self.0 & !OFFSET_MASK & !STATE_MASK
     }
 }
@@ -156,7 +168,7 @@ impl Numbering {
     }
 
     /// What an entry stands for.
-    fn role(self, entry: u64) -> Role {
+    pub(super) fn role(self, entry: u64) -> Role {
         let (chunk, within) = (
             entry / (self.chunk_ratio + 1),
             entry % (self.chunk_ratio + 1),
@@ -172,7 +184,7 @@ impl Numbering {
     }
 
     /// The entry of the bitmap of `block`, and at which byte of the bitmap its bits begin.
-    fn bitmap(self, block: u64) -> (u64, u64) {
+    pub(super) fn bitmap(self, block: u64) -> (u64, u64) {
         let entry = block / self.chunk_ratio * (self.chunk_ratio + 1) + self.chunk_ratio;
         (entry, block % self.chunk_ratio * (MIB / self.chunk_ratio))
     }
@@ -259,11 +271,6 @@ impl Bat {
             (entry.offset() != 0).then(|| entry.offset().saturating_add(len))
         });
         ends.filter(|&end| end <= limit).max().unwrap_or(0)
-    }
-
-    /// Each block's state.
-    pub(super) fn states(&self) -> impl Iterator<Item = State> {
-        (0..self.numbering.blocks).filter_map(|block| self.get(block).state())
     }
 
     /// The number of the page that holds the entry of `block`.

@@ -102,11 +102,6 @@ fn read_slots(storage: &dyn Storage) -> Result<[[u8; HEADER_BYTES]; 2], OpenErro
     Ok(slots)
 }
 
-/// Both headers, each if it is valid.
-pub(super) fn copies(storage: &dyn Storage) -> Result<[Option<Header>; 2], OpenError> {
-    Ok(read_slots(storage)?.map(|bytes| decode(&bytes)))
-}
-
 /// The header in `bytes`, if signature and checksum are right.
 pub(super) fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
     let header: Header = format::decode(bytes)?;
@@ -121,7 +116,8 @@ pub(super) fn encode(header: &Header) -> [u8; HEADER_BYTES] {
     bytes
 }
 
-fn check(header: &Header, offset: u64) -> Result<(), OpenError> {
+/// Whether the fields of a valid header, which stands at `offset`, mean something that can be opened.
+pub(super) fn check(header: &Header, offset: u64) -> Result<(), OpenError> {
     if header.version != 1 {
         return Err(OpenError::Unsupported(format!(
             "version {} of the format",

@@ -6,7 +6,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    disk::{Geometry, parents::Parents},
+    disk::{Geometry, check::Report, parents::Parents},
     storage::Storage,
 };
 
@@ -15,12 +15,14 @@ use super::{
     bat::State,
     chain,
     error::OpenError,
-    format::{BAT_REGION, FILE_IDENTIFIER_BYTES, FILE_SIGNATURE, METADATA_REGION},
-    header,
+    format::{Header, MetadataEntry, RegionEntry},
+    metadata::{self, IS_REQUIRED, IS_USER, IS_VIRTUAL_DISK},
     open::{Image, Replaying},
+    region,
+    survey::Survey,
 };
 
-/// What is in a file. Offsets and lengths are bytes.
+/// What is in a file. Offsets and lengths are bytes. What a damaged file does not tell is missing, and `report` says why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Inspection {
     /// Length of the file, after its log is replayed.
@@ -29,22 +31,26 @@ pub struct Inspection {
     pub creator: String,
     /// Both headers; nothing in place of a damaged one.
     pub headers: [Option<HeaderCopy>; 2],
+    /// The number of the header that counts, 1 or 2.
+    pub current_header: Option<usize>,
     /// Where the log is, and what it holds.
     pub log: Log,
-    /// All regions.
-    pub regions: Vec<Region>,
-    /// Whether one copy of the region table is damaged or unlike the other.
-    pub region_tables_differ: bool,
+    /// Both region tables; nothing in place of a damaged one. The first good one counts.
+    pub region_tables: [Option<Vec<Region>>; 2],
+    /// All metadata items, known or not.
+    pub metadata: Vec<Item>,
     /// Size and sectors of the disk.
-    pub geometry: Geometry,
+    pub geometry: Option<Geometry>,
     /// Dynamic, fixed or differencing.
-    pub kind: Kind,
+    pub kind: Option<Kind>,
     /// Bytes of a block.
-    pub block_size: u64,
+    pub block_size: Option<u64>,
     /// The identity that a guest sees.
-    pub disk_id: Uuid,
+    pub disk_id: Option<Uuid>,
     /// How many blocks are in which state.
-    pub blocks: Blocks,
+    pub blocks: Option<Blocks>,
+    /// What a check of the file finds.
+    pub report: Report,
     /// How a differencing image names its parent.
     pub parent: Option<ParentLocator>,
 }
@@ -73,8 +79,6 @@ pub struct Ancestor {
     pub block_size: u64,
     /// What its child's locator names.
     pub data_write: Uuid,
-    /// How many blocks are in which state.
-    pub blocks: Blocks,
 }
 
 /// A valid header.
@@ -88,6 +92,10 @@ pub struct HeaderCopy {
     pub data_write: Uuid,
     /// The log in use; nil if there is none.
     pub log: Uuid,
+    /// Version of the format: 1.
+    pub version: u16,
+    /// Version of the log: 0.
+    pub log_version: u16,
 }
 
 /// The log.
@@ -97,8 +105,26 @@ pub struct Log {
     pub offset: u64,
     /// How long it is.
     pub len: u64,
-    /// Entries that an open replays: more than none means that the file was not closed.
-    pub entries: u64,
+    /// What it holds.
+    #[serde(flatten)]
+    pub state: LogState,
+}
+
+/// What a log holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum LogState {
+    /// Nothing: the file was closed.
+    Clean,
+    /// Entries that an open replays: the file was not closed.
+    Dirty {
+        /// How many.
+        entries: u64,
+    },
+    /// It was in use and cannot be replayed.
+    Damaged,
+    /// No header tells.
+    Unknown,
 }
 
 /// A region.
@@ -106,12 +132,33 @@ pub struct Log {
 pub struct Region {
     /// Its identity.
     pub id: Uuid,
-    /// `bat`, `metadata`, or `unknown`.
+    /// `BAT`, `metadata`, or `unknown`.
     pub name: &'static str,
     /// Where it starts.
     pub offset: u64,
     /// How long it is.
     pub len: u64,
+    /// Whether a program that does not know it must not open the file.
+    pub required: bool,
+}
+
+/// A metadata item.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Item {
+    /// Its identity.
+    pub id: Uuid,
+    /// What it is, if that is known.
+    pub name: Option<&'static str>,
+    /// Where it starts, from the start of the metadata region.
+    pub offset: u32,
+    /// How long it is.
+    pub len: u32,
+    /// It belongs to a user of the file, not to the format.
+    pub user: bool,
+    /// It belongs to the disk: a child gets a copy.
+    pub virtual_disk: bool,
+    /// A program that does not know it must not open the file.
+    pub required: bool,
 }
 
 /// Blocks by their state.
@@ -131,51 +178,24 @@ pub struct Blocks {
     pub unmapped: u64,
     /// Of no certain content; read as zeros.
     pub undefined: u64,
+    /// In a state that no disk may have.
+    pub reserved: u64,
+    /// Sector bitmaps in the file, of a differencing image.
+    pub bitmaps: u64,
 }
 
-/// Reads every structure of the file in `storage`, as the disk would be opened for reading.
-pub fn inspect(storage: &Arc<dyn Storage>) -> Result<Inspection, OpenError> {
-    let image = Image::read(Arc::clone(storage), &Replaying::InMemory)?;
-    let copies = header::copies(storage.as_ref())?;
-    let log = image.headers.log();
-    let regions = image.regions.all.iter().map(|(id, run)| Region {
-        id: *id,
-        name: match *id {
-            BAT_REGION => "bat",
-            METADATA_REGION => "metadata",
-            _ => "unknown",
-        },
-        offset: run.offset,
-        len: run.len,
-    });
-    Ok(Inspection {
-        file_len: image.len,
-        creator: creator(storage.as_ref())?,
-        headers: copies.map(|copy| {
-            copy.map(|header| HeaderCopy {
-                sequence: header.sequence,
-                file_write: header.file_write,
-                data_write: header.data_write,
-                log: header.log,
-            })
-        }),
-        log: Log {
-            offset: log.offset,
-            len: log.len,
-            entries: image.replayed,
-        },
-        regions: regions.collect(),
-        region_tables_differ: image.regions.repair.is_some(),
-        geometry: image.parameters.geometry,
-        kind: image.parameters.kind,
-        block_size: image.parameters.block_size,
-        disk_id: image.parameters.disk_id,
-        blocks: count(image.bat.states()),
-        parent: image.locator.map(|locator| ParentLocator {
-            id: locator.id,
-            entries: locator.entries,
-        }),
-    })
+impl Blocks {
+    /// The counter of a state.
+    pub(super) fn of(&mut self, state: State) -> &mut u64 {
+        match state {
+            State::NotPresent => &mut self.not_present,
+            State::Undefined => &mut self.undefined,
+            State::Zero => &mut self.zero,
+            State::Unmapped => &mut self.unmapped,
+            State::FullyPresent => &mut self.present,
+            State::PartiallyPresent => &mut self.partial,
+        }
+    }
 }
 
 /// The parents of the image in `storage`, nearest first, if all of them are there and belong together. None for an
@@ -193,41 +213,82 @@ pub fn ancestors(
         kind: image.parameters.kind,
         block_size: image.parameters.block_size,
         data_write: image.headers.current().data_write,
-        blocks: count(image.bat.states()),
     };
     Ok(chain.into_iter().map(ancestor).collect())
 }
 
-fn count(states: impl Iterator<Item = State>) -> Blocks {
-    let mut blocks = Blocks::default();
-    for state in states {
-        blocks.total += 1;
-        *match state {
-            State::NotPresent => &mut blocks.not_present,
-            State::Undefined => &mut blocks.undefined,
-            State::Zero => &mut blocks.zero,
-            State::Unmapped => &mut blocks.unmapped,
-            State::FullyPresent => &mut blocks.present,
-            State::PartiallyPresent => &mut blocks.partial,
-        } += 1;
+/// Reads every structure of the file in `storage`, past every fault, and changes nothing.
+pub fn inspect(storage: &Arc<dyn Storage>) -> Inspection {
+    let survey = Survey::of(storage);
+    let header = survey
+        .current
+        .and_then(|number| survey.headers[number].as_ref());
+    let log = Log {
+        offset: header.map_or(0, |header| header.log_offset),
+        len: header.map_or(0, |header| u64::from(header.log_len)),
+        state: survey.log,
+    };
+    let parameters = survey.parameters;
+    Inspection {
+        file_len: survey.len,
+        headers: survey
+            .headers
+            .each_ref()
+            .map(|copy| copy.as_ref().map(header_copy)),
+        current_header: survey.current.map(|number| number + 1),
+        log,
+        region_tables: survey.tables.each_ref().map(|table| {
+            table
+                .as_ref()
+                .map(|table| table.iter().map(told_region).collect())
+        }),
+        metadata: survey.items.iter().map(told_item).collect(),
+        geometry: parameters.map(|parameters| parameters.geometry),
+        kind: parameters.map(|parameters| parameters.kind),
+        block_size: parameters.map(|parameters| parameters.block_size),
+        disk_id: parameters.map(|parameters| parameters.disk_id),
+        blocks: survey.blocks,
+        parent: survey.locator.map(|locator| ParentLocator {
+            id: locator.id,
+            entries: locator.entries,
+        }),
+        creator: survey.creator,
+        report: survey.report,
     }
-    blocks
 }
 
-/// The creator's name up to its first NUL; what is not text is shown as such.
-fn creator(storage: &dyn Storage) -> Result<String, OpenError> {
-    let mut bytes = [0; FILE_IDENTIFIER_BYTES];
-    storage
-        .read_at(0, &mut bytes)
-        .map_err(OpenError::reading("file identifier", 0))?;
-    let (units, _) = bytes[FILE_SIGNATURE.len()..].as_chunks::<2>();
-    let units = units
-        .iter()
-        .map(|unit| u16::from_le_bytes(*unit))
-        .take_while(|&unit| unit != 0);
-    Ok(char::decode_utf16(units)
-        .map(|unit| unit.unwrap_or(char::REPLACEMENT_CHARACTER))
-        .collect())
+fn header_copy(header: &Header) -> HeaderCopy {
+    HeaderCopy {
+        sequence: header.sequence,
+        file_write: header.file_write,
+        data_write: header.data_write,
+        log: header.log,
+        version: header.version,
+        log_version: header.log_version,
+    }
+}
+
+fn told_region(entry: &RegionEntry) -> Region {
+    Region {
+        id: entry.id,
+        name: region::name(entry.id),
+        offset: entry.offset,
+        len: u64::from(entry.len),
+        required: entry.required & 1 == 1,
+    }
+}
+
+fn told_item(entry: &MetadataEntry) -> Item {
+    let is_user = entry.flags & IS_USER != 0;
+    Item {
+        id: entry.id,
+        name: metadata::name(entry.id).filter(|_| !is_user),
+        offset: entry.offset,
+        len: entry.len,
+        user: is_user,
+        virtual_disk: entry.flags & IS_VIRTUAL_DISK != 0,
+        required: entry.flags & IS_REQUIRED != 0,
+    }
 }
 
 #[cfg(test)]
@@ -257,21 +318,26 @@ mod tests {
         let disk =
             VhdxDisk::open(Arc::clone(&storage), &Opening::new(Access::ReadWrite, ids)).unwrap();
         disk.write_at(0, &[1; 512], Fua::No).unwrap();
-        let dirty = inspect(&storage).unwrap();
+        let dirty = inspect(&storage);
         assert!(dirty.creator.starts_with("understudy "));
-        assert_eq!(dirty.blocks.present, 1);
-        assert_eq!(dirty.blocks.not_present, 9);
-        assert_eq!(dirty.log.entries, 2, "the empty one and the block's");
-        assert_eq!(dirty.disk_id, disk.disk_id());
+        let blocks = dirty.blocks.unwrap();
+        assert_eq!((blocks.present, blocks.not_present), (1, 9));
+        // The empty one and the block's.
+        assert_eq!(dirty.log.state, LogState::Dirty { entries: 2 });
+        assert_eq!(dirty.disk_id, Some(disk.disk_id()));
+        assert!(dirty.report.is_sound(), "{:?}", dirty.report);
         disk.close().unwrap();
-        let clean = inspect(&storage).unwrap();
-        assert_eq!(clean.log.entries, 0);
+        let clean = inspect(&storage);
+        assert_eq!(clean.log.state, LogState::Clean);
+        assert_eq!(clean.report, Report::default());
+        assert_eq!(clean.metadata.len(), 5);
         assert_eq!(clean.file_len, 5 << 20);
         let [Some(first), Some(second)] = clean.headers else {
             panic!("both headers are good");
         };
         assert_eq!(first.sequence.abs_diff(second.sequence), 1);
         assert_eq!(first.log, Uuid::nil());
-        assert_eq!(clean.regions.len(), 2);
+        assert_eq!(clean.region_tables[0].as_ref().unwrap().len(), 2);
+        assert_eq!(clean.region_tables[0], clean.region_tables[1]);
     }
 }

@@ -24,9 +24,9 @@ use super::{
 };
 
 const ENTRY_BYTES: usize = 32;
-const IS_USER: u32 = 1;
-const IS_VIRTUAL_DISK: u32 = 2;
-const IS_REQUIRED: u32 = 4;
+pub(super) const IS_USER: u32 = 1;
+pub(super) const IS_VIRTUAL_DISK: u32 = 2;
+pub(super) const IS_REQUIRED: u32 = 4;
 const LEAVE_BLOCKS_ALLOCATED: u32 = 1;
 const HAS_PARENT: u32 = 2;
 
@@ -180,9 +180,8 @@ impl<'a> Items<'a> {
             .read_at(region.offset, &mut table)
             .map_err(OpenError::reading("metadata table", region.offset))?;
         let entries = decode_table(&table).ok_or_else(|| corrupt("not a table".into()))?;
-        check_entries(&entries, region.len).map_err(corrupt)?;
-        if entries.iter().any(|entry| entry.id == INCOMPLETE_FILE) {
-            return Err(corrupt("its maker has not finished it".into()));
+        if let Some(problem) = problems(&entries, region.len).into_iter().next() {
+            return Err(corrupt(problem));
         }
         if let Some(unknown) = entries.iter().find(|entry| !may_ignore(entry)) {
             return Err(OpenError::Unsupported(format!(
@@ -190,11 +189,20 @@ impl<'a> Items<'a> {
                 unknown.id
             )));
         }
-        Ok(Self {
+        Ok(Self::of(storage, region, entries))
+    }
+
+    /// The items of a table that is not to be trusted: for those who look through a damaged file.
+    pub(super) fn of(
+        storage: &'a dyn Storage,
+        region: Extent,
+        entries: Vec<MetadataEntry>,
+    ) -> Self {
+        Self {
             storage,
             region,
             entries,
-        })
+        }
     }
 
     /// The parent locator.
@@ -224,7 +232,8 @@ impl<'a> Items<'a> {
     }
 }
 
-fn decode_table(table: &[u8]) -> Option<Vec<MetadataEntry>> {
+/// The entries of a table, if signature and count are right.
+pub(super) fn decode_table(table: &[u8]) -> Option<Vec<MetadataEntry>> {
     let header: MetadataTableHeader = format::decode(table)?;
     let count = usize::from(header.count);
     if count > TABLE_ENTRIES_MAX {
@@ -238,56 +247,65 @@ fn decode_table(table: &[u8]) -> Option<Vec<MetadataEntry>> {
 }
 
 /// Whether the item is known, or need not be.
-fn may_ignore(entry: &MetadataEntry) -> bool {
-    let known = [
-        FILE_PARAMETERS,
-        VIRTUAL_DISK_SIZE,
-        VIRTUAL_DISK_ID,
-        LOGICAL_SECTOR,
-        PHYSICAL_SECTOR,
-        PARENT_LOCATOR,
-    ];
-    let known = entry.flags & IS_USER == 0 && known.contains(&entry.id);
+pub(super) fn may_ignore(entry: &MetadataEntry) -> bool {
+    let known = entry.flags & IS_USER == 0 && name(entry.id).is_some();
     known || entry.flags & IS_REQUIRED == 0
 }
 
-/// Places, lengths and flags of all items, wanted or not.
-fn check_entries(entries: &[MetadataEntry], region_len: u64) -> Result<(), String> {
+/// What people call a known item.
+pub(super) fn name(id: Uuid) -> Option<&'static str> {
+    Some(match id {
+        FILE_PARAMETERS => "file parameters",
+        VIRTUAL_DISK_SIZE => "disk size",
+        VIRTUAL_DISK_ID => "disk identity",
+        LOGICAL_SECTOR => "logical sector size",
+        PHYSICAL_SECTOR => "physical sector size",
+        PARENT_LOCATOR => "parent locator",
+        _ => return None,
+    })
+}
+
+/// Everything that is wrong with places, lengths and flags of the items, wanted or not.
+pub(super) fn problems(entries: &[MetadataEntry], region_len: u64) -> Vec<String> {
+    let mut problems = Vec::new();
     let mut names: Vec<(Uuid, bool)> = Vec::with_capacity(entries.len());
-    let mut runs: Vec<Extent> = Vec::with_capacity(entries.len());
+    let mut runs: Vec<(Extent, Uuid)> = Vec::with_capacity(entries.len());
     for entry in entries {
         let id = entry.id;
-        let user = entry.flags & IS_USER != 0;
         let run = Extent::new(u64::from(entry.offset), u64::from(entry.len));
         if entry.flags & !(IS_USER | IS_VIRTUAL_DISK | IS_REQUIRED) != 0 {
-            return Err(format!("item {id} has reserved flags set"));
+            problems.push(format!("item {id} has reserved flags set"));
         }
+        let user = entry.flags & IS_USER != 0;
         if user && entry.flags & IS_REQUIRED != 0 {
-            return Err(format!("item {id} is a user's and required"));
+            problems.push(format!("item {id} is a user's and required"));
+        }
+        if id == INCOMPLETE_FILE {
+            problems.push("its maker has not finished it".into());
         }
         if entry.len > METADATA_ITEM_BYTES_MAX
             || run.end() > region_len
             || (entry.len != 0 && run.offset < METADATA_TABLE_BYTES)
         {
-            return Err(format!(
-                "item {id} cannot be {} bytes at {:#x} of the region",
-                run.len, run.offset
+            let Extent { offset, len } = run;
+            problems.push(format!(
+                "item {id} cannot be {len} bytes at {offset:#x} of the region"
             ));
         }
         names.push((id, user));
         if run.len > 0 {
-            runs.push(run);
+            runs.push((run, id));
         }
     }
     names.sort_unstable();
-    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(format!("item {} is there twice", twice[0].0));
+    for twice in names.windows(2).filter(|pair| pair[0] == pair[1]) {
+        problems.push(format!("item {} is there twice", twice[0].0));
     }
     runs.sort_unstable();
-    if runs.windows(2).any(|pair| pair[0].end() > pair[1].offset) {
-        return Err("two items overlap".into());
+    for pair in runs.windows(2).filter(|pair| pair[0].0.overlaps(pair[1].0)) {
+        problems.push(format!("items {} and {} overlap", pair[0].1, pair[1].1));
     }
-    Ok(())
+    problems
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {

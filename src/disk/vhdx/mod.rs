@@ -4,7 +4,8 @@
 //! metadata; `open` puts these together; `locator` names the parent of a differencing disk, `chain` opens it and its own,
 //! `bitmap` tells which sectors are in which file; `space` finds room; `flight` knows who is still looking at an old
 //! place; `disk` is the disk, `write` how blocks come and go, `flush` how all of it becomes durable; `create` makes new
-//! files and `inspect` tells what is in one.
+//! files; `survey` looks through a whole file past its faults, for `check`, which finds them, and `inspect`, which shows
+//! the rest.
 //!
 //! # A write's journey
 //! ```text
@@ -39,6 +40,7 @@
 mod bat;
 mod bitmap;
 mod chain;
+mod check;
 mod create;
 mod disk;
 mod error;
@@ -54,13 +56,16 @@ mod occupancy;
 mod open;
 mod region;
 mod space;
+mod survey;
 mod write;
 
+pub use check::check;
 pub use create::{ParentPaths, create, create_child};
 pub use disk::VhdxDisk;
 pub use error::{CreateError, OpenError};
 pub use inspect::{
-    Ancestor, Blocks, HeaderCopy, Inspection, Log, ParentLocator, Region, ancestors, inspect,
+    Ancestor, Blocks, HeaderCopy, Inspection, Item, Log, LogState, ParentLocator, Region,
+    ancestors, inspect,
 };
 
 /// The first bytes of every VHDX file.
@@ -81,6 +86,16 @@ pub enum Kind {
     Fixed,
     /// As dynamic, over a parent that holds what was not written.
     Differencing,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Dynamic => "dynamic",
+            Self::Fixed => "fixed",
+            Self::Differencing => "differencing",
+        })
+    }
 }
 
 /// What a new disk is to be.

@@ -44,6 +44,21 @@ impl Occupancy {
         self.end * MIB
     }
 
+    /// Whether a block could have this place if nothing else had it.
+    pub(super) fn holds(&self, run: Extent, last: bool) -> bool {
+        let past = if last { run.len - 1 } else { 0 };
+        self.check(run, self.file_len.saturating_add(past)).is_ok()
+    }
+
+    /// How many bytes before [`end`](Self::end) nothing has taken, and where the first of them is.
+    pub(super) fn unused(&self) -> (u64, Option<u64>) {
+        let mut free = (0..self.end)
+            .filter(|&unit| !self.is_taken(unit))
+            .peekable();
+        let first = free.peek().map(|unit| unit * MIB);
+        (to_u64(free.count()) * MIB, first)
+    }
+
     /// Places for blocks of `block_size` in the gaps between what is taken.
     pub(super) fn gaps(&self, block_size: u64) -> Vec<u64> {
         let wanted = block_size / MIB;

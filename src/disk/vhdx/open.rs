@@ -42,8 +42,6 @@ pub(super) struct Image {
     /// The file, or the view of it that its log makes.
     pub(super) storage: Arc<dyn Storage>,
     pub(super) headers: Headers,
-    /// Entries of the log that were replayed.
-    pub(super) replayed: u64,
     pub(super) regions: Regions,
     pub(super) parameters: Parameters,
     /// Where the parent is, if it has one.
@@ -72,7 +70,7 @@ impl Image {
                 "it lies past the end of the file",
             ));
         }
-        let (storage, replayed) = replay_log(storage, replay, &mut headers)?;
+        let storage = replay_log(storage, replay, &mut headers)?;
         let len = file_len(storage.as_ref())?;
         let regions = Regions::read(storage.as_ref())?;
         let mut taken = Occupancy::new(len);
@@ -88,7 +86,6 @@ impl Image {
         Ok(Self {
             storage,
             headers,
-            replayed,
             regions,
             parameters,
             locator,
@@ -130,22 +127,22 @@ fn file_len(storage: &dyn Storage) -> Result<u64, OpenError> {
     Ok(len)
 }
 
-/// Brings about what a dirty log holds, in the file or over it, and counts its entries.
+/// Brings about what a dirty log holds, in the file or over it.
 fn replay_log(
     storage: Arc<dyn Storage>,
     how: &Replaying<'_>,
     headers: &mut Headers,
-) -> Result<(Arc<dyn Storage>, u64), OpenError> {
+) -> Result<Arc<dyn Storage>, OpenError> {
     let log = headers.current().log;
     if log.is_nil() {
-        return Ok((storage, 0));
+        return Ok(storage);
     }
     let place = headers.log();
     let replay = Replay::read(storage.as_ref(), place, log)?;
     let entries = to_u64(replay.entries);
     tracing::info!(entries, "the image was not closed: its log is replayed");
     let Replaying::InPlace(ids) = how else {
-        return Ok((Arc::new(Overlay::new(storage, replay)), entries));
+        return Ok(Arc::new(Overlay::new(storage, replay)));
     };
     let header_failed = || OpenError::writing("header", HEADER_OFFSETS[0]);
     let file_write = ids.uuid();
@@ -159,5 +156,5 @@ fn replay_log(
     headers
         .update(storage.as_ref(), |header| header.log = Uuid::nil())
         .map_err(header_failed())?;
-    Ok((storage, entries))
+    Ok(storage)
 }

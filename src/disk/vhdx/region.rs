@@ -63,50 +63,82 @@ impl Regions {
 
     fn check(entries: &[RegionEntry], offset: u64) -> Result<Self, OpenError> {
         let corrupt = |problem: String| OpenError::corrupt("region table", offset, problem);
-        let mut all: Vec<(Uuid, Extent)> = Vec::with_capacity(entries.len());
-        for entry in entries {
-            let RegionEntry {
-                id, offset, len, ..
-            } = *entry;
-            let run = Extent::new(offset, u64::from(len));
-            if !offset.is_multiple_of(MIB)
-                || offset < MIB
-                || len == 0
-                || !run.len.is_multiple_of(MIB)
-                || run.checked_end().is_none()
-            {
-                return Err(corrupt(format!(
-                    "region {id} cannot be {len} bytes at {offset:#x}"
-                )));
-            }
-            if entry.required > 1 {
-                return Err(corrupt(format!("region {id} has reserved bits set")));
-            }
-            if all.iter().any(|(other, _)| *other == id) {
-                return Err(corrupt(format!("region {id} is there twice")));
-            }
-            if entry.required == 1 && id != BAT_REGION && id != METADATA_REGION {
-                return Err(OpenError::Unsupported(format!("the region {id}")));
-            }
-            all.push((id, run));
+        if let Some(problem) = problems(entries).into_iter().next() {
+            return Err(corrupt(problem));
         }
-        let find = |wanted: Uuid, name: &str| {
+        if let Some(unknown) = entries.iter().find(|entry| is_needed(entry)) {
+            return Err(OpenError::Unsupported(format!("the region {}", unknown.id)));
+        }
+        let all: Vec<(Uuid, Extent)> = entries
+            .iter()
+            .map(|entry| (entry.id, place(entry)))
+            .collect();
+        let find = |wanted: Uuid| {
             let found = all.iter().find(|(id, _)| *id == wanted);
             found
                 .map(|(_, run)| *run)
-                .ok_or_else(|| corrupt(format!("there is no {name} region")))
+                .expect("it is a problem if one is missing")
         };
         Ok(Self {
-            bat: find(BAT_REGION, "BAT")?,
-            metadata: find(METADATA_REGION, "metadata")?,
+            bat: find(BAT_REGION),
+            metadata: find(METADATA_REGION),
             all,
             repair: None,
         })
     }
 }
 
+/// Everything that is wrong with the entries of a table.
+pub(super) fn problems(entries: &[RegionEntry]) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut ids = std::collections::BTreeSet::new();
+    for entry in entries {
+        let (id, run) = (entry.id, place(entry));
+        if !run.offset.is_multiple_of(MIB)
+            || run.offset < MIB
+            || run.len == 0
+            || !run.len.is_multiple_of(MIB)
+            || run.checked_end().is_none()
+        {
+            let Extent { offset, len } = run;
+            problems.push(format!("region {id} cannot be {len} bytes at {offset:#x}"));
+        }
+        if entry.required > 1 {
+            problems.push(format!("region {id} has reserved bits set"));
+        }
+        if !ids.insert(id) {
+            problems.push(format!("region {id} is there twice"));
+        }
+    }
+    for id in [BAT_REGION, METADATA_REGION] {
+        if !ids.contains(&id) {
+            problems.push(format!("there is no {} region", name(id)));
+        }
+    }
+    problems
+}
+
+/// Whether nobody may open the file who does not know this region, and nobody here does.
+pub(super) fn is_needed(entry: &RegionEntry) -> bool {
+    entry.required == 1 && entry.id != BAT_REGION && entry.id != METADATA_REGION
+}
+
+/// What people call a region.
+pub(super) fn name(id: Uuid) -> &'static str {
+    match id {
+        BAT_REGION => "BAT",
+        METADATA_REGION => "metadata",
+        _ => "unknown",
+    }
+}
+
+/// Where a region is, by its own account.
+pub(super) fn place(entry: &RegionEntry) -> Extent {
+    Extent::new(entry.offset, u64::from(entry.len))
+}
+
 /// The entries of the table in `bytes`, if signature, count and checksum are right.
-fn decode(bytes: &[u8]) -> Option<Vec<RegionEntry>> {
+pub(super) fn decode(bytes: &[u8]) -> Option<Vec<RegionEntry>> {
     let header: RegionTableHeader = format::decode(bytes)?;
     let count = to_usize(u64::from(header.count));
     if count > TABLE_ENTRIES_MAX || header.checksum != checksum_of([bytes, &[]]) {

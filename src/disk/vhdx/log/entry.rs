@@ -137,6 +137,12 @@ impl Ring<'_> {
         (self.is_sound(&entry) && self.checksum(&entry) == header.checksum).then_some(entry)
     }
 
+    /// The log and the sequence number that an entry at `position` claims to have, valid or not.
+    pub(super) fn claimed(&self, position: u64) -> Option<(Uuid, u64)> {
+        let header: LogEntryHeader = format::decode(self.sector(position, 0))?;
+        Some((header.log, header.sequence))
+    }
+
     /// The changes of a valid entry, in order.
     pub(super) fn changes(&self, entry: &LogEntry) -> impl Iterator<Item = Change> {
         let mut sector = descriptor_sectors(entry.descriptors);

@@ -34,6 +34,8 @@ pub(in super::super) struct Replay {
     len: u64,
     /// Entries replayed.
     pub(in super::super) entries: usize,
+    /// File offset of the entry behind the head, if a crash left it torn.
+    pub(in super::super) torn: Option<u64>,
 }
 
 impl Replay {
@@ -71,6 +73,7 @@ impl Replay {
             zeros: Vec::new(),
             len: len.max(head.last_file_offset.next_multiple_of(MIB)),
             entries: active.len(),
+            torn: torn_after(&ring, head, log),
         };
         for change in active.iter().flat_map(|entry| ring.changes(entry)) {
             replay.add(change);
@@ -155,6 +158,14 @@ fn active_sequence(ring: &Ring<'_>, log: Uuid) -> Option<Vec<LogEntry>> {
         }
     }
     newest
+}
+
+/// Where an entry begins that should follow `head` and is not whole.
+fn torn_after(ring: &Ring<'_>, head: &LogEntry, log: Uuid) -> Option<u64> {
+    let position = (head.position + head.len) % to_u64(ring.bytes.len());
+    let (found, sequence) = ring.claimed(position)?;
+    (found == log && Some(sequence) == head.sequence.checked_add(1))
+        .then_some(ring.place.offset + position)
 }
 
 /// A file seen as if its log had been replayed.

@@ -39,7 +39,7 @@ fn set_linkage(child: &Subject, second: bool, text: &str) {
 
 fn data_write(image: &Subject) -> uuid::Uuid {
     let file: Arc<dyn Storage> = Arc::clone(&image.storage) as _;
-    let [first, _] = inspect(&file).unwrap().headers;
+    let [first, _] = inspect(&file).headers;
     first.unwrap().data_write
 }
 

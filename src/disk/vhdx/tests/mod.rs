@@ -5,6 +5,7 @@ mod differencing;
 mod hostile;
 mod linkage;
 mod model;
+mod survey;
 mod threads;
 mod traps;
 

@@ -1,0 +1,68 @@
+//! How all of it becomes durable: flush and close. One sync is enough, for nothing written since the last one depends on
+//! an order (see `space` and `write`).
+
+use std::{io, sync::atomic::Ordering};
+
+use crate::disk::{Access, DiskError};
+
+use super::disk::{VhdDisk, failed};
+
+impl VhdDisk {
+    /// Makes every acknowledged write durable.
+    pub(super) fn flush_disk(&self) -> Result<(), DiskError> {
+        if self.access == Access::ReadOnly {
+            return Ok(());
+        }
+        self.check_running()?;
+        if !self.written.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.sync().map_err(failed("flush", 0))
+    }
+
+    /// Flushes and leaves the file no longer than need be.
+    pub(super) fn close_disk(&self) -> Result<(), DiskError> {
+        if self.access == Access::ReadOnly {
+            return Ok(());
+        }
+        self.flush_disk()?;
+        if let (Some(blocks), true) = (&self.blocks, self.written.load(Ordering::Acquire)) {
+            blocks
+                .space
+                .lock()
+                .truncate(self.storage.as_ref())
+                .and_then(|()| self.sync())
+                .map_err(|source| {
+                    self.stop("closing the image failed");
+                    failed("flush", 0)(source)
+                })?;
+        }
+        // The first to stop the disk says why; a second close is refused.
+        let _ = self.stopped.set("it was closed".into());
+        Ok(())
+    }
+
+    /// Stops the disk after a failed forced write, unless the host is only out of space.
+    pub(super) fn stop_unless_full(&self, error: &io::Error) {
+        let full = matches!(
+            error.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        );
+        if !full {
+            self.stop("a write that was to be durable failed");
+        }
+    }
+
+    /// Makes everything written so far durable; what a failed sync leaves is unknown, so it is the last one.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        let blocks = self.blocks.as_ref();
+        let changes = blocks.map_or(0, |blocks| blocks.changes.load(Ordering::Acquire));
+        self.storage.sync().inspect_err(|_| {
+            self.stop("an earlier flush failed, and what it was to make durable may be lost");
+        })?;
+        if let Some(blocks) = blocks {
+            blocks.durable.fetch_max(changes, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+}
