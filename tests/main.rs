@@ -6,6 +6,7 @@ mod crash;
 mod cuts;
 mod delta;
 mod formats;
+mod fuzzing;
 mod model;
 mod mount;
 mod net;
