@@ -7,6 +7,7 @@ mod cuts;
 mod delta;
 mod failover;
 mod formats;
+mod fuzzing;
 mod model;
 mod mount;
 mod net;

@@ -4,6 +4,10 @@ use crate::base::units::{Extent, MIB, to_u64, to_usize};
 
 use super::format::FILE_BYTES_MAX;
 
+/// Most gaps that are told, 8 bytes each. A file of nothing but gaps, up to 256 TiB, takes no space on its host and would
+/// have 2^28 of them; what is not told stays unused until the file is opened again.
+const GAPS_MAX: usize = 1 << 20;
+
 /// One bit for each MiB of the file up to the last one taken: at most 32 MiB of memory.
 #[derive(Debug)]
 pub(super) struct Occupancy {
@@ -59,7 +63,7 @@ impl Occupancy {
         (to_u64(free.count()) * MIB, first)
     }
 
-    /// Places for blocks of `block_size` in the gaps between what is taken.
+    /// Places for blocks of `block_size` in the gaps between what is taken: the first of them, at most [`GAPS_MAX`].
     pub(super) fn gaps(&self, block_size: u64) -> Vec<u64> {
         let wanted = block_size / MIB;
         let mut found = Vec::new();
@@ -68,6 +72,9 @@ impl Occupancy {
             free = if self.is_taken(unit) { 0 } else { free + 1 };
             if free == wanted {
                 found.push((unit + 1 - wanted) * MIB);
+                if found.len() == GAPS_MAX {
+                    break;
+                }
                 free = 0;
             }
         }
@@ -147,5 +154,17 @@ mod tests {
         taken.take(run(10, 1)).unwrap();
         assert_eq!(taken.gaps(4 * MIB), [3 * MIB]);
         assert_eq!(taken.gaps(8 * MIB), Vec::<u64>::new());
+    }
+
+    /// A block at the end of a long file without content made a list of 2 GiB.
+    #[test]
+    fn gaps_of_a_hostile_file_are_bounded() {
+        let mut taken = Occupancy::new(FILE_BYTES_MAX);
+        taken
+            .take_block(Extent::new(FILE_BYTES_MAX - MIB, MIB), false)
+            .unwrap();
+        let gaps = taken.gaps(MIB);
+        assert_eq!(gaps.len(), GAPS_MAX);
+        assert_eq!(gaps[0], MIB);
     }
 }

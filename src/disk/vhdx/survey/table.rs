@@ -331,7 +331,10 @@ fn for_each_entry(
     region: Extent,
     mut visit: impl FnMut(u64, Entry),
 ) -> io::Result<()> {
-    let end = region.end().min(storage.len()? / ENTRY_BYTES * ENTRY_BYTES);
+    // A damaged region may start anywhere: entries are counted from there.
+    let stored = storage.len()?.min(region.end());
+    let stored = stored.saturating_sub(region.offset);
+    let end = region.offset + stored / ENTRY_BYTES * ENTRY_BYTES;
     let mut at = region.offset;
     let mut buf = Vec::new();
     while at < end {
@@ -339,15 +342,13 @@ fn for_each_entry(
             break;
         };
         // Whole entries, whatever the boundaries of the host's holes are.
-        let start = data.offset.max(at) / ENTRY_BYTES * ENTRY_BYTES;
+        let skipped = data.offset.max(at) - region.offset;
+        let start = region.offset + skipped / ENTRY_BYTES * ENTRY_BYTES;
         if start >= end {
             break;
         }
-        at = data
-            .end()
-            .next_multiple_of(ENTRY_BYTES)
-            .min(end)
-            .min(start + READ_BYTES);
+        let len = (data.end() - start).next_multiple_of(ENTRY_BYTES);
+        at = (start + len).min(end).min(start + READ_BYTES);
         buf.resize(to_usize(at - start), 0);
         storage.read_at(start, &mut buf)?;
         for (number, word) in ((start - region.offset) / ENTRY_BYTES..).zip(buf.as_chunks::<8>().0)
