@@ -4,6 +4,7 @@ mod crash;
 mod differencing;
 mod enumeration;
 mod hostile;
+mod identity;
 mod large;
 mod linkage;
 mod model;
