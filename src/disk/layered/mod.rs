@@ -3,7 +3,7 @@
 //! # The file
 //! | offset | content |
 //! |---|---|
-//! | 0 | header, see [`header`] |
+//! | 0 | header, see `header` |
 //! | 4096 | map: one byte for each 4 KiB block of the disk |
 //! | a multiple of 1 MiB | data: block `n` at `n * 4096` from here |
 //!

@@ -3,7 +3,7 @@
 //! I/O goes through the host's page cache. What is acknowledged therefore survives the death of the process, and a
 //! sync makes it survive a power cut; there is no alignment to keep and no second copy to align writes with.
 //!
-//! The exception are the long writes of a file that is written aside ([`FileStorage::written_aside`]): see [`direct`].
+//! The exception are the long writes of a file that is written aside ([`FileStorage::written_aside`]): see `direct`.
 
 mod direct;
 

@@ -1,4 +1,4 @@
-//! [`Storage`] and [`Folder`] in memory, with a power supply that can be cut.
+//! [`Storage`](super::Storage) and [`Folder`](super::Folder) in memory, with a power supply that can be cut.
 //!
 //! Every file and folder of one [`Power`] shares its fate. Each changing call (write, zero, set length, sync, create,
 //! rename, remove) is one step; [`Power::cut_after`] lets a number of steps happen and fails every later one, and
