@@ -15,4 +15,5 @@ mod replicate;
 mod roles;
 mod staging;
 mod support;
+mod swap;
 mod tidy;

@@ -18,6 +18,12 @@ pub const INDEX_FRAMES_MAX: u64 = MIB;
 /// Most frames of a delta log: a reader of the log spends about 150 bytes of memory for each, 2.4 GiB in all. A primary
 /// with more scattered blocks than that in one epoch sends clean blocks between them along: frames of 1 MiB cover 16 TiB.
 pub const DELTA_FRAMES_MAX: u64 = 16 * MIB;
+/// Highest epoch of a point that somebody else may name: a cut each millisecond gets there in 146 million years, and as many
+/// fit behind it before the number overflows.
+pub const EPOCH_MAX: u64 = 1 << 62;
+/// Most runs in which the difference between two hosts is told: 24 MiB of memory. Where there are more, neighbours are told
+/// as one run, with the equal blocks between them.
+pub const DIVERGENCE_RUNS_MAX: usize = 1 << 20;
 /// Memory for pre-images of one machine, in bytes. When it is full the epoch is merged into the next one.
 pub const PRESERVE_BYTES_MAX: u64 = 256 * MIB;
 /// Delta-log bytes that a primary may send beyond what the replica has made durable.

@@ -34,6 +34,8 @@ use crate::{
 pub const HEADER_BYTES: u64 = 4096;
 const MAGIC: &[u8; 8] = b"USTRACK1";
 const FIELDS: usize = 48;
+/// Ends the name of a file that is being made.
+const FRESH: &str = ".new";
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// What a tracking file is for.
@@ -52,6 +54,10 @@ pub enum Slot {
     A,
     /// The second.
     B,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Map(Slot::A), Self::Map(Slot::B), Self::Intent];
 }
 
 impl Slot {
@@ -90,12 +96,7 @@ pub struct Owner {
 impl Owner {
     /// Name of the file of this `kind`.
     pub fn file_name(&self, kind: Kind) -> String {
-        let suffix = match kind {
-            Kind::Map(Slot::A) => "map-a",
-            Kind::Map(Slot::B) => "map-b",
-            Kind::Intent => "intent",
-        };
-        format!("disk-{}.{suffix}", self.disk)
+        file_name(self.disk, kind)
     }
 
     /// The header's bytes for the mount number `mount`.
@@ -150,7 +151,7 @@ impl Owner {
         mount: u64,
     ) -> io::Result<Arc<dyn Storage>> {
         let name = self.file_name(kind);
-        let fresh = format!("{name}.new");
+        let fresh = format!("{name}{FRESH}");
         state.forget(&name);
         let storage = state.folder().open(&fresh, Open::Create)?;
         storage.set_len(0)?;
@@ -168,4 +169,23 @@ impl Owner {
         state.folder().sync()?;
         Ok(storage)
     }
+}
+
+/// Whether `name` is that of a tracking file, of whatever disk, or of one that a crash left half made.
+pub fn is_tracking_file(name: &str) -> bool {
+    let name = name.strip_suffix(FRESH).unwrap_or(name);
+    let disk = name.strip_prefix("disk-").and_then(|rest| {
+        let (disk, _) = rest.split_once('.')?;
+        disk.parse().ok().map(DiskIndex)
+    });
+    disk.is_some_and(|disk| Kind::ALL.iter().any(|&kind| file_name(disk, kind) == name))
+}
+
+fn file_name(disk: DiskIndex, kind: Kind) -> String {
+    let suffix = match kind {
+        Kind::Map(Slot::A) => "map-a",
+        Kind::Map(Slot::B) => "map-b",
+        Kind::Intent => "intent",
+    };
+    format!("disk-{disk}.{suffix}")
 }

@@ -149,6 +149,11 @@ impl Hot {
         self.table.lock().logged.len()
     }
 
+    /// The hot regions, in ascending order.
+    pub fn regions(&self) -> Vec<u64> {
+        self.table.lock().logged.iter().copied().collect()
+    }
+
     /// Empties the log. The caller has flushed the image and synced the maps, and no write is in flight.
     pub fn clear(&self) -> io::Result<()> {
         let mut table = self.table.lock();

@@ -9,8 +9,9 @@ use super::record::ResyncReason;
 use crate::{
     base::{
         clock::Timestamp,
-        ids::{Lineage, Name},
-        units::Epoch,
+        ids::{Lineage, MachineId, Name},
+        limits::EPOCH_MAX,
+        units::{DiskIndex, Epoch},
     },
     disk::DiskError,
     storage::ledger::LedgerError,
@@ -90,12 +91,69 @@ pub enum MachineError {
         /// Blocks that are still owed.
         owed: u64,
     },
+    /// A run of a disk that the machine does not have.
+    #[error(
+        "a run at offset {offset:#x} of disk number {disk}, but the machine has {disks} disks: compare the disk tables of both hosts"
+    )]
+    UnknownDisk {
+        /// The disk, counted from 0.
+        disk: DiskIndex,
+        /// Where the run begins, in bytes.
+        offset: u64,
+        /// Disks of the machine.
+        disks: usize,
+    },
+    /// A run that leaves its disk.
+    #[error(
+        "{len} bytes at offset {offset:#x} lie outside of disk {disk}, which has {size} bytes: compare the sizes on both hosts"
+    )]
+    OutsideDisk {
+        /// The disk.
+        disk: Name,
+        /// Where the run begins, in bytes.
+        offset: u64,
+        /// Bytes of the run.
+        len: u64,
+        /// Bytes of the disk.
+        size: u64,
+    },
+    /// A point that no machine can have reached.
+    #[error(
+        "epoch {0} is above {EPOCH_MAX}, the highest there can be: the point it names is damaged"
+    )]
+    EpochTooHigh(Epoch),
     /// The maps can no longer be trusted; the next open marks everything.
     #[error("{0}: a resync is needed")]
     TrackingLost(String),
     /// The machine was closed.
     #[error("the machine was closed")]
     Closed,
+}
+
+/// The tracking of a machine could not be removed completely. What is gone is gone: the machine is new at its next open,
+/// or the call is repeated.
+#[derive(Debug, thiserror::Error)]
+pub enum ForgetError {
+    /// The node's store failed.
+    #[error("cannot remove the record of machine {machine} from the node's store")]
+    Record {
+        /// The machine.
+        machine: MachineId,
+        /// What the store said.
+        #[source]
+        source: LedgerError,
+    },
+    /// The state folder failed.
+    #[error("cannot {what} in the state folder of machine {machine}")]
+    Files {
+        /// What was to be done.
+        what: String,
+        /// The machine.
+        machine: MachineId,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// What an initial copy sends.

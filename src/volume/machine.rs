@@ -6,7 +6,8 @@
 //! [`Machine::staged`] ends the epoch when the replica has it durably. If the connection breaks,
 //! [`Machine::disconnected`] makes everything owed again, and [`Machine::reconcile`] finds out on the next one what the
 //! replica holds. Epoch 0 is the initial copy: [`Machine::begin_initial_copy`] opens it, and
-//! [`Machine::copied`] shrinks it as parts of it become durable.
+//! [`Machine::copied`] shrinks it as parts of it become durable. A machine whose history began on another host starts with
+//! [`Machine::continue_from`] instead; see [`swap`](super::swap).
 //!
 //! # Crash contract
 //! The record in the node's store is durable before a call returns. Bits of an epoch are cleared after the record says
@@ -32,6 +33,7 @@ use super::{
 use crate::{
     base::{
         ids::{Lineage, MachineId, Name},
+        limits::EPOCH_MAX,
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent},
     },
     disk::Content,
@@ -43,7 +45,7 @@ use crate::{
 /// A protected machine on its primary host.
 #[derive(Debug)]
 pub struct Machine {
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
     volumes: Vec<Arc<Volume>>,
 }
 
@@ -105,6 +107,7 @@ impl Machine {
         self.record(&mut control, "the initial copy", |record| {
             record.copying = true;
             record.lineage = None;
+            record.origin = None;
             record.pending = None;
             record.resync = None;
         })?;
@@ -131,6 +134,7 @@ impl Machine {
     /// has until that epoch is complete.
     pub fn begin_resync(&self, head: Lineage) -> Result<(), MachineError> {
         let mut control = self.control()?;
+        check_epoch(head)?;
         let mut takes = self.core.takes.lock();
         // Marked and durable before the record says what they are changes to.
         let open = self.mark_held(&mut control, CopyScope::Everything)?;
@@ -402,7 +406,7 @@ impl Machine {
         Ok(())
     }
 
-    fn control(&self) -> Result<MutexGuard<'_, Control>, MachineError> {
+    pub(super) fn control(&self) -> Result<MutexGuard<'_, Control>, MachineError> {
         let control = self.core.control.lock();
         if control.closed {
             return Err(MachineError::Closed);
@@ -413,7 +417,7 @@ impl Machine {
         }
     }
 
-    fn record(
+    pub(super) fn record(
         &self,
         control: &mut Control,
         what: &'static str,
@@ -506,7 +510,7 @@ impl Machine {
     }
 
     /// A failed sync is final: what it was to make durable is lost from the page cache or not, nobody knows.
-    fn sync_failed(
+    pub(super) fn sync_failed(
         &self,
         control: &mut Control,
         disk: &Tracked,
@@ -521,7 +525,6 @@ impl Machine {
         }
     }
 
-    /// The blocks that an initial copy of `scope` sends, for each disk.
     /// Merges the closing epoch and durably marks what the disks hold in the open map, whose slot it returns.
     fn mark_held(&self, control: &mut Control, scope: CopyScope) -> Result<Slot, MachineError> {
         let held = self.allocated(scope)?;
@@ -537,6 +540,7 @@ impl Machine {
         Ok(open)
     }
 
+    /// The blocks that an initial copy of `scope` sends, for each disk.
     fn allocated(&self, scope: CopyScope) -> Result<Vec<Bits>, MachineError> {
         let disks = self.core.disks.iter().map(|disk| {
             let blocks = disk.blocks().end;
@@ -563,6 +567,14 @@ impl Machine {
         });
         disks.collect()
     }
+}
+
+/// Refuses a point behind which epochs could run out of numbers: it comes from another host.
+pub(super) fn check_epoch(point: Lineage) -> Result<(), MachineError> {
+    if point.epoch.0 > EPOCH_MAX {
+        return Err(MachineError::EpochTooHigh(point.epoch));
+    }
+    Ok(())
 }
 
 fn state_error(what: &'static str, disk: Name, source: io::Error) -> MachineError {

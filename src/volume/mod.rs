@@ -1,10 +1,9 @@
 //! Floor 3: a disk that remembers what was written to it, and the machine whose disks are cut together.
 //!
 //! [`Volume`] is what a guest writes to; [`Machine`] is what the sender of a replica talks to: it cuts epochs, takes what
-//! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), [`answers`] (what it
-//! says), `core` (the shared
-//! state and its locks), [`disk`] (the write path), [`take`] (what the sender reads), `open` (what a restart finds),
-//! [`record`] (what the node's store remembers).
+//! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), [`swap`] (what changes when roles do),
+//! [`answers`] (what it says), `core` (the shared state and its locks), [`disk`] (the write path), [`take`] (what the
+//! sender reads), `open` (what a restart finds), [`record`] (what the node's store remembers).
 //!
 //! # One epoch's journey
 //! ```text
@@ -26,18 +25,20 @@ pub mod disk;
 pub mod machine;
 mod open;
 pub mod record;
+pub mod swap;
 pub mod take;
 
 pub use crate::protocol::sender::Side;
 
 pub use self::{
     answers::{
-        CopyScope, Counters, Cut, CutRefused, MachineError, MachineState, Reconcile, ReplicaHead,
-        Standing,
+        CopyScope, Counters, Cut, CutRefused, ForgetError, MachineError, MachineState, Reconcile,
+        ReplicaHead, Standing,
     },
     disk::Volume,
     machine::Machine,
     open::{DiskSource, MachineOptions, OpenError},
     record::{ImageStamp, ResyncReason},
+    swap::forget,
     take::{Piece, PieceContent, TakeError, Taken},
 };

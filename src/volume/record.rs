@@ -62,6 +62,9 @@ pub(super) struct Record {
     pub(super) disks: Vec<DiskRecord>,
     /// The head that the replica acknowledged last.
     pub(super) lineage: Option<Lineage>,
+    /// The point that this host continued without having sent it, if its history began so. Tells a call that is
+    /// repeated from one that begins anew.
+    pub(super) origin: Option<Lineage>,
     /// The head that the replica will have if a trailer that was about to be sent arrived.
     pub(super) pending: Option<Lineage>,
     /// Whether an initial copy is under way.
