@@ -229,7 +229,6 @@ pub fn forget(ledger: &Ledger, id: MachineId, state: &StateDir) -> Result<(), Fo
     let folder = state.folder();
     let names = folder.names().map_err(failed("list the files"))?;
     for name in names.iter().filter(|name| is_tracking_file(name)) {
-        state.forget(name);
         match folder.remove(name) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(failed(&format!("remove {name}"))(error));

@@ -6,7 +6,7 @@ use std::{
 };
 
 use understudy::{
-    base::units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_usize},
+    base::units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_u64, to_usize},
     disk::{Disk, DiskError, Fua},
     track::state::StateDir,
     volume::{
@@ -81,6 +81,8 @@ fn a_continued_point_and_what_is_owed_are_one_epoch() {
         host.machine().continue_from(from, &rolled_back).unwrap();
         want.extend([(0, 0), (0, 1), (0, 768)]);
         check_divergence(&host, &want);
+        let owed = host.machine().counters().owed_open_blocks;
+        assert_eq!(owed, to_u64(want.len()), "owed without a new connection");
         // Marks without a write have no hot region.
         want.extend(restart(&mut host, how, &Blocks::new()));
         check_divergence(&host, &want);
@@ -95,6 +97,8 @@ fn a_continued_point_and_what_is_owed_are_one_epoch() {
         host.machine().owe(&theirs).unwrap();
         want.extend([(0, 513), (0, 514), (1, 256)]);
         check_divergence(&host, &want);
+        let owed = host.machine().counters().owed_open_blocks;
+        assert_eq!(owed, to_u64(want.len()), "{how:?}");
         want.extend(restart(&mut host, how, &Blocks::from([(0, 512)])));
         // Both steps done again by a host that does not know how far it came.
         host.machine().continue_from(from, &rolled_back).unwrap();
@@ -150,6 +154,12 @@ fn a_machine_is_at_rest_only_if_nothing_happened_since_the_point() {
     let head = ReplicaHead::At(point(10, 1));
     assert_eq!(host.machine().reconcile(head).unwrap(), Reconcile::AckLost);
     assert_eq!(host.machine().at_rest(), Some(point(10, 1)));
+    // What the peer may hold of another history means nothing for the point that is continued.
+    host.machine().cut().unwrap();
+    host.machine().pending(point(11, 3)).unwrap();
+    host.machine().merge();
+    host.machine().continue_from(point(30, 4), &[]).unwrap();
+    assert_eq!(host.machine().at_rest(), Some(point(30, 4)));
     let copy = CopyScope::Allocated;
     host.machine().begin_initial_copy(copy).unwrap();
     assert_eq!(host.machine().at_rest(), None, "a copy");
@@ -242,6 +252,8 @@ fn a_closing_epoch_does_not_complete_without_what_is_owed() {
         Taken::Piece(piece) => piece,
         other => panic!("{other:?}"),
     };
+    host.write(1, 8192, 512, 2).unwrap();
+    check_divergence(&host, &Blocks::from([(0, 0), (0, 1), (1, 2)]));
     machine.owe(&[]).unwrap();
     assert_eq!(machine.closing_epoch(), Some(Epoch(8)), "nothing to add");
     machine.owe(&[run(1, 0, 1)]).unwrap();
@@ -255,8 +267,11 @@ fn a_closing_epoch_does_not_complete_without_what_is_owed() {
     let epoch = machine.cut().unwrap().epoch;
     let mut log = vec![first];
     log.extend(drain(machine, Side::Closing, epoch).unwrap());
-    assert_eq!(blocks_in(&log), Blocks::from([(0, 0), (0, 1), (1, 0)]));
-    assert_eq!(log.len(), 3, "what was sent is not sent again");
+    assert_eq!(
+        blocks_in(&log),
+        Blocks::from([(0, 0), (0, 1), (1, 0), (1, 2)])
+    );
+    assert_eq!(log.len(), 4, "what was sent is not sent again");
     machine.staged(point(9, 9)).unwrap();
     assert_eq!(machine.at_rest(), Some(point(9, 9)));
 }
