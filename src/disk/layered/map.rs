@@ -52,6 +52,8 @@ pub(super) struct Map {
     pages: BTreeMap<u64, Page>,
     /// Pages with blocks whose halves may differ.
     uncertain: BTreeSet<u64>,
+    /// Pages whose high halves were written to the file and are not on the platter yet.
+    settling: BTreeSet<u64>,
     /// Where the map stands in the file.
     at: u64,
     held: u64,
@@ -66,6 +68,7 @@ impl Map {
         Self {
             pages: BTreeMap::new(),
             uncertain: BTreeSet::new(),
+            settling: BTreeSet::new(),
             at: place.offset,
             held: 0,
         }
@@ -143,7 +146,9 @@ impl Map {
 
     /// Whether the file holds all these blocks, and certainly so.
     pub(super) fn all_certain(&self, mut blocks: Range<u64>) -> bool {
-        blocks.all(|block| self.byte(block) == 0x11)
+        blocks.all(|block| {
+            self.byte(block) == 0x11 && !self.settling.contains(&(block / PAGE_BLOCKS))
+        })
     }
 
     /// The state of `block`, and the first block up to `end` that has another, or `end`.
@@ -214,7 +219,7 @@ impl Map {
             .collect()
     }
 
-    /// What blocks were when `before` was taken is certain now; in the file as well, which is not synced.
+    /// What blocks were when `before` was taken is certain once the file is synced, and [`settled`](Self::settled) says so.
     pub(super) fn make_certain(
         &mut self,
         storage: &dyn Storage,
@@ -230,9 +235,36 @@ impl Map {
             if page.iter().all(|byte| byte >> 4 == byte & 0xF) {
                 self.uncertain.remove(number);
             }
+            self.settling.insert(*number);
             let page = self.pages[number].clone();
             self.write(storage, *number, &page)?;
         }
         Ok(())
+    }
+
+    /// The file was synced after [`make_certain`](Self::make_certain).
+    pub(super) fn settled(&mut self) {
+        self.settling.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::MemoryStorage;
+
+    /// A forced write between the change of the high halves and the sync was acknowledged with its data alone, and a
+    /// power cut took the high half that spoke of it.
+    #[test]
+    fn nothing_is_certain_before_the_map_is_on_the_platter() {
+        let storage = MemoryStorage::with_bytes(&[0; 8192]);
+        let mut map = Map::new(Extent::new(4096, 16));
+        map.set(&*storage, 3..5, State::Held).unwrap();
+        assert!(map.all_held(3..5) && !map.all_certain(3..5));
+        let before = map.uncertain();
+        map.make_certain(&*storage, &before).unwrap();
+        assert!(!map.all_certain(3..5));
+        map.settled();
+        assert!(map.all_certain(3..5) && !map.all_certain(3..6));
     }
 }

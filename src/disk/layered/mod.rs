@@ -257,19 +257,22 @@ impl LayeredDisk {
         Ok(())
     }
 
-    /// Syncs, and ends the disk if that fails: what the page cache holds of it means nothing any more.
     fn sync(&self) -> Result<(), DiskError> {
-        self.storage.sync().map_err(|source| {
-            self.stopped.store(true, Ordering::Release);
-            let distrusted = Header {
-                boot: Uuid::nil(),
-                ..self.header
-            };
-            if let Err(error) = distrusted.write(&*self.storage) {
-                tracing::warn!(%error, "cannot note in a layer that its sync failed");
-            }
-            failed("flush", 0)(source)
-        })
+        self.storage.sync().map_err(|source| self.end(source))
+    }
+
+    /// Ends the disk after a failed sync, or a failed write of what is certain: what the page cache holds of the file
+    /// means nothing any more.
+    fn end(&self, source: io::Error) -> DiskError {
+        self.stopped.store(true, Ordering::Release);
+        let distrusted = Header {
+            boot: Uuid::nil(),
+            ..self.header
+        };
+        if let Err(error) = distrusted.write(&*self.storage) {
+            tracing::warn!(%error, "cannot note in a layer that its flush failed");
+        }
+        failed("flush", 0)(source)
     }
 }
 
@@ -361,8 +364,10 @@ impl Disk for LayeredDisk {
         self.map
             .write()
             .make_certain(&*self.storage, &uncertain)
-            .map_err(failed("flush", 0))?;
-        self.sync()
+            .map_err(|source| self.end(source))?;
+        self.sync()?;
+        self.map.write().settled();
+        Ok(())
     }
 
     fn run_at(&self, offset: u64) -> Result<(Extent, Content), DiskError> {

@@ -292,6 +292,21 @@ fn a_failed_sync_ends_the_disk_and_the_trust_in_what_was_not_flushed() {
     );
 }
 
+/// What is certain could not be written: memory may say more than the file, so the disk goes no further.
+#[test]
+fn a_failed_write_of_what_is_certain_ends_the_disk() {
+    let power = Power::new();
+    let storage = MemoryStorage::new(&power);
+    let disk = open(&storage, 1).unwrap();
+    disk.write_at(0, &[1; 4096], Fua::No).unwrap();
+    power.fail_after(1, io::ErrorKind::StorageFull);
+    assert!(disk.flush().is_err());
+    assert!(matches!(
+        disk.write_at(0, &[2; 512], Fua::Yes),
+        Err(DiskError::Stopped(_))
+    ));
+}
+
 #[test]
 fn a_layer_belongs_to_its_base() {
     let storage = MemoryStorage::new(&Power::new());
