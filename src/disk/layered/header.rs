@@ -4,13 +4,15 @@
 //! |---|---|---|
 //! | 0  | 8  | magic, `UNDERLYR` |
 //! | 8  | 2  | version, 1 |
-//! | 10 | 6  | reserved, zero |
+//! | 10 | 2  | 1 since a fold began, before that 0 |
+//! | 12 | 4  | reserved, zero |
 //! | 16 | 8  | size of the disk in bytes |
 //! | 24 | 32 | what the base holds: the chain hash of its recovery point |
 //! | 56 | 16 | the boot of the host in which the low halves of the map are right |
 //! | 72 | 4  | CRC-32C of bytes 0..72 |
 //!
-//! Numbers are little-endian.
+//! Numbers are little-endian. A program that knows no folds takes a layer whose fold began for one of a later version:
+//! over its base it would show the disk without what was folded.
 
 use std::io::{self, Cursor};
 
@@ -43,6 +45,8 @@ pub(super) struct Header {
     pub(super) identity: Digest,
     /// In which boot the low halves of the map are right; nil for none.
     pub(super) boot: Uuid,
+    /// The disk below is no longer the base but the one that the layer is folded into.
+    pub(super) folding: bool,
 }
 
 #[binrw]
@@ -50,7 +54,8 @@ pub(super) struct Header {
 struct HeaderBytes {
     magic: [u8; 8],
     version: u16,
-    reserved: [u8; 6],
+    folding: u16,
+    reserved: [u8; 4],
     size: u64,
     identity: [u8; 32],
     boot: [u8; 16],
@@ -75,7 +80,7 @@ impl Header {
         if crc32c(body).to_le_bytes() != *stated {
             return Err(LayerError::Invalid("the checksum of its header is wrong"));
         }
-        if fixed.version != VERSION || fixed.reserved != [0; 6] {
+        if fixed.version != VERSION || fixed.folding > 1 || fixed.reserved != [0; 4] {
             return Err(LayerError::Invalid("it has another version"));
         }
         if fixed.size == 0 || fixed.size > DISK_BYTES_MAX {
@@ -85,6 +90,7 @@ impl Header {
             size: fixed.size,
             identity: Digest(fixed.identity),
             boot: Uuid::from_bytes(fixed.boot),
+            folding: fixed.folding == 1,
         }))
     }
 
@@ -93,7 +99,8 @@ impl Header {
         let fixed = HeaderBytes {
             magic: MAGIC,
             version: VERSION,
-            reserved: [0; 6],
+            folding: self.folding.into(),
+            reserved: [0; 4],
             size: self.size,
             identity: self.identity.0,
             boot: self.boot.into_bytes(),

@@ -7,12 +7,17 @@ use std::{
 };
 
 use crate::{
-    base::units::{BLOCK_BYTES, Extent, to_u64, to_usize},
+    base::{
+        checksum::is_zero,
+        units::{BLOCK_BYTES, BLOCKS_PER_REGION, Extent, to_u64, to_usize},
+    },
     storage::{Fua, Storage},
 };
 
 /// Blocks of a page.
 const PAGE_BLOCKS: u64 = 4096;
+
+const _: () = assert!(PAGE_BLOCKS.is_multiple_of(BLOCKS_PER_REGION));
 
 /// Where a block comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +57,8 @@ pub(super) struct Map {
     pages: BTreeMap<u64, Page>,
     /// Pages with blocks whose halves may differ.
     uncertain: BTreeSet<u64>,
+    /// Pages whose high halves were written to the file and are not on the platter yet.
+    settling: BTreeSet<u64>,
     /// Where the map stands in the file.
     at: u64,
     held: u64,
@@ -66,6 +73,7 @@ impl Map {
         Self {
             pages: BTreeMap::new(),
             uncertain: BTreeSet::new(),
+            settling: BTreeSet::new(),
             at: place.offset,
             held: 0,
         }
@@ -136,14 +144,11 @@ impl Map {
         page.map_or(0, |page| page[to_usize(block % PAGE_BLOCKS)])
     }
 
-    /// Whether the file holds all these blocks.
-    pub(super) fn all_held(&self, mut blocks: Range<u64>) -> bool {
-        blocks.all(|block| State::now(self.byte(block)) == State::Held)
-    }
-
     /// Whether the file holds all these blocks, and certainly so.
     pub(super) fn all_certain(&self, mut blocks: Range<u64>) -> bool {
-        blocks.all(|block| self.byte(block) == 0x11)
+        blocks.all(|block| {
+            self.byte(block) == 0x11 && !self.settling.contains(&(block / PAGE_BLOCKS))
+        })
     }
 
     /// The state of `block`, and the first block up to `end` that has another, or `end`.
@@ -206,6 +211,32 @@ impl Map {
         Ok(())
     }
 
+    /// The first region in which the layer says anything.
+    pub(super) fn first_region(&self) -> Option<u64> {
+        let (number, page) = self.pages.iter().find(|(_, page)| !is_zero(page))?;
+        let first = page.iter().position(|byte| *byte != 0)?;
+        Some((number * PAGE_BLOCKS + to_u64(first)) / BLOCKS_PER_REGION)
+    }
+
+    /// Blocks of one region come from below again, which the file says already, durably. Memory is given back.
+    pub(super) fn let_go(&mut self, blocks: Range<u64>) {
+        let number = blocks.start / PAGE_BLOCKS;
+        let Some(page) = self.pages.get_mut(&number) else {
+            return;
+        };
+        let start = to_usize(blocks.start % PAGE_BLOCKS);
+        let bytes = &mut page[start..][..to_usize(blocks.end - blocks.start)];
+        let held = bytes
+            .iter()
+            .filter(|byte| State::now(**byte) == State::Held);
+        self.held -= to_u64(held.count());
+        bytes.fill(0);
+        if is_zero(page) {
+            self.pages.remove(&number);
+            self.uncertain.remove(&number);
+        }
+    }
+
     /// The pages with blocks that are not certain.
     pub(super) fn uncertain(&self) -> Uncertain {
         let pages = self.uncertain.iter();
@@ -214,7 +245,7 @@ impl Map {
             .collect()
     }
 
-    /// What blocks were when `before` was taken is certain now; in the file as well, which is not synced.
+    /// What blocks were when `before` was taken is certain once the file is synced, and [`settled`](Self::settled) says so.
     pub(super) fn make_certain(
         &mut self,
         storage: &dyn Storage,
@@ -230,9 +261,37 @@ impl Map {
             if page.iter().all(|byte| byte >> 4 == byte & 0xF) {
                 self.uncertain.remove(number);
             }
+            self.settling.insert(*number);
             let page = self.pages[number].clone();
             self.write(storage, *number, &page)?;
         }
         Ok(())
+    }
+
+    /// The file was synced after [`make_certain`](Self::make_certain).
+    pub(super) fn settled(&mut self) {
+        self.settling.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::MemoryStorage;
+
+    /// A forced write between the change of the high halves and the sync was acknowledged with its data alone, and a
+    /// power cut took the high half that spoke of it.
+    #[test]
+    fn nothing_is_certain_before_the_map_is_on_the_platter() {
+        let storage = MemoryStorage::with_bytes(&[0; 8192]);
+        let mut map = Map::new(Extent::new(4096, 16));
+        map.set(&*storage, 3..5, State::Held).unwrap();
+        assert_eq!(map.segment(3, 16), (State::Held, 5));
+        assert!(!map.all_certain(3..5));
+        let before = map.uncertain();
+        map.make_certain(&*storage, &before).unwrap();
+        assert!(!map.all_certain(3..5));
+        map.settled();
+        assert!(map.all_certain(3..5) && !map.all_certain(3..6));
     }
 }
