@@ -4,6 +4,7 @@
 
 mod bytes;
 mod cuts;
+mod observed;
 mod points;
 mod random;
 mod refusals;
