@@ -66,6 +66,7 @@
 //! - *block*: 4 KiB, the unit of tracking; *region*: 1 MiB, the unit of the intent log.
 //! - *cut*, *epoch*, *delta log* (`.hrl`): see above.
 //! - *recovery point*: a cut that the replica holds complete.
+//! - *rescue point*: what a former primary had when it was replaced, and nobody else has; not part of the history.
 //! - *generation*: a counter of the machine, one more at each promotion, with a random identity: the fencing token.
 //! - *lineage*: an epoch and the chain hash over everything that led to it.
 //! - *primary*, *replica*: the two roles.

@@ -4,9 +4,14 @@
 
 mod bytes;
 mod cuts;
+mod elsewhere;
+mod handover;
+mod observed;
 mod points;
 mod random;
 mod refusals;
+mod rescue;
+mod rescue_cuts;
 mod thinning;
 
 use std::{collections::BTreeMap, sync::Arc};

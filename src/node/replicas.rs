@@ -208,6 +208,7 @@ fn squeezed(squeeze: Squeeze) -> Option<String> {
         Squeeze::AllButOne => {
             "space is short: all recovery points were dropped but the latest and what is in use"
         }
+        Squeeze::NoRescue => "space was short: the rescue point of the former primary was given up",
         Squeeze::Refusing => {
             "space is used up: no more changes are taken; end test failovers, make room, or raise --space-max"
         }

@@ -88,6 +88,17 @@ pub enum ReplicaError {
     /// A recovery point that must go is being looked at.
     #[error("recovery point {0} is in use")]
     PointInUse(Epoch),
+    /// There is no rescue point, or no longer.
+    #[error("there is no rescue point: none was made, or it was dropped")]
+    NoRescue,
+    /// The rescue point must go and is being looked at.
+    #[error("the rescue point is in use: end what looks at it first")]
+    RescueInUse,
+    /// The images do not hold one recovery point and nothing else beside it.
+    #[error(
+        "the replica is not settled on one recovery point: end what looks at others, and settle it"
+    )]
+    NotSettled,
     /// A log is being received.
     #[error("the replica is receiving a delta log")]
     Receiving,

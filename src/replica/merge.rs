@@ -125,6 +125,9 @@ impl Shared {
             None => count,
         };
         let record = state.record.clone()?;
+        if record.rescue.is_some() {
+            return None;
+        }
         let from = record.base.floor()?;
         let logs = state.logs.get(..count)?.to_vec();
         let trailer = logs.last()?.trailer();

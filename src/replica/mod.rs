@@ -16,6 +16,7 @@
 //!   touched, and a merge changes only blocks that the logs above the old base hold again.
 //! - What was acknowledged is durable; what is visible was verified as a whole.
 //! - A view of point P = base images + index over the logs up to P. A merge never goes beyond the oldest view in use.
+//! - As long as a [rescue point](Rescue) is kept, the base images are not written.
 //!
 //! # Crash contract
 //! A cut while receiving leaves `incoming.part`, which the next open removes. A cut between the rename and the record
@@ -36,6 +37,7 @@ mod part;
 mod pins;
 mod record;
 mod recover;
+mod rescue;
 mod retention;
 mod state;
 mod status;
@@ -45,9 +47,10 @@ mod view;
 
 pub use error::{IngestError, ReplicaError};
 pub use fold::FoldReport;
-pub use handover::Adoption;
+pub use handover::{Adoption, GivenImage};
 pub use ingest::{Ingest, IngestEvent, SyncTask};
 pub use merge::MergeReport;
+pub use rescue::Rescue;
 pub use retention::Retention;
 pub use status::{
     Counters, DiskSpec, Head, ImageStatus, Point, ReplicaOptions, ReplicaStatus, Squeeze,

@@ -3,6 +3,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{
+    rescue::Rescue,
+    status::{ImageStatus, image_name},
+};
+
 use crate::{
     base::{
         clock::Timestamp,
@@ -23,6 +28,9 @@ pub(super) struct Record {
     pub(super) generation: Option<Generation>,
     /// Logs beyond the head are being removed, not to be taken up again.
     pub(super) discarding: bool,
+    /// The images stay as they were adopted; what they hold besides the point below is kept for somebody to look at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) rescue: Option<Rescue>,
 }
 
 /// One disk.
@@ -86,7 +94,17 @@ impl Record {
 impl DiskRecord {
     /// The name of the base image.
     pub(super) fn file_name(&self) -> String {
-        format!("{}.{}", self.name, self.format)
+        image_name(&self.name, self.format)
+    }
+
+    /// As others see it.
+    pub(super) fn image(&self) -> ImageStatus {
+        ImageStatus {
+            name: self.name.clone(),
+            file: self.file_name(),
+            format: self.format,
+            geometry: self.geometry,
+        }
     }
 }
 
@@ -97,5 +115,51 @@ impl Base {
             Self::Creating | Self::Copying => None,
             Self::At(point) | Self::Merging { from: point, .. } => Some(*point),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::base::{checksum::Digest, units::Epoch};
+
+    /// A record as it was written before there were rescue points, and as it is written still where there is none.
+    const WITHOUT: &str = concat!(
+        r#"{"disks":[{"name":"sda","geometry":{"size":4096,"logical_sector":512,"physical_sector":4096},"format":"raw"}],"#,
+        r#""base":{"at":{"lineage":LINEAGE,"cut":9,"consistency":"crash","exact":false}},"head":LINEAGE,"#,
+        r#""generation":{"number":2,"id":"00000000-0000-0000-0000-000000000007"},"discarding":false"#,
+    );
+
+    /// What follows where there is one.
+    const RESCUE: &str = concat!(
+        r#","rescue":{"lineage":LINEAGE,"cut":9,"#,
+        r#""generation":{"number":2,"id":"00000000-0000-0000-0000-000000000007"}}"#,
+    );
+
+    #[test]
+    fn a_record_without_a_rescue_point_is_what_it_was() {
+        let lineage = Lineage {
+            epoch: Epoch(7),
+            chain: Digest([1; 32]),
+        };
+        let text = serde_json::to_string(&lineage).unwrap();
+        let golden = |parts: &[&str]| parts.concat().replace("LINEAGE", &text) + "}";
+        let old = golden(&[WITHOUT]);
+        let mut record: Record = serde_json::from_str(&old).unwrap();
+        assert_eq!((record.rescue, record.head), (None, Some(lineage)));
+        assert_eq!(serde_json::to_string(&record).unwrap(), old);
+        record.rescue = Some(Rescue {
+            lineage,
+            cut: Timestamp(9),
+            generation: Generation {
+                number: 2,
+                id: Uuid::from_u128(7),
+            },
+        });
+        let new = golden(&[WITHOUT, RESCUE]);
+        assert_eq!(serde_json::to_string(&record).unwrap(), new);
+        assert_eq!(serde_json::from_str::<Record>(&new).unwrap(), record);
     }
 }

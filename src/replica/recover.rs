@@ -52,7 +52,7 @@ impl MachineReplica {
 
 impl Shared {
     fn recover(&self) -> Result<(), ReplicaError> {
-        let names = self.folder.names().map_err(ReplicaError::io("list", "."))?;
+        let names = self.names()?;
         for name in names.iter().filter(|name| name.ends_with(PART_SUFFIX)) {
             self.remove(name)?;
         }
@@ -164,7 +164,7 @@ impl Shared {
 }
 
 /// The epoch that a log with this file name ends with.
-fn epoch_of(name: &str) -> Option<Epoch> {
+pub(super) fn epoch_of(name: &str) -> Option<Epoch> {
     let digits = name.strip_suffix(LOG_SUFFIX)?;
     let epoch = Epoch(digits.parse().ok()?);
     (name == log_name(epoch)).then_some(epoch)

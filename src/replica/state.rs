@@ -102,8 +102,25 @@ impl State {
         }
     }
 
+    /// The point in the base images, if there is nothing beside it.
+    pub(super) fn settled(&self) -> Option<BasePoint> {
+        let head = self.record.as_ref()?.head;
+        let alone = self.logs.is_empty() && self.unsure.is_none();
+        self.base_point()
+            .filter(|point| alone && head == Some(point.lineage))
+    }
+
+    /// Says that the point of `epoch` is in use.
+    pub(super) fn in_use(&self, epoch: Epoch) -> ReplicaError {
+        match self.rescue() {
+            Some(rescue) if rescue.lineage.epoch == epoch => ReplicaError::RescueInUse,
+            _ => ReplicaError::PointInUse(epoch),
+        }
+    }
+
     /// What retention decides about the point in the base images and those of all logs, in this order. Images that hold
-    /// no point by themselves take part as the place that the first log starts from.
+    /// no point by themselves take part as the place that the first log starts from. Those that a rescue point is in
+    /// stay as if somebody looked at them.
     pub(super) fn decisions(&self, retention: Retention, pins: &Pins) -> Vec<Kept> {
         let floor = self.record.as_ref().and_then(|record| record.base.floor());
         let Some(floor) = floor else {
@@ -120,7 +137,10 @@ impl State {
             whole: true,
         });
         let candidates: Vec<_> = std::iter::once(base).chain(logs).collect();
-        retention.decide(&candidates, |epoch| pins.holds(epoch))
+        let rescue = self.rescue().map(|rescue| rescue.lineage.epoch);
+        retention.decide(&candidates, |epoch| {
+            pins.holds(epoch) || rescue == Some(epoch)
+        })
     }
 
     /// All recovery points, oldest first. What lies between two points that are kept is not one, although its log may
@@ -204,7 +224,7 @@ impl Shared {
             return Err(ReplicaError::Receiving);
         }
         match self.pins.oldest() {
-            Some(epoch) => Err(ReplicaError::PointInUse(epoch)),
+            Some(epoch) => Err(state.in_use(epoch)),
             None => Ok(state),
         }
     }
@@ -263,6 +283,11 @@ impl Shared {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Names of all files in the folder.
+    pub(super) fn names(&self) -> Result<Vec<String>, ReplicaError> {
+        self.folder.names().map_err(ReplicaError::io("list", "."))
     }
 
     pub(super) fn sync_folder(&self) -> Result<(), ReplicaError> {

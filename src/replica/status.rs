@@ -1,6 +1,6 @@
 //! What a replica is told and what it tells: options, points, counters, status.
 
-use super::retention::Retention;
+use super::{rescue::Rescue, retention::Retention};
 use crate::{
     base::{
         clock::Timestamp,
@@ -40,6 +40,17 @@ pub struct DiskSpec {
     pub geometry: Geometry,
     /// The primary's image format.
     pub format: Format,
+}
+
+impl DiskSpec {
+    /// What its image is called in the machine's folder, in the format given here.
+    pub fn file_name(&self) -> String {
+        image_name(&self.name, self.format)
+    }
+}
+
+pub(super) fn image_name(disk: &Name, format: Format) -> String {
+    format!("{disk}.{format}")
 }
 
 /// How far a replica is.
@@ -101,6 +112,8 @@ pub enum Squeeze {
     Finest,
     /// All points but the latest were dropped, or those before the oldest one that is in use.
     AllButOne,
+    /// That was not enough, and the rescue point of a former primary was given up. Said until the replica is opened again.
+    NoRescue,
     /// Nothing more is accepted until there is space; the primary goes on with its maps.
     Refusing,
 }
@@ -142,6 +155,8 @@ pub struct ReplicaStatus {
     pub space_max: Option<u64>,
     /// What the lack of space cost.
     pub squeeze: Squeeze,
+    /// What a former primary had and nobody else has, if it is kept.
+    pub rescue: Option<Rescue>,
     /// Bytes that passed through.
     pub counters: Counters,
     /// The base images.

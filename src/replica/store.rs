@@ -13,7 +13,7 @@ use super::{
     error::ReplicaError,
     record::{Base, DiskRecord, Record},
     state::Shared,
-    status::{Counters, DiskSpec, Head, ImageStatus, Point, ReplicaStatus},
+    status::{Counters, DiskSpec, Head, Point, ReplicaStatus},
 };
 use crate::{
     base::{ids::Name, limits::DISKS_PER_MACHINE_MAX},
@@ -57,6 +57,7 @@ impl MachineReplica {
             head: None,
             generation: None,
             discarding: false,
+            rescue: None,
         };
         for disk in &creating.disks {
             self.refuse_existing(&disk.file_name())?;
@@ -116,6 +117,7 @@ impl MachineReplica {
             log_bytes: state.log_bytes(),
             space_max: self.shared.options.space_max,
             squeeze: state.upkeep.squeeze(),
+            rescue: state.rescue(),
             counters: Counters {
                 received: count(&tally.received),
                 staged: count(&tally.staged),
@@ -123,15 +125,7 @@ impl MachineReplica {
                 folded: count(&tally.folded),
                 image_written: count(&tally.image_written),
             },
-            images: disks
-                .iter()
-                .map(|disk| ImageStatus {
-                    name: disk.name.clone(),
-                    file: disk.file_name(),
-                    format: disk.format,
-                    geometry: disk.geometry,
-                })
-                .collect(),
+            images: disks.iter().map(DiskRecord::image).collect(),
         }
     }
 

@@ -4,6 +4,9 @@
 //!   merge what retention no longer needs -> fold what it does not tell apart, where that pays
 //!   space short:  fold as if only the hourly points were wanted -> merge everything but the latest -> refuse new logs
 //! ```
+//! Above a rescue point nothing is merged: everything but the latest is folded into one log instead, and only where that
+//! is not enough the rescue point is given up, so that merging can go on.
+//!
 //! Space is short above half of the limit, so that there is room for the next log and for the copy that a fold makes,
 //! and when the host's disk was full. No step touches the last complete point, and none goes beyond a point in use.
 
@@ -38,6 +41,8 @@ pub(super) struct UpkeepState {
     pub(super) folding: u64,
     /// The last log found no space.
     full: bool,
+    /// The rescue point was given up for space.
+    rescue_lost: bool,
     dropped: Option<Dropped>,
 }
 
@@ -55,8 +60,18 @@ impl UpkeepState {
         if self.full {
             Squeeze::Refusing
         } else {
-            self.dropped.map_or(Squeeze::None, |dropped| dropped.how)
+            let points = self.dropped.map_or(Squeeze::None, |dropped| dropped.how);
+            if self.rescue_lost {
+                points.max(Squeeze::NoRescue)
+            } else {
+                points
+            }
         }
+    }
+
+    /// The rescue point was given up. It does not come back, so that is not forgiven.
+    pub(super) fn lost_rescue(&mut self) {
+        self.rescue_lost = true;
     }
 
     /// A log was staged.
@@ -96,16 +111,30 @@ impl MachineReplica {
             shared.note(&mut *shared.state()?, Squeeze::Finest);
             return Ok(Some(Upkeep::Folded(report)));
         }
-        let all = shared.state()?.logs.len();
-        let merged = shared.merge_oldest(all)?;
-        if merged.is_some() {
-            shared.note(&mut *shared.state()?, Squeeze::AllButOne);
-        }
-        Ok(merged.map(Upkeep::Merged))
+        shared.keep_only_latest()
     }
 }
 
 impl Shared {
+    /// Drops all points but the latest, or those before the oldest one in use.
+    fn keep_only_latest(&self) -> Result<Option<Upkeep>, ReplicaError> {
+        if self.state()?.rescue().is_some() {
+            if let Some(report) = self.try_fold(Retention::default(), Payoff::Eighth)? {
+                self.note(&mut *self.state()?, Squeeze::AllButOne);
+                return Ok(Some(Upkeep::Folded(report)));
+            }
+            if !self.sacrifice_rescue()? {
+                return Ok(None);
+            }
+        }
+        let all = self.state()?.logs.len();
+        let merged = self.merge_oldest(all)?;
+        if merged.is_some() {
+            self.note(&mut *self.state()?, Squeeze::AllButOne);
+        }
+        Ok(merged.map(Upkeep::Merged))
+    }
+
     /// A fold that finds the disk full is no failure: the merge may still find space.
     fn try_fold(
         &self,

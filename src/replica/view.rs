@@ -6,10 +6,16 @@
 use std::{collections::VecDeque, io, sync::Arc};
 
 use bytes::Bytes;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::{
-    error::ReplicaError, index::LogIndex, pins::Pin, status::Point, store::MachineReplica,
+    error::ReplicaError,
+    index::LogIndex,
+    log::LogFile,
+    pins::Pin,
+    state::{Shared, State},
+    status::Point,
+    store::MachineReplica,
 };
 use crate::{
     base::units::{DiskIndex, Epoch, Extent, to_usize},
@@ -42,10 +48,22 @@ impl MachineReplica {
             .ok_or(ReplicaError::NoPoint(epoch))?;
         let logs = state.logs.iter().filter(|log| log.epoch() <= epoch);
         let logs: Vec<_> = logs.cloned().collect();
+        self.shared.show(state, point, logs)
+    }
+}
+
+impl Shared {
+    /// The base images with `logs` above them.
+    pub(super) fn show(
+        &self,
+        state: MutexGuard<'_, State>,
+        point: Point,
+        logs: Vec<Arc<LogFile>>,
+    ) -> Result<PointView, ReplicaError> {
         let record = state.record.as_ref().ok_or(ReplicaError::NotPrepared)?;
         let geometries: Vec<Geometry> = record.disks.iter().map(|disk| disk.geometry).collect();
         let bases = state.disks.clone();
-        let pin = Arc::new(self.shared.pins.pin(epoch));
+        let pin = Arc::new(self.pins.pin(point.lineage.epoch));
         // The pin holds the merge back; the index may take its time.
         drop(state);
 

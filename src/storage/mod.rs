@@ -4,7 +4,7 @@
 //! one in memory ([`memory`]) that forgets, tears and fails on demand, so that every crash contract above can be cut
 //! at every sync boundary.
 //!
-//! [`beneath`] finds files by names that others wrote.
+//! [`beneath`] finds files by names that others wrote; in a [`placed`] folder some files lie elsewhere.
 //!
 //! # What a power cut leaves
 //! Of the bytes written since the last successful [`Storage::sync`] any subset may be on the platter, each 512-byte
@@ -17,6 +17,7 @@ pub mod draft;
 pub mod file;
 pub mod ledger;
 pub mod memory;
+pub mod placed;
 
 use std::{fmt, io, sync::Arc};
 

@@ -1,95 +1,32 @@
 //! What a byte received costs the replica's disks, counted where it leaves the program: every call to a file.
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 use understudy::{
     base::{
         ids::{Lineage, SystemIds},
-        units::{DiskIndex, Epoch, Extent, MIB, to_u64, to_usize},
+        units::{DiskIndex, Epoch, MIB, to_usize},
     },
     delta::{Codec, encode_data},
     disk::image::Format,
     replica::{MachineReplica, ReplicaOptions, Retention},
-    storage::{Folder, Fua, Open, Space, Storage, file::FileFolder, ledger::Ledger},
+    storage::{Folder, file::FileFolder, ledger::Ledger},
 };
 
-use super::{GENERATION, MACHINE, log_after, one_disk, options, send};
+use super::{
+    GENERATION, MACHINE, log_after,
+    observed::{Call, observed},
+    one_disk, options, send,
+};
 
 /// Bytes that went through.
 #[derive(Debug, Default)]
 struct Meter {
     read: AtomicU64,
     written: AtomicU64,
-}
-
-/// A folder, or a file, whose traffic is counted.
-#[derive(Debug)]
-struct Counted<T: ?Sized>(Arc<Meter>, Arc<T>);
-
-impl Folder for Counted<dyn Folder> {
-    fn open(&self, name: &str, how: Open) -> io::Result<Arc<dyn Storage>> {
-        let file: Arc<dyn Storage> = self.1.open(name, how)?;
-        Ok(Arc::new(Counted(Arc::clone(&self.0), file)))
-    }
-
-    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        self.1.rename(from, to)
-    }
-
-    fn remove(&self, name: &str) -> io::Result<()> {
-        self.1.remove(name)
-    }
-
-    fn names(&self) -> io::Result<Vec<String>> {
-        self.1.names()
-    }
-
-    fn folder(&self, name: &str) -> io::Result<Arc<dyn Folder>> {
-        Ok(Arc::new(Counted(Arc::clone(&self.0), self.1.folder(name)?)))
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.1.sync()
-    }
-}
-
-impl Storage for Counted<dyn Storage> {
-    fn len(&self) -> io::Result<u64> {
-        self.1.len()
-    }
-
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.0.read.fetch_add(to_u64(buf.len()), Ordering::Relaxed);
-        self.1.read_at(offset, buf)
-    }
-
-    fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
-        let len = to_u64(buf.len());
-        self.0.written.fetch_add(len, Ordering::Relaxed);
-        self.1.write_at(offset, buf, fua)
-    }
-
-    fn zero(&self, run: Extent, space: Space) -> io::Result<()> {
-        self.1.zero(run, space)
-    }
-
-    fn data_after(&self, offset: u64) -> io::Result<Option<Extent>> {
-        self.1.data_after(offset)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.1.set_len(len)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.1.sync()
-    }
 }
 
 const DISK_BYTES: u64 = 256 * MIB;
@@ -103,7 +40,15 @@ fn cost(retention: Retention, format: Format, place: impl Fn(u64, u64) -> u64) -
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let meter = Arc::new(Meter::default());
     let files: Arc<dyn Folder> = Arc::new(FileFolder::open(dir.path()).unwrap());
-    let folder: Arc<dyn Folder> = Arc::new(Counted(Arc::clone(&meter), files));
+    let counter = Arc::clone(&meter);
+    let folder = observed(files, move |_, call| {
+        let (count, bytes) = match call {
+            Call::Read(bytes) => (&counter.read, bytes),
+            Call::Write(bytes) => (&counter.written, bytes),
+            Call::Change(_) | Call::Sync => return,
+        };
+        count.fetch_add(bytes, Ordering::Relaxed);
+    });
     let ledger = Arc::new(Ledger::open_in(&*folder, "node.redb").unwrap());
     let options = ReplicaOptions {
         retention,

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Says of each unsynced sector, name or length whether it is kept. The first two are the extremes.
-fn keeps(variant: u64) -> impl FnMut() -> bool {
+pub(crate) fn keeps(variant: u64) -> impl FnMut() -> bool {
     let mut state = variant;
     move || match variant {
         0 => false,

@@ -348,6 +348,7 @@ fn the_images_of_a_former_primary_are_adopted() {
             generation: GENERATION,
         };
         replica.adopt(&specs(), adoption).unwrap();
+        assert_eq!(replica.rescue().is_some(), !exact);
         assert!(replica.adopt(&specs(), adoption).is_err());
         let (head, points) = if exact {
             (Head::Complete(lineage), 1)
@@ -364,6 +365,7 @@ fn the_images_of_a_former_primary_are_adopted() {
         assert_eq!(replica.points().len(), points + 1);
         drop(replica);
         let replica = other.open(0).unwrap();
+        replica.drop_rescue().unwrap();
         replica.merge().unwrap();
         check_points(&replica, &model);
         assert_eq!(replica.points().len(), 1);
