@@ -205,6 +205,28 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// Reads `512`, `64K`, `20M`, `100G`, `2T`: powers of 1024.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is not a size: use a number with K, M, G or T");
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
+    let unit = match text[digits..]
+        .to_ascii_uppercase()
+        .trim_end_matches("IB")
+        .trim_end_matches('B')
+    {
+        "" => 1,
+        "K" => KIB,
+        "M" => MIB,
+        "G" => GIB,
+        "T" => TIB,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(unit).ok_or_else(wrong)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -227,5 +249,15 @@ mod tests {
         assert_eq!(shown(12 * MIB + MIB / 2), "12.5 MiB");
         assert_eq!(shown(MIB - 1), "1.00 MiB");
         assert_eq!(shown(640 * GIB), "640 GiB");
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        assert_eq!(parse_size("512"), Ok(512));
+        assert_eq!(parse_size("20M"), Ok(20 * MIB));
+        assert_eq!(parse_size("2TiB"), Ok(2 * TIB));
+        for bad in ["", "G", "1.5G", "-1", "1X", "99999999999T"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
     }
 }

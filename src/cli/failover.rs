@@ -1,53 +1,106 @@
-//! `understudy failover` and `understudy cancel`: from a replica to disks that a guest can boot from, and back.
+//! `understudy failover`, `commit`, `cancel`, `reverse`: which host a machine runs on, and back.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
 
 use super::{
     output::Output,
     points::{replica_socket, told},
+    refused,
 };
 use crate::{
     base::{ids::Name, units::Epoch},
-    node::control::{self, CancelRequest, TestRequest},
+    node::control::{
+        self, CancelRequest, ClientError, FailoverKind, FailoverReport, FailoverRequest,
+        ReverseRequest, TestRequest,
+    },
 };
+
+/// Which node is asked, and how it is answered.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Asked {
+    /// The machine.
+    machine: Name,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// Ask the node on this control socket instead of looking for the machine on this host.
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+}
+
+/// Which failover it is.
+#[derive(Clone, Copy, Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub struct Kind {
+    /// On the primary, with the guest shut down: the last changes are sent, the replica takes over, this host becomes the
+    /// replica. Nothing is lost and nothing is sent again. Repeat it if it was cut short; `understudy cancel` takes it back.
+    #[arg(long)]
+    planned: bool,
+    /// On the replica, when the primary is lost: its disks become writable here at a recovery point. Look at them, then
+    /// `understudy commit`, or `understudy cancel` and choose another point. Not protected until the old primary, or
+    /// another host, follows.
+    #[arg(long)]
+    unplanned: bool,
+    /// On the replica, as a test: the disks of a recovery point, writable on a layer of their own, while replication goes
+    /// on. Any number of tests may run at once; `understudy cancel` removes them.
+    #[arg(long)]
+    test: bool,
+}
 
 /// Options of `failover`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct FailoverArgs {
-    /// The machine.
-    machine: Name,
-    /// As a test: the disks of a recovery point, writable on a layer of their own, while replication goes on. Any number of
-    /// tests may run at once; `understudy cancel` removes them.
-    #[arg(long, required = true)]
-    test: bool,
+    #[command(flatten)]
+    asked: Asked,
+    #[command(flatten)]
+    kind: Kind,
     /// The recovery point, by its epoch [default: the latest].
-    #[arg(long, value_name = "EPOCH", value_parser = parse_epoch)]
+    #[arg(long, value_name = "EPOCH", value_parser = parse_epoch, conflicts_with = "planned")]
     point: Option<Epoch>,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
-    /// Ask the node on this control socket instead of looking for the replica on this host.
-    #[arg(long, value_name = "PATH")]
-    control: Option<PathBuf>,
+    /// With --test: the rescue point, what a former primary had that nobody else has, as `understudy points` shows it.
+    #[arg(long, requires = "test", conflicts_with = "point")]
+    rescue: bool,
+    /// With --unplanned: also while the primary is connected. It is fenced.
+    #[arg(long, conflicts_with_all = ["planned", "test"])]
+    force: bool,
 }
 
 /// Options of `cancel`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct CancelArgs {
-    /// The machine.
-    machine: Name,
-    /// Only this test failover [default: all of the machine].
+    #[command(flatten)]
+    asked: Asked,
+    /// Only this test failover.
     #[arg(long, value_name = "NUMBER")]
     test: Option<u32>,
+    /// All test failovers, and nothing else.
+    #[arg(long, conflicts_with = "test")]
+    tests: bool,
+    /// Give up the rescue point of a former primary, and nothing else.
+    #[arg(long, conflicts_with_all = ["test", "tests"])]
+    rescue: bool,
     /// Also if a disk is still in use: whoever uses it gets errors from then on.
     #[arg(long)]
     force: bool,
-    /// Print JSON.
+}
+
+/// Options of `commit`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CommitArgs {
+    #[command(flatten)]
+    asked: Asked,
+}
+
+/// Options of `reverse`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ReverseArgs {
+    #[command(flatten)]
+    asked: Asked,
+    /// Also if a disk is still in use on this host: whoever uses it gets errors from then on.
     #[arg(long)]
-    json: bool,
-    /// Ask the node on this control socket instead of looking for the replica on this host.
-    #[arg(long, value_name = "PATH")]
-    control: Option<PathBuf>,
+    force: bool,
 }
 
 fn parse_epoch(text: &str) -> Result<Epoch, String> {
@@ -56,15 +109,41 @@ fn parse_epoch(text: &str) -> Result<Epoch, String> {
     text.parse().map(Epoch).map_err(wrong)
 }
 
-/// Starts a test failover, and prints where its disks are.
+/// Starts a failover, and prints where the disks are.
 pub async fn run(args: &FailoverArgs, out: &Output) -> anyhow::Result<()> {
-    let socket = replica_socket(args.control.as_deref(), &args.machine).await?;
-    let request = TestRequest { point: args.point };
-    let test = told(control::ask_test(&socket, &args.machine, request).await)?;
-    if args.json {
+    if args.kind.test {
+        return test(args, out).await;
+    }
+    let socket = socket_of(&args.asked).await?;
+    let request = FailoverRequest {
+        kind: if args.kind.planned {
+            FailoverKind::Planned
+        } else {
+            FailoverKind::Unplanned
+        },
+        point: args.point,
+        force: args.force,
+    };
+    let report = told(control::ask_failover(&socket, &args.asked.machine, request).await)?;
+    print(&args.asked, &report, out)
+}
+
+async fn test(args: &FailoverArgs, out: &Output) -> anyhow::Result<()> {
+    let Asked {
+        machine,
+        json,
+        control,
+    } = &args.asked;
+    let socket = replica_socket(control.as_deref(), machine).await?;
+    let request = TestRequest {
+        point: args.point,
+        rescue: args.rescue,
+    };
+    let test = told(control::ask_test(&socket, machine, request).await)?;
+    if *json {
         return out.json(&test);
     }
-    let (machine, number) = (&args.machine, test.number);
+    let number = test.number;
     out.line(&format!(
         "test failover {number} of {machine} at epoch {}, cut {}",
         test.point.epoch, test.cut
@@ -78,22 +157,91 @@ pub async fn run(args: &FailoverArgs, out: &Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends test failovers.
+/// Keeps a failover.
+pub async fn commit(args: &CommitArgs, out: &Output) -> anyhow::Result<()> {
+    let socket = socket_of(&args.asked).await?;
+    let report = told(control::ask_commit(&socket, &args.asked.machine).await)?;
+    print(&args.asked, &report, out)
+}
+
+/// Lets the host that was the primary follow.
+pub async fn reverse(args: &ReverseArgs, out: &Output) -> anyhow::Result<()> {
+    let socket = socket_of(&args.asked).await?;
+    let request = ReverseRequest { force: args.force };
+    let report = told(control::ask_reverse(&socket, &args.asked.machine, request).await)?;
+    print(&args.asked, &report, out)
+}
+
+/// Takes a failover back, or ends test failovers.
 pub async fn cancel(args: &CancelArgs, out: &Output) -> anyhow::Result<()> {
-    let socket = replica_socket(args.control.as_deref(), &args.machine).await?;
+    let Asked { machine, json, .. } = &args.asked;
+    let socket = socket_of(&args.asked).await?;
     let request = CancelRequest {
         number: args.test,
+        tests: args.tests,
+        rescue: args.rescue,
         force: args.force,
     };
-    let report = told(control::ask_cancel(&socket, &args.machine, request).await)?;
-    if args.json {
+    let report = told(control::ask_cancel(&socket, machine, request).await)?;
+    if *json {
         return out.json(&report);
+    }
+    if let Some(text) = report.failover {
+        out.line(&format!("{machine}: {text}"));
     }
     for number in report.ended {
         out.line(&format!(
-            "test failover {number} of {} ended; its mount and all that was written in it are gone",
-            args.machine
+            "test failover {number} of {machine} ended; its mount and all that was written in it are gone"
         ));
     }
     Ok(())
+}
+
+fn print(asked: &Asked, report: &FailoverReport, out: &Output) -> anyhow::Result<()> {
+    if asked.json {
+        return out.json(report);
+    }
+    out.line(&format!("{}: {}", asked.machine, report.text));
+    for file in &report.files {
+        out.line(&format!("  {}", file.display()));
+    }
+    Ok(())
+}
+
+/// The control socket of the one node of this host that has the machine, in whatever part; or the given one.
+async fn socket_of(asked: &Asked) -> anyhow::Result<PathBuf> {
+    if let Some(socket) = &asked.control {
+        return Ok(socket.clone());
+    }
+    let mut nodes = 0;
+    let mut found: Vec<PathBuf> = Vec::new();
+    for socket in control::sockets() {
+        match has(&socket, &asked.machine).await {
+            Ok(has) => {
+                nodes += 1;
+                found.extend(has.then_some(socket));
+            }
+            // A socket that a killed node left behind answers nobody.
+            Err(ClientError::Connect { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match &found[..] {
+        [socket] => Ok(socket.clone()),
+        [] if nodes == 0 => bail!("no node runs on this host"),
+        [] => Err(refused(format!(
+            "no node of this host has a machine called {}",
+            asked.machine
+        ))),
+        _ => Err(refused(format!(
+            "{} nodes of this host have a machine called {}: name one with --control",
+            found.len(),
+            asked.machine
+        ))),
+    }
+}
+
+async fn has(socket: &Path, machine: &Name) -> Result<bool, ClientError> {
+    let node = control::ask_status(socket).await?;
+    Ok(node.machines.iter().any(|known| known.name == *machine))
 }

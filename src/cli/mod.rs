@@ -13,6 +13,7 @@ pub mod output;
 pub mod pki;
 pub mod points;
 pub mod replica;
+pub mod serve;
 pub mod status;
 
 use std::{fmt, io::IsTerminal as _, process::ExitCode};
@@ -45,14 +46,20 @@ enum Verb {
     Mount(mount::MountArgs),
     /// Receive machines from primaries and keep their replicas.
     Replica(replica::ReplicaArgs),
+    /// Serve a host from a configuration file: machines that run here and replicas of others at once.
+    Serve(serve::ServeArgs),
     /// Show what the nodes of this host are doing.
     Status(status::StatusArgs),
     /// List the recovery points of a machine's replica.
     Points(points::PointsArgs),
-    /// Start a machine's disks from its replica: now as a test, beside the replication.
+    /// Move a machine to the other host, planned or not; or start its disks from its replica as a test.
     Failover(failover::FailoverArgs),
-    /// End test failovers and remove what was written in them.
+    /// Keep an unplanned failover, or this host's side of a split brain.
+    Commit(failover::CommitArgs),
+    /// Take back a failover that is not committed or a hand-over; or end test failovers.
     Cancel(failover::CancelArgs),
+    /// On a host that was the primary before a failover: let it follow the new one.
+    Reverse(failover::ReverseArgs),
     /// Create, examine, check, convert and resize image files.
     Image(image::ImageArgs),
     /// Measure throughput and latency of files and mounts, side by side.
@@ -98,10 +105,13 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Bench(args) => bench::run(&args, out),
         Verb::Mount(args) => runtime()?.block_on(mount::run(args, out)),
         Verb::Replica(args) => runtime()?.block_on(replica::run(args, out)),
+        Verb::Serve(args) => runtime()?.block_on(serve::run(args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),
         Verb::Points(args) => runtime()?.block_on(points::run(&args, out)),
         Verb::Failover(args) => runtime()?.block_on(failover::run(&args, out)),
+        Verb::Commit(args) => runtime()?.block_on(failover::commit(&args, out)),
         Verb::Cancel(args) => runtime()?.block_on(failover::cancel(&args, out)),
+        Verb::Reverse(args) => runtime()?.block_on(failover::reverse(&args, out)),
     }
 }
 

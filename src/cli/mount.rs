@@ -1,6 +1,9 @@
 //! `understudy mount`: a node with one machine, from flags.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr as _, sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 
@@ -10,10 +13,15 @@ use crate::{
     coord::state::ReplicationState,
     delta::policy::Setting,
     disk::{Access, image::Format},
+    net,
     node::{
         self,
         control::{ControlSocket, Operate},
-        primary::{ImageConfig, Primary, PrimaryConfig, ReplicationConfig},
+        host::{
+            Host, HostConfig, HostError, Keeping, MachineConfig, PeerConfig, ReplicationConfig,
+            parse_interval,
+        },
+        primary::{ImageConfig, Primary, PrimaryError, ShowConfig},
     },
 };
 
@@ -51,7 +59,7 @@ pub struct MountArgs {
     #[arg(long)]
     all_users: bool,
     /// Owner of the files shown, as USER or USER:GROUP ids.
-    #[arg(long, value_name = "UID[:GID]", value_parser = parse_owner)]
+    #[arg(long, value_name = "UID[:GID]", value_parser = crate::shim::Owner::from_str)]
     owner: Option<crate::shim::Owner>,
     /// Folder for the tracking state: which blocks changed, what the replica has. Without it and without
     /// --replicate-to nothing is tracked [default with --replicate-to: /var/lib/understudy].
@@ -66,6 +74,10 @@ pub struct MountArgs {
     /// The name in the replica's certificate [default: HOST of --replicate-to].
     #[arg(long, value_name = "NAME", requires = "replicate_to")]
     peer: Option<Name>,
+    /// Address and UDP port to listen on, so that the other host can replicate back after a failover. Only the host of
+    /// --replicate-to is let in.
+    #[arg(long, value_name = "ADDR:PORT", requires = "replicate_to")]
+    listen: Option<SocketAddr>,
     /// Time from one cut to the next, 100ms to 15m.
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_interval)]
     interval: Duration,
@@ -86,40 +98,100 @@ pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
     let socket = ControlSocket::bind(args.control.as_deref())
         .await
         .context("cannot open the control socket")?;
-    let config = config(args)?;
-    let primary = tokio::task::spawn_blocking(move || {
-        Primary::start(config, tokio::runtime::Handle::current())
-    });
-    let primary = Arc::new(primary.await??);
-    for path in primary.paths() {
-        out.note(&format!("serving {}", path.display()));
+    match config(args)? {
+        What::Untracked {
+            machine,
+            images,
+            show,
+        } => {
+            let primary =
+                tokio::task::spawn_blocking(move || Primary::show(machine, &images, &show));
+            let primary = Arc::new(primary.await??);
+            say_paths(&primary.paths(), out);
+            let server = tokio::spawn(socket.serve(Arc::clone(&primary) as Arc<dyn Operate>));
+            tokio::select! {
+                () = stop.next() => {}
+                () = primary.ended() => out.note(TAKEN_AWAY),
+            }
+            let stopping = |how| {
+                let primary = Arc::clone(&primary);
+                async move {
+                    let stopped = tokio::task::spawn_blocking(move || primary.stop(how)).await;
+                    stopped.expect("stopping does not panic")
+                }
+            };
+            node::shut_down(
+                &mut stop,
+                |text| out.note(text),
+                stopping,
+                PrimaryError::busy,
+            )
+            .await?;
+            server.abort();
+            let _ = server.await;
+        }
+        What::Host { machine, config } => {
+            let host = tokio::task::spawn_blocking(move || Host::start(config));
+            let host = host.await??;
+            say_paths(&host.paths(), out);
+            if let Some(address) = host.address() {
+                out.note(&format!("accepting peers on {address}"));
+            }
+            let server = tokio::spawn(socket.serve(Arc::clone(&host) as Arc<dyn Operate>));
+            let progress = out.progress("initial copy");
+            let shown = tokio::spawn(show_copy(Arc::clone(&host), machine, progress));
+            tokio::select! {
+                () = stop.next() => {}
+                () = host.ended() => out.note(TAKEN_AWAY),
+                failed = host.run() => failed?,
+            }
+            shown.abort();
+            host_shut_down(&host, &mut stop, out).await?;
+            server.abort();
+            let _ = server.await;
+        }
     }
-    let server = tokio::spawn(socket.serve(Arc::clone(&primary) as Arc<dyn Operate>));
-    let shown = tokio::spawn(show_copy(
-        Arc::clone(&primary),
-        out.progress("initial copy"),
-    ));
-
-    let ended = primary.ended();
-    tokio::select! {
-        () = stop.next() => {}
-        () = ended => out.note("the mount was taken away: stopping"),
-    }
-    shown.abort();
-    node::shut_down(&primary, &mut stop, |text| out.note(text)).await?;
-    server.abort();
-    let _ = server.await;
     Ok(())
 }
 
+const TAKEN_AWAY: &str = "the mount was taken away: stopping";
+
+pub(super) fn say_paths(paths: &[PathBuf], out: &Output) {
+    for path in paths {
+        out.note(&format!("serving {}", path.display()));
+    }
+}
+
+/// Stops a host, waiting for whoever uses its mounts.
+pub(super) async fn host_shut_down(
+    host: &Arc<Host>,
+    stop: &mut node::StopSignals,
+    out: &Output,
+) -> Result<(), HostError> {
+    let stopping = |how| {
+        let host = Arc::clone(host);
+        async move { host.stop_machines(how).await }
+    };
+    // Links are accepted and machines are looked after until the end.
+    let running = Arc::clone(host);
+    let running = tokio::spawn(async move { running.run().await });
+    let stopped = node::shut_down(stop, |text| out.note(text), stopping, HostError::busy).await;
+    running.abort();
+    let _ = running.await;
+    host.close().await;
+    stopped
+}
+
 /// Shows the initial copy while it runs.
-async fn show_copy(primary: Arc<Primary>, mut progress: Progress) {
+async fn show_copy(host: Arc<Host>, machine: Name, mut progress: Progress) {
     let mut seen = false;
     loop {
         let (watched, copy) = {
-            let primary = Arc::clone(&primary);
-            let status = tokio::task::spawn_blocking(move || primary.machine_status());
-            let Ok(status) = status.await else { return };
+            let (host, machine) = (Arc::clone(&host), machine.clone());
+            let status = tokio::task::spawn_blocking(move || host.machine_status(&machine));
+            let Ok(Some(status)) = status.await else {
+                return;
+            };
             (status.state, status.copy)
         };
         match (watched, copy) {
@@ -135,7 +207,19 @@ async fn show_copy(primary: Arc<Primary>, mut progress: Progress) {
     }
 }
 
-fn config(args: MountArgs) -> anyhow::Result<PrimaryConfig> {
+/// What the flags ask for.
+enum What {
+    /// Disks shown, and nothing remembered.
+    Untracked {
+        machine: Name,
+        images: Vec<ImageConfig>,
+        show: ShowConfig,
+    },
+    /// A host with one machine.
+    Host { machine: Name, config: HostConfig },
+}
+
+fn config(args: MountArgs) -> anyhow::Result<What> {
     let images = args
         .images
         .into_iter()
@@ -143,22 +227,7 @@ fn config(args: MountArgs) -> anyhow::Result<PrimaryConfig> {
         .collect::<anyhow::Result<Vec<_>>>()?;
     let first = images.first().context("a machine has at least one disk")?;
     let machine = args.machine.unwrap_or_else(|| first.name.clone());
-    let replication = match (args.replicate_to, args.identity) {
-        (Some(to), Some(identity)) => Some(ReplicationConfig {
-            to,
-            identity,
-            peer: args.peer,
-            interval: args.interval,
-            compression: args.compression,
-        }),
-        _ => None,
-    };
-    let default_state = replication
-        .is_some()
-        .then(|| PathBuf::from(node::STATE_FOLDER));
-    Ok(PrimaryConfig {
-        machine,
-        images,
+    let show = ShowConfig {
         at: args.at,
         access: if args.read_only {
             Access::ReadOnly
@@ -172,63 +241,46 @@ fn config(args: MountArgs) -> anyhow::Result<PrimaryConfig> {
         },
         owner: args.owner,
         threads: usize::from(args.threads),
-        state: args.state.or(default_state),
+    };
+    let default_state = args
+        .replicate_to
+        .is_some()
+        .then(|| PathBuf::from(node::STATE_FOLDER));
+    let Some(state) = args.state.or(default_state) else {
+        return Ok(What::Untracked {
+            machine,
+            images,
+            show,
+        });
+    };
+    let mut peers = BTreeMap::new();
+    let mut peer = None;
+    if let Some(to) = args.replicate_to {
+        let name = match args.peer {
+            Some(name) => name,
+            None => Name::new(net::host_of(&to)?)?,
+        };
+        peer = Some(name.clone());
+        peers.insert(name, PeerConfig { address: Some(to) });
+    }
+    let replication = ReplicationConfig {
+        interval: args.interval,
+        compression: args.compression,
+    };
+    let configured = MachineConfig {
+        images,
+        show,
+        peer,
         replication,
-    })
-}
-
-fn parse_owner(text: &str) -> Result<crate::shim::Owner, String> {
-    let (user, group) = text.split_once(':').unwrap_or((text, text));
-    let parse = |id: &str| {
-        id.parse::<u32>()
-            .map_err(|_| format!("{id:?} is not a numeric id"))
     };
-    Ok(crate::shim::Owner {
-        user: parse(user)?,
-        group: parse(group)?,
-    })
-}
-
-/// Reads `500ms`, `1s`, `15m`.
-fn parse_interval(text: &str) -> Result<Duration, String> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number
-        .parse()
-        .map_err(|_| format!("{text:?} is not a time: use 500ms, 1s or 5m"))?;
-    let millis = match unit {
-        "ms" => Some(number),
-        "s" => number.checked_mul(1000),
-        "m" => number.checked_mul(60_000),
-        _ => return Err(format!("{text:?} has no unit: use ms, s or m")),
+    let config = HostConfig {
+        store: state.join(machine.as_str()),
+        identity: args.identity,
+        listen: args.listen,
+        peers,
+        keeping: Keeping::default(),
+        replication,
+        machines: [(machine.clone(), configured)].into_iter().collect(),
     };
-    match millis {
-        Some(millis @ 100..=900_000) => Ok(Duration::from_millis(millis)),
-        _ => Err(format!("{text} is not between 100ms and 15m")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn intervals_have_a_unit_and_a_range() {
-        assert_eq!(parse_interval("100ms"), Ok(Duration::from_millis(100)));
-        assert_eq!(parse_interval("15m"), Ok(Duration::from_mins(15)));
-        for bad in [
-            "",
-            "1",
-            "s",
-            "99ms",
-            "16m",
-            "1h",
-            "-1s",
-            "99999999999999999999s",
-        ] {
-            assert!(parse_interval(bad).is_err(), "{bad}");
-        }
-    }
+    Ok(What::Host { machine, config })
 }

@@ -54,10 +54,14 @@ pub async fn run(args: &PointsArgs, out: &Output) -> anyhow::Result<()> {
 
 fn row(point: &PointStatus) -> String {
     let kind = match point.kind {
+        _ if point.rescue => "rescue",
         Consistency::Crash => "crash-consistent",
         Consistency::Application => "application-consistent",
     };
-    let lost = if point.lost_ms == 0 && point.lost_bytes == 0 {
+    let lost = if point.rescue {
+        "what a former primary had after that epoch: look at it with `failover --test --rescue`"
+            .to_owned()
+    } else if point.lost_ms == 0 && point.lost_bytes == 0 {
         "nothing: it is the latest".to_owned()
     } else {
         let time = span(Duration::from_millis(point.lost_ms));

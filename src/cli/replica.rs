@@ -1,20 +1,22 @@
 //! `understudy replica`: a node that receives machines.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 
-use super::{image::parse_size, output::Output};
+use super::{mount::host_shut_down, output::Output};
 use crate::{
     base::{
         ids::Name,
         limits::{KEEP_HOURS_MAX, KEEP_NEWEST_MAX},
+        units::parse_size,
     },
     disk::image::Format,
+    net,
     node::{
         self,
         control::{ControlSocket, Operate},
-        secondary::{Secondary, SecondaryConfig},
+        host::{Host, HostConfig, Keeping, PeerConfig, ReplicationConfig},
     },
     replica::Retention,
 };
@@ -32,8 +34,11 @@ pub struct ReplicaArgs {
     #[arg(long, value_name = "DIR")]
     identity: PathBuf,
     /// A host that may replicate to here, by the name in its certificate. Nobody else may.
-    #[arg(long, value_name = "NAME", required = true)]
+    #[arg(long, value_name = "NAME", required_unless_present = "peer")]
     allow: Vec<Name>,
+    /// The same, with the address where that host listens: after a failover this host replicates back to it.
+    #[arg(long, value_name = "NAME=HOST:PORT", value_parser = parse_peer)]
+    peer: Vec<(Name, String)>,
     /// Format of the replica's images [default: the primary's].
     #[arg(long, value_name = "raw|vhd|vhdx")]
     format: Option<Format>,
@@ -65,28 +70,59 @@ pub async fn run(args: ReplicaArgs, out: &Output) -> anyhow::Result<()> {
     let socket = ControlSocket::bind(args.control.as_deref())
         .await
         .context("cannot open the control socket")?;
-    let config = SecondaryConfig {
-        store: args.store,
-        listen: args.listen,
-        identity: args.identity,
-        allow: args.allow,
-        format: args.format,
-        retention: Retention {
-            newest: args.keep,
-            hourly: args.hourly,
-        },
-        space_max: args.space_max,
-        tests: args.tests,
-    };
-    let secondary = Arc::new(Secondary::start(&config)?);
-    out.note(&format!("accepting primaries on {}", secondary.address()));
-    let server = tokio::spawn(socket.serve(Arc::clone(&secondary) as Arc<dyn Operate>));
+    let host = tokio::task::spawn_blocking(move || Host::start(config(args)));
+    let host = host.await??;
+    if let Some(address) = host.address() {
+        out.note(&format!("accepting primaries on {address}"));
+    }
+    let server = tokio::spawn(socket.serve(Arc::clone(&host) as Arc<dyn Operate>));
     tokio::select! {
         () = stop.next() => {}
-        failed = secondary.run() => failed?,
+        failed = host.run() => failed?,
     }
-    secondary.stop().await?;
+    host_shut_down(&host, &mut stop, out).await?;
     server.abort();
     let _ = server.await;
     Ok(())
+}
+
+fn config(args: ReplicaArgs) -> HostConfig {
+    let allowed = args.allow.into_iter();
+    let mut peers: BTreeMap<Name, PeerConfig> =
+        allowed.map(|name| (name, PeerConfig::default())).collect();
+    for (name, address) in args.peer {
+        peers.insert(
+            name,
+            PeerConfig {
+                address: Some(address),
+            },
+        );
+    }
+    HostConfig {
+        store: args.store,
+        identity: Some(args.identity),
+        listen: Some(args.listen),
+        peers,
+        keeping: Keeping {
+            format: args.format,
+            retention: Retention {
+                newest: args.keep,
+                hourly: args.hourly,
+            },
+            space_max: args.space_max,
+            tests: args.tests,
+        },
+        replication: ReplicationConfig::default(),
+        machines: BTreeMap::new(),
+    }
+}
+
+/// Reads `NAME=HOST:PORT`.
+fn parse_peer(text: &str) -> Result<(Name, String), String> {
+    let (name, address) = text
+        .split_once('=')
+        .ok_or_else(|| format!("{text:?} is not NAME=HOST:PORT"))?;
+    let name = Name::new(name).map_err(|error| error.to_string())?;
+    net::host_of(address).map_err(|error| error.to_string())?;
+    Ok((name, address.to_owned()))
 }

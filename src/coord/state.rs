@@ -45,6 +45,14 @@ pub enum ReplicationState {
     Error,
     /// Primary: the replica has to be brought back in step by comparing.
     Resynchronizing,
+    /// Stepped down in a planned failover; the other host has not taken over yet.
+    PreparedForFailover,
+    /// Failed over, and neither committed nor cancelled yet.
+    FailedOverWaitingCompletion,
+    /// Failed over and committed, and nothing replicates it.
+    FailedOver,
+    /// Was the primary, and waits for the new one to bring it back in step.
+    WaitingForStartResynchronize,
 }
 
 impl fmt::Display for ReplicationState {
@@ -58,6 +66,10 @@ impl fmt::Display for ReplicationState {
             Self::Suspended => "Suspended",
             Self::Error => "Error",
             Self::Resynchronizing => "Resynchronizing",
+            Self::PreparedForFailover => "PreparedForFailover",
+            Self::FailedOverWaitingCompletion => "FailedOverWaitingCompletion",
+            Self::FailedOver => "FailedOver",
+            Self::WaitingForStartResynchronize => "WaitingForStartResynchronize",
         })
     }
 }
@@ -129,46 +141,8 @@ impl Signs {
         if let Some(points) = &self.points {
             say(Health::Warning, points.clone());
         }
-        match self.state {
-            ReplicationState::Error => {
-                let why = self
-                    .stopped
-                    .clone()
-                    .unwrap_or_else(|| "replication stopped".into());
-                say(Health::Critical, why);
-            }
-            ReplicationState::Suspended => {
-                let why = self
-                    .stopped
-                    .clone()
-                    .unwrap_or_else(|| "the replica cannot be reached".into());
-                say(
-                    Health::Warning,
-                    format!("{why}; changes are tracked and will be sent"),
-                );
-            }
-            ReplicationState::ReadyForInitialReplication
-            | ReplicationState::InitialReplicationInProgress
-            | ReplicationState::WaitingForInitialReplication => {
-                let why = self
-                    .stopped
-                    .as_ref()
-                    .map(|why| format!(": {why}"))
-                    .unwrap_or_default();
-                say(
-                    Health::Warning,
-                    format!(
-                        "the initial copy is not complete: there is nothing to fail over to{why}"
-                    ),
-                );
-            }
-            ReplicationState::Resynchronizing => {
-                say(
-                    Health::Warning,
-                    "the replica is being brought back in step".into(),
-                );
-            }
-            ReplicationState::Disabled | ReplicationState::Replicating => {}
+        if let Some((health, why)) = self.of_the_state() {
+            say(health, why);
         }
         let late = (self.interval * LATE_INTERVALS).clamp(LATE_AT_LEAST, LATE_AT_MOST);
         if let Some(rpo) = self
@@ -181,6 +155,41 @@ impl Signs {
             );
         }
         (worst, reasons)
+    }
+
+    /// What the state alone means.
+    fn of_the_state(&self) -> Option<(Health, String)> {
+        let why = |otherwise: &str| self.stopped.clone().unwrap_or_else(|| otherwise.into());
+        let (health, text) = match self.state {
+            ReplicationState::Error => (Health::Critical, why("replication stopped")),
+            ReplicationState::Suspended => {
+                let why = why("the replica cannot be reached");
+                let text = format!("{why}; changes are tracked and will be sent");
+                (Health::Warning, text)
+            }
+            ReplicationState::ReadyForInitialReplication
+            | ReplicationState::InitialReplicationInProgress
+            | ReplicationState::WaitingForInitialReplication => {
+                let why = self.stopped.as_ref().map(|why| format!(": {why}"));
+                let text = format!(
+                    "the initial copy is not complete: there is nothing to fail over to{}",
+                    why.unwrap_or_default()
+                );
+                (Health::Warning, text)
+            }
+            ReplicationState::Resynchronizing => {
+                let text = "the replica is being brought back in step";
+                (Health::Warning, text.into())
+            }
+            // What a failover means for the health is said by whoever knows the role.
+            ReplicationState::Disabled
+            | ReplicationState::Replicating
+            | ReplicationState::PreparedForFailover
+            | ReplicationState::FailedOverWaitingCompletion
+            | ReplicationState::FailedOver
+            | ReplicationState::WaitingForStartResynchronize => return None,
+        };
+        Some((health, text))
     }
 }
 

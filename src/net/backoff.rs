@@ -32,6 +32,11 @@ impl Backoff {
         half + half.mul_f64(share)
     }
 
+    /// Makes the next delay no longer than `most`.
+    pub fn limit(&mut self, most: Duration) {
+        self.step = self.step.min(most);
+    }
+
     /// Starts again from the shortest delay: the last attempt succeeded.
     pub fn reset(&mut self) {
         self.step = self.min;
@@ -58,6 +63,8 @@ mod tests {
                 step = (step * 2).min(max.max(min));
             }
             prop_assert_eq!(step, max.max(min));
+            backoff.limit(max / 3);
+            prop_assert!(backoff.next(u32::MAX) <= max / 3);
             backoff.reset();
             prop_assert!(backoff.next(u32::MAX) <= min);
         }

@@ -117,7 +117,7 @@ pub async fn dial(
 }
 
 /// The host part of `HOST:PORT`; an IPv6 address stands in brackets.
-fn host_of(address: &str) -> Result<&str, DialError> {
+pub fn host_of(address: &str) -> Result<&str, DialError> {
     let wrong = || DialError::Address(address.to_owned());
     let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
     if !port.parse::<u16>().is_ok_and(|port| port != 0) {

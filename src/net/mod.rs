@@ -29,7 +29,7 @@ mod socket;
 pub mod transport;
 
 pub use backoff::Backoff;
-pub use dial::{DialError, dial};
+pub use dial::{DialError, dial, host_of};
 pub use identity::{Identity, IdentityError};
 pub use link::{
     Control, ControlReceiver, ControlSender, Link, LinkError, LinkStats, LogReceiver, LogSender,

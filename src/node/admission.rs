@@ -1,56 +1,116 @@
-//! The first seconds of a connection: who is it, and which replica may it feed?
+//! The first seconds of a connection: who is it, what does it want, and may it?
 
 use std::{sync::Arc, time::Duration};
 
-use super::{driver::chain, replicas::Replicas, session};
+use super::{
+    driver::chain,
+    host::{Host, Member},
+    session,
+};
 use crate::{
+    base::ids::{Generation, Lineage, MachineId, Name},
     net::{Control, ControlReceiver, ControlSender, Link, Reason},
-    protocol::message::{self, Hello, Refusal, ToPrimary, ToReplica},
+    protocol::message::{self, Hello, RUNS_PER_MESSAGE_MAX, Refusal, ToPrimary, ToReplica},
 };
 
-/// How long a peer may take to say hello.
+/// How long a peer may take to say what it wants, and to answer a question.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
+/// How long a peer may take to make durable where it differs from us.
+const TAKEN_WITHIN: Duration = Duration::from_mins(1);
 /// How long a new connection waits for the one it replaces to end.
 const REPLACE_WITHIN: Duration = Duration::from_secs(10);
 
-/// The first minute of a connection: who is it, and may it?
-pub(super) async fn greet(replicas: Arc<Replicas>, link: Link, control: Control) {
+/// Hears the first message of a link, and does what it asks for.
+pub(super) async fn greet(host: Arc<Host>, link: Link, control: Control) {
     let Control {
-        sender,
+        mut sender,
         mut receiver,
     } = control;
-    let hello = match hello(&mut receiver).await {
-        Ok(hello) => hello,
-        Err(detail) => return refuse(sender, link, Refusal::Malformed { detail }).await,
-    };
-    let peer = link.peer().name.clone();
-    let generation = hello.generation;
-    let machine = hello.name.clone();
-    let admitted = tokio::task::spawn_blocking(move || replicas.admit(&hello)).await;
-    let served = match admitted {
-        Ok(Ok(served)) => served,
-        Ok(Err(refusal)) => {
-            tracing::warn!(%machine, primary = %peer, "refused: {refusal}");
-            return refuse(sender, link, refusal).await;
-        }
-        Err(panic) => {
-            return refuse(
-                sender,
-                link,
-                Refusal::Failed {
-                    detail: panic.to_string(),
-                },
+    let done = match first(&mut receiver).await {
+        Err(refusal) => Err(refusal),
+        Ok(ToReplica::Hello(hello)) => match claimed(&host, &link, hello).await {
+            Ok(Admitted {
+                member,
+                served,
+                generation,
+            }) => return feed(member, served, generation, link, sender, receiver).await,
+            Err(refusal) => Err(refusal),
+        },
+        Ok(ToReplica::HandOver {
+            machine,
+            name,
+            from,
+            head,
+        }) => take_over(&host, &link, (machine, name), from, head, &mut sender).await,
+        Ok(ToReplica::Return { machine, name, by }) => {
+            come_back(
+                &host,
+                &link,
+                (machine, name),
+                by,
+                &mut sender,
+                &mut receiver,
             )
-            .await;
+            .await
         }
+        Ok(ToReplica::Current { .. } | ToReplica::Taken { .. }) => Err(Refusal::Malformed {
+            detail: "the first message is neither a greeting nor a question".into(),
+        }),
     };
+    if let Err(refusal) = done {
+        tracing::warn!(peer = %link.peer().name, "refused: {refusal}");
+        // The peer may be gone already; then it will ask again.
+        let _ = say(&mut sender, &ToPrimary::Refused(refusal)).await;
+    }
+    sender.finish();
+    // Closing at once would throw the answer away; the peer closes when it has read it.
+    let _ = tokio::time::timeout(HELLO_WITHIN, link.closed()).await;
+    link.close(Reason::Done, "asked and answered");
+}
+
+struct Admitted {
+    member: Arc<Member>,
+    served: Arc<super::served::Served>,
+    generation: Generation,
+}
+
+async fn claimed(host: &Arc<Host>, link: &Link, hello: Hello) -> Result<Admitted, Refusal> {
+    let (host, peer) = (Arc::clone(host), link.peer().name.clone());
+    blocking(move || {
+        let member = host.greeted(&hello, &peer)?;
+        let (served, generation) = member.claimed(&hello)?;
+        Ok(Admitted {
+            member,
+            served,
+            generation,
+        })
+    })
+    .await
+}
+
+/// Receives what the primary sends until the link ends.
+async fn feed(
+    member: Arc<Member>,
+    served: Arc<super::served::Served>,
+    generation: Generation,
+    link: Link,
+    sender: ControlSender,
+    receiver: ControlReceiver,
+) {
+    let (machine, peer) = (member.name().clone(), link.peer().name.clone());
     // A primary that dials again has lost its link, whether or not this side has noticed: the new one takes over.
     if let Some(old) = served.link.lock().replace(link.clone()) {
         old.close(Reason::Busy, "replaced by a newer connection");
     }
     let Ok(_turn) = tokio::time::timeout(REPLACE_WITHIN, served.turn.lock()).await else {
-        return refuse(sender, link, Refusal::Busy).await;
+        link.close(Reason::Busy, "the connection before has not ended");
+        return;
     };
+    // Between the answer and the turn the machine may have gone on to another part.
+    if !member.follows(generation) {
+        link.close(Reason::Fenced, "the machine was failed over");
+        return;
+    }
     tracing::info!(%machine, primary = %peer, "receiving");
     served.progress.lock().connected = Some(peer.to_string());
     session::serve(Arc::clone(&served), generation, link, sender, receiver).await;
@@ -58,26 +118,87 @@ pub(super) async fn greet(replicas: Arc<Replicas>, link: Link, control: Control)
     tracing::info!(%machine, primary = %peer, "no longer receiving");
 }
 
-async fn hello(receiver: &mut ControlReceiver) -> Result<Hello, String> {
-    let first = tokio::time::timeout(HELLO_WITHIN, receiver.receive()).await;
-    let bytes = first
-        .map_err(|_| "no greeting in time")?
-        .map_err(|error| chain(&error))?
-        .ok_or("no greeting")?;
-    match message::decode_to_replica(&bytes).map_err(|error| chain(&error))? {
-        ToReplica::Hello(hello) => Ok(hello),
-        ToReplica::Current { .. } => Err("the first message is not a greeting".into()),
+async fn take_over(
+    host: &Arc<Host>,
+    link: &Link,
+    (machine, name): (MachineId, Name),
+    from: Generation,
+    head: Lineage,
+    sender: &mut ControlSender,
+) -> Result<(), Refusal> {
+    let (host, peer) = (Arc::clone(host), link.peer().name.clone());
+    let generation =
+        blocking(move || host.called(machine, &name, &peer)?.handed_over(from, head)).await?;
+    say(sender, &ToPrimary::TookOver { generation }).await
+}
+
+async fn come_back(
+    host: &Arc<Host>,
+    link: &Link,
+    (machine, name): (MachineId, Name),
+    by: Generation,
+    sender: &mut ControlSender,
+    receiver: &mut ControlReceiver,
+) -> Result<(), Refusal> {
+    let (host, peer) = (Arc::clone(host), link.peer().name.clone());
+    let (member, differing) = blocking(move || {
+        let member = host.called(machine, &name, &peer)?;
+        let differing = member.differing(by)?;
+        Ok((member, differing))
+    })
+    .await?;
+    for (disk, runs) in differing {
+        for runs in runs.chunks(RUNS_PER_MESSAGE_MAX) {
+            let runs = runs.iter().map(|run| (run.offset, run.len)).collect();
+            let disk = disk.clone();
+            say(sender, &ToPrimary::Differs { disk, runs }).await?;
+        }
+    }
+    say(sender, &ToPrimary::DiffersEnd).await?;
+    match next(receiver, TAKEN_WITHIN).await? {
+        ToReplica::Taken {
+            by: again,
+            point,
+            cut,
+        } if again == by => {
+            blocking(move || member.returned(by, point, cut)).await?;
+            say(sender, &ToPrimary::Returned).await
+        }
+        _ => Err(Refusal::Malformed {
+            detail: "this is not the answer to where the images differ".into(),
+        }),
     }
 }
 
-async fn refuse(mut sender: ControlSender, link: Link, refusal: Refusal) {
-    let text = refusal.to_string();
-    // The primary may be gone already; then it will ask again.
-    let _ = sender
-        .send(message::encode(&ToPrimary::Refused(refusal)).into())
-        .await;
-    sender.finish();
-    // Closing at once would throw the refusal away; the primary closes when it has read it.
-    let _ = tokio::time::timeout(HELLO_WITHIN, link.closed()).await;
-    link.close(Reason::Done, &text);
+async fn first(receiver: &mut ControlReceiver) -> Result<ToReplica, Refusal> {
+    next(receiver, HELLO_WITHIN).await
+}
+
+async fn next(receiver: &mut ControlReceiver, within: Duration) -> Result<ToReplica, Refusal> {
+    let malformed = |detail: String| Refusal::Malformed { detail };
+    let received = tokio::time::timeout(within, receiver.receive()).await;
+    let bytes = received
+        .map_err(|_| malformed("nothing was said in time".into()))?
+        .map_err(|error| malformed(chain(&error)))?
+        .ok_or_else(|| malformed("nothing was said".into()))?;
+    message::decode_to_replica(&bytes).map_err(|error| malformed(chain(&error)))
+}
+
+async fn say(sender: &mut ControlSender, message: &ToPrimary) -> Result<(), Refusal> {
+    let sent = sender.send(message::encode(message).into()).await;
+    sent.map_err(|error| Refusal::Failed {
+        detail: chain(&error),
+    })
+}
+
+/// Does work that opens files or waits for other links.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
+) -> Result<T, Refusal> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|panic| {
+        Err(Refusal::Failed {
+            detail: panic.to_string(),
+        })
+    })
 }

@@ -6,7 +6,10 @@
 //! | `POST /v1/machines/{name}/cut` | the [`Lineage`] of a cut made now, once it is durable on the replica |
 //! | `GET /v1/machines/{name}/points` | a [`PointStatus`] for each recovery point, oldest first |
 //! | `POST /v1/machines/{name}/tests` with a [`TestRequest`] | the [`TestStatus`] of a test failover that was started |
-//! | `POST /v1/machines/{name}/cancel` with a [`CancelRequest`] | a [`CancelReport`] of test failovers that were cleaned up |
+//! | `POST /v1/machines/{name}/failover` with a [`FailoverRequest`] | a [`FailoverReport`] |
+//! | `POST /v1/machines/{name}/commit` | a [`FailoverReport`] |
+//! | `POST /v1/machines/{name}/cancel` with a [`CancelRequest`] | a [`CancelReport`] of what was taken back or cleaned up |
+//! | `POST /v1/machines/{name}/reverse` with a [`ReverseRequest`] | a [`FailoverReport`] |
 //!
 //! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder.
 //! Errors are `{"error": "..."}` with status 404 (no such machine), 409 (not in this state), 422 (not understood) or 500.
@@ -33,7 +36,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::status::{NodeStatus, PointStatus, TestStatus};
 use crate::base::{
-    ids::{Lineage, Name},
+    ids::{Generation, Lineage, Name},
     units::{Epoch, MIB},
 };
 
@@ -62,7 +65,23 @@ pub trait Operate: Send + Sync + 'static {
         Err(OperateError::NoSuchReplica(machine.clone()))
     }
 
-    /// Ends test failovers and removes what was written in them.
+    /// Moves the machine to the other host.
+    fn failover(&self, machine: &Name, _: FailoverRequest) -> Result<FailoverReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Keeps a failover.
+    fn commit(&self, machine: &Name) -> Result<FailoverReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Lets a host that was the primary follow the new one.
+    fn reverse(&self, machine: &Name, _: ReverseRequest) -> Result<FailoverReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Takes back what is not final: an uncommitted failover, a hand-over, or else test failovers, of which what was
+    /// written in them is removed.
     fn cancel(&self, machine: &Name, _: CancelRequest) -> Result<CancelReport, OperateError> {
         Err(OperateError::NoSuchReplica(machine.clone()))
     }
@@ -75,15 +94,68 @@ pub struct TestRequest {
     /// Its epoch; the latest point if there is none.
     #[serde(default)]
     pub point: Option<Epoch>,
+    /// The rescue point instead.
+    #[serde(default)]
+    pub rescue: bool,
 }
 
-/// Which test failovers to end.
+/// How a machine is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailoverKind {
+    /// With the primary: nothing is lost.
+    Planned,
+    /// Without it.
+    Unplanned,
+}
+
+/// A failover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailoverRequest {
+    /// Planned on the primary, unplanned on the replica.
+    pub kind: FailoverKind,
+    /// Unplanned: the epoch to go to; the latest point if there is none.
+    #[serde(default)]
+    pub point: Option<Epoch>,
+    /// Unplanned: also while the primary is connected.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What a change of roles led to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailoverReport {
+    /// The generation that this host obeys or is active in.
+    pub generation: Generation,
+    /// The machine's disks, as raw files, if they are served here now.
+    pub files: Vec<PathBuf>,
+    /// What was done, and what comes next.
+    pub text: String,
+}
+
+/// How a former primary follows the new one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReverseRequest {
+    /// Also if a disk is still in use here, whose user gets errors from then on.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What to take back, or which test failovers to end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CancelRequest {
     /// One of them; all if there is none.
     #[serde(default)]
     pub number: Option<u32>,
+    /// All test failovers, and nothing else.
+    #[serde(default)]
+    pub tests: bool,
+    /// The rescue point, and nothing else.
+    #[serde(default)]
+    pub rescue: bool,
     /// Also those that somebody uses, who gets errors from then on.
     #[serde(default)]
     pub force: bool,
@@ -94,6 +166,9 @@ pub struct CancelRequest {
 pub struct CancelReport {
     /// Numbers of the test failovers.
     pub ended: Vec<u32>,
+    /// What became of the failover that was taken back.
+    #[serde(default)]
+    pub failover: Option<String>,
 }
 
 /// Why an operator's wish was not done.
@@ -178,7 +253,10 @@ impl ControlSocket {
             .route("/v1/machines/{name}/cut", post(cut))
             .route("/v1/machines/{name}/points", get(points))
             .route("/v1/machines/{name}/tests", post(start_test))
+            .route("/v1/machines/{name}/failover", post(failover))
+            .route("/v1/machines/{name}/commit", post(commit))
             .route("/v1/machines/{name}/cancel", post(cancel))
+            .route("/v1/machines/{name}/reverse", post(reverse))
             .with_state(node);
         axum::serve(listener, router).await
     }
@@ -218,6 +296,26 @@ async fn cancel(
     Json(request): Json<CancelRequest>,
 ) -> Response {
     answer(move || node.cancel(&machine(&name)?, request)).await
+}
+
+async fn failover(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<FailoverRequest>,
+) -> Response {
+    answer(move || node.failover(&machine(&name)?, request)).await
+}
+
+async fn commit(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
+    answer(move || node.commit(&machine(&name)?)).await
+}
+
+async fn reverse(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<ReverseRequest>,
+) -> Response {
+    answer(move || node.reverse(&machine(&name)?, request)).await
 }
 
 fn machine(name: &str) -> Result<Name, OperateError> {
@@ -298,7 +396,30 @@ pub async fn ask_test(
     ask(socket, "POST", &path_of(machine, "tests"), &request).await
 }
 
-/// Asks the node on `socket` to end test failovers of `machine`; answers when everything is cleaned up.
+/// Asks the node on `socket` to move `machine`; answers when its disks can be opened on the one host or the other.
+pub async fn ask_failover(
+    socket: &Path,
+    machine: &Name,
+    request: FailoverRequest,
+) -> Result<FailoverReport, ClientError> {
+    ask(socket, "POST", &path_of(machine, "failover"), &request).await
+}
+
+/// Asks the node on `socket` to keep the failover of `machine`.
+pub async fn ask_commit(socket: &Path, machine: &Name) -> Result<FailoverReport, ClientError> {
+    ask(socket, "POST", &path_of(machine, "commit"), &()).await
+}
+
+/// Asks the node on `socket` to let `machine` follow its new primary.
+pub async fn ask_reverse(
+    socket: &Path,
+    machine: &Name,
+    request: ReverseRequest,
+) -> Result<FailoverReport, ClientError> {
+    ask(socket, "POST", &path_of(machine, "reverse"), &request).await
+}
+
+/// Asks the node on `socket` to take back a failover of `machine`, or to end test failovers; answers when that is done.
 pub async fn ask_cancel(
     socket: &Path,
     machine: &Name,

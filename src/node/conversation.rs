@@ -11,7 +11,7 @@ use std::{
 use crossbeam_channel::{Receiver, select};
 
 use super::{
-    driver::{Answer, Command, Driver, Heard, chain},
+    driver::{Command, CutAnswer, Driver, Heard, chain},
     pipeline::{Pipeline, Raw},
 };
 use crate::{
@@ -65,9 +65,9 @@ pub(super) struct Conversation<'a> {
     log: Option<OpenLog>,
     cut: Option<Cut>,
     /// Commands that wait for a cut.
-    waiting: Vec<Answer>,
+    waiting: Vec<CutAnswer>,
     /// Commands whose cut was made and is not durable yet.
-    answering: Vec<Answer>,
+    answering: Vec<CutAnswer>,
     /// Bytes and time of saturated sending since the last measurement.
     measured: (u64, Duration),
 }
@@ -233,7 +233,9 @@ impl<'a> Conversation<'a> {
         let machine = &self.driver.machine;
         let lost = |error: volume::MachineError| End::Lost(chain(&error));
         let known = match head {
-            message::Head::Complete(lineage) => ReplicaHead::At(lineage),
+            message::Head::Copied(lineage) | message::Head::Complete(lineage) => {
+                ReplicaHead::At(lineage)
+            }
             message::Head::Empty => ReplicaHead::Empty,
             message::Head::Copying => ReplicaHead::Copying,
         };
@@ -241,7 +243,10 @@ impl<'a> Conversation<'a> {
         let agreement = match (reconciled, head) {
             (Reconcile::InStep | Reconcile::AckLost, _) => Agreement::InStep,
             (Reconcile::CopyResumes, _) => Agreement::CopyNeeded,
-            (Reconcile::CopyNeeded, message::Head::Complete(lineage)) => {
+            (
+                Reconcile::CopyNeeded,
+                message::Head::Copied(lineage) | message::Head::Complete(lineage),
+            ) => {
                 // The replica keeps the points it has: what this host holds becomes one epoch on top of them.
                 machine.begin_resync(lineage).map_err(lost)?;
                 Agreement::InStep
@@ -261,8 +266,7 @@ impl<'a> Conversation<'a> {
             }
         };
         tracing::info!(machine = %self.driver.subject.name, ?head, ?reconciled, "connected to the replica");
-        // An initial copy alone is no recovery point: its blocks were read at different times.
-        let complete = matches!(head, message::Head::Complete(at) if at.epoch > Epoch::INITIAL);
+        let complete = matches!(head, message::Head::Complete(_));
         self.driver.progress.lock().connected(
             agreement,
             complete,

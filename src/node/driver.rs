@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::watch};
 
 use super::{
+    call::{Callee, bring_back},
     conversation::{Conversation, End},
     pipeline::Pipeline,
     progress::{Phase, Progress},
@@ -24,10 +25,11 @@ use crate::{
         ids::{Generation, Ids, Lineage, MachineId, Name},
     },
     delta::policy::Setting,
-    net::{self, Backoff, Control, Identity, Link},
+    net::{self, Backoff, Control, Link},
     protocol::{
-        message::{self, DiskSpec, Hello, ToPrimary, Version},
-        sender::Pace,
+        claim::{Answer, Claim},
+        message::{self, DiskSpec, Hello, Refusal, ToPrimary, Version},
+        sender::{Pace, StopReason},
     },
     volume::Machine,
 };
@@ -38,13 +40,13 @@ const AHEAD_BYTES: u64 = 16 << 20;
 const CURRENT_EVERY: Duration = Duration::from_secs(1);
 /// First and longest pause between two dials.
 const REDIAL: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// Longest pause while only the peer's role is in the way: an operator waits for what comes of it.
+const ROLES_AGAIN: Duration = Duration::from_secs(2);
 
-/// What to replicate, and to whom.
-#[derive(Debug)]
+/// Whom to replicate to, and how.
+#[derive(Clone, Debug)]
 pub(super) struct Target {
-    pub(super) address: String,
-    pub(super) peer: Option<Name>,
-    pub(super) identity: Identity,
+    pub(super) callee: Callee,
     pub(super) interval: Duration,
     pub(super) compression: Setting,
 }
@@ -55,15 +57,17 @@ pub(super) struct Subject {
     pub(super) id: MachineId,
     pub(super) name: Name,
     pub(super) generation: Generation,
+    /// Where the generation began, if it began on this host.
+    pub(super) born: Option<Lineage>,
     pub(super) disks: Vec<DiskSpec>,
 }
 
 /// Waits for an answer to one command.
-pub(super) type Answer = ChannelSender<Result<Lineage, String>>;
+pub(super) type CutAnswer = ChannelSender<Result<Lineage, String>>;
 
 /// What the node asks of the thread.
 pub(super) enum Command {
-    Cut(Answer),
+    Cut(CutAnswer),
     Stop,
 }
 
@@ -147,12 +151,16 @@ impl Drop for Replication {
     }
 }
 
+/// Hears what the peer says of the roles. Returns at once.
+pub(super) type Answered = Arc<dyn Fn(Answer) + Send + Sync>;
+
 /// What the node lends to the thread.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Host {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) ids: Arc<dyn Ids>,
     pub(super) runtime: Handle,
+    pub(super) answered: Answered,
 }
 
 /// The replication thread's own.
@@ -170,11 +178,7 @@ impl Driver {
     fn run(self) {
         let mut backoff = Backoff::new(REDIAL.0, REDIAL.1);
         loop {
-            let dialled = self.until_stopped(net::dial(
-                &self.target.address,
-                self.target.peer.as_ref(),
-                &self.target.identity,
-            ));
+            let dialled = self.until_stopped(self.target.callee.dial());
             let Some(dialled) = dialled else { return };
             let why = match dialled {
                 Ok((link, control)) => {
@@ -187,6 +191,16 @@ impl Driver {
                         End::Lost(why) => {
                             self.progress.lock().phase = Phase::Unreachable(why.clone());
                             why
+                        }
+                        End::Refused(StopReason::Refused(Refusal::Role { answer })) => {
+                            match self.unwelcome(answer) {
+                                Ok(()) => continue,
+                                Err(why) => {
+                                    self.progress.lock().phase = Phase::Refused(why.clone());
+                                    backoff.limit(ROLES_AGAIN);
+                                    why
+                                }
+                            }
                         }
                         End::Refused(reason) => {
                             self.progress.lock().phase = Phase::Refused(reason.to_string());
@@ -211,6 +225,29 @@ impl Driver {
             if self.rest(pause, &why) {
                 return;
             }
+        }
+    }
+
+    /// The peer does not follow. Whether that is mended already: it was the primary before, and may follow now.
+    fn unwelcome(&self, answer: Answer) -> Result<(), String> {
+        let Subject {
+            generation, born, ..
+        } = self.subject;
+        if answer != Answer::Diverged(generation) {
+            (self.host.answered)(answer);
+            return Err(answer.to_string());
+        }
+        let machine = &self.machine;
+        let back = bring_back(
+            &self.target.callee,
+            machine,
+            (generation, born),
+            &*self.host.clock,
+        );
+        match self.until_stopped(back) {
+            None => Err("the node is being stopped".into()),
+            Some(Err(why)) => Err(format!("the former primary cannot follow yet: {why}")),
+            Some(Ok(())) => Ok(()),
         }
     }
 
@@ -278,13 +315,19 @@ impl Driver {
             id,
             name,
             generation,
+            born,
             disks,
         } = self.subject.clone();
         Hello {
             version: Version::CURRENT,
             machine: id,
             name,
-            generation,
+            claim: Claim {
+                generation,
+                active: true,
+                born,
+                wants: None,
+            },
             disks,
         }
     }

@@ -13,7 +13,7 @@ use std::{
 use uuid::Uuid;
 
 use crate::{
-    base::ids::Name,
+    base::{checksum::Digest, ids::Name},
     disk::{
         Disk, DiskError,
         layered::{LayerError, LayeredDisk},
@@ -103,28 +103,11 @@ impl Exposure {
             let path = path.to_owned();
             move |source| ExposeError::Place { path, source }
         };
-        let boot = boot().map_err(failed(Path::new("/proc/sys/kernel/random/boot_id")))?;
-        let folder = FileFolder::open(layers).map_err(failed(layers))?;
         crate::shim::recover_stale(at)
             .or_else(absent)
             .map_err(failed(at))?;
         fs::create_dir_all(at).map_err(failed(at))?;
-        let identity = view.point.lineage.chain;
-        let mut opened = Vec::new();
-        for (base, name) in view.disks.into_iter().zip(names) {
-            let file = format!("{name}.layer");
-            let storage = folder
-                .open(&file, Open::Create)
-                .map_err(failed(&layers.join(&file)))?;
-            let layer = LayeredDisk::open(base, storage, identity, boot).map_err(|source| {
-                ExposeError::Layer {
-                    disk: name.clone(),
-                    source,
-                }
-            })?;
-            opened.push((name.clone(), Arc::new(layer)));
-        }
-        folder.sync().map_err(failed(layers))?;
+        let opened = open_layers(view, names, layers)?;
         let disks = opened.iter().map(|(name, layer)| MountedDisk {
             folder: Some(machine.clone()),
             file_name: name.clone(),
@@ -168,6 +151,53 @@ impl Exposure {
         }
         Ok(())
     }
+}
+
+/// A layer over each disk of `view`, in the folder `layers`, which is made if need be.
+pub(super) fn open_layers(
+    view: PointView,
+    names: &[Name],
+    layers: &Path,
+) -> Result<Vec<(Name, Arc<LayeredDisk>)>, ExposeError> {
+    let identity = view.point.lineage.chain;
+    let bases = view.disks.into_iter().zip(names.iter().cloned());
+    let bases = bases.map(|(base, name)| (name, base as Arc<dyn Disk>));
+    layers_over(bases.collect(), identity, layers)
+}
+
+/// A layer over each of these disks, whose content is called `identity`.
+pub(super) fn layers_over(
+    bases: Vec<(Name, Arc<dyn Disk>)>,
+    identity: Digest,
+    layers: &Path,
+) -> Result<Vec<(Name, Arc<LayeredDisk>)>, ExposeError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ExposeError::Place { path, source }
+    };
+    let boot = boot().map_err(failed(Path::new("/proc/sys/kernel/random/boot_id")))?;
+    let folder = FileFolder::open(layers).map_err(failed(layers))?;
+    let mut opened = Vec::new();
+    for (name, base) in bases {
+        let file = layer_file(&name);
+        let storage = folder
+            .open(&file, Open::Create)
+            .map_err(failed(&layers.join(&file)))?;
+        let layer = LayeredDisk::open(base, storage, identity, boot).map_err(|source| {
+            ExposeError::Layer {
+                disk: name.clone(),
+                source,
+            }
+        })?;
+        opened.push((name, Arc::new(layer)));
+    }
+    folder.sync().map_err(failed(layers))?;
+    Ok(opened)
+}
+
+/// Name of a disk's layer in the folder of layers.
+pub(super) fn layer_file(disk: &Name) -> String {
+    format!("{disk}.layer")
 }
 
 /// A mount that is not there is not stale.

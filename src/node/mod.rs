@@ -1,10 +1,11 @@
 //! Floor 5: a host: configuration, the loops that drive the floors below, the control socket.
 //!
 //! ```text
-//!   primary    images -> machine (tracked) -> mount                   secondary   listener -> session for each machine
+//!   host       machines in their parts, and the peers that call       admission   what a link is for, and whether it may
+//!   primary    disks -> machine (tracked) -> mount                    served      a replica: received into, kept, tested
 //!   driver     the replication thread: dial, talk, dial again         session     Receiver + replica store + link
-//!   conversation   one link: Sender + maps + log                      admission   who may feed which replica
-//!   exposure   a recovery point as writable disks in a mount            test_failover   several of them
+//!   conversation   one link: Sender + maps + log                      call        short questions about roles
+//!   exposure   a recovery point as writable disks in a mount          test_failover   several of them
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
 //!   control    the socket that `status` and operators use
 //! ```
@@ -13,17 +14,18 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod call;
 pub mod control;
 mod conversation;
 pub mod convert;
 mod driver;
 mod exposure;
+pub mod host;
 pub mod images;
 mod pipeline;
 pub mod primary;
 mod progress;
-mod replicas;
-pub mod secondary;
+mod served;
 mod session;
 pub mod status;
 mod test_failover;
@@ -33,13 +35,11 @@ use std::{
     fs::{File, TryLockError},
     io,
     path::Path,
-    sync::Arc,
     time::Duration,
 };
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use self::primary::{Primary, PrimaryError};
 use crate::shim::{Unmount, UnmountError};
 
 /// Where tracking state lives unless told otherwise.
@@ -87,25 +87,30 @@ impl StopSignals {
     }
 }
 
-/// Stops a primary: unmounts as soon as nobody uses the mount, or at the next signal in any case, and closes the images.
-pub async fn shut_down(
-    primary: &Arc<Primary>,
+/// Stops what `stopping` stops: unmounts as soon as nobody uses the mount, or at the next signal in any case, and closes
+/// the images.
+pub async fn shut_down<E, F>(
     stop: &mut StopSignals,
     say: impl Fn(&str),
-) -> Result<(), PrimaryError> {
+    stopping: impl Fn(Unmount) -> F,
+    busy: impl Fn(&E) -> Option<&UnmountError>,
+) -> Result<(), E>
+where
+    F: Future<Output = Result<(), E>>,
+{
     let mut how = Unmount::IfUnused;
     let mut told = false;
     loop {
-        let stopping = Arc::clone(primary);
-        let stopped = tokio::task::spawn_blocking(move || stopping.stop(how)).await;
-        match stopped.expect("stopping does not panic") {
-            Err(PrimaryError::Unmount(busy @ UnmountError::Busy { .. })) => {
-                if !told {
+        match stopping(how).await {
+            Err(error) => match busy(&error) {
+                Some(busy) if !told => {
                     say(&format!("{busy}; waiting, signal again to detach"));
                     told = true;
                 }
-            }
-            other => return other,
+                Some(_) => {}
+                None => return Err(error),
+            },
+            Ok(()) => return Ok(()),
         }
         tokio::select! {
             () = stop.next() => how = Unmount::Detach,

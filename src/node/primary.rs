@@ -1,4 +1,4 @@
-//! A primary: a machine's images opened, tracked, shown in a mount, replicated.
+//! A primary: a machine's disks tracked, shown in a mount, replicated.
 //!
 //! Order matters at both ends. Start: open and lock the images, restore what tracking knows, mount, and only then dial
 //! the replica: a guest never waits for a replica. Stop: unmount (no write can come any more), end the
@@ -7,7 +7,6 @@
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use tokio::runtime::Handle;
 
 pub use super::images::ImageConfig;
 use super::{
@@ -16,7 +15,7 @@ use super::{
     images::{ImageError, OpenImage, stamp},
     progress::{Phase, Progress},
     status::{DiskStatus, LatencyStatus, MachineStatus, NodeStatus, RpoStatus, TrafficStatus},
-    tracking::Tracked,
+    tracking::{Tracked, Tracking},
 };
 use crate::{
     base::{
@@ -25,28 +24,32 @@ use crate::{
         units::{BLOCK_BYTES, DiskIndex, Epoch},
     },
     coord::state::{ReplicationState, Role, Signs},
-    delta::policy::Setting,
-    disk::{Access, Disk},
-    net::{Identity, IdentityError},
+    disk::{Access, Disk, image::Format},
     protocol::message::DiskSpec,
     shim::{
-        self, Mount, MountError, MountOptions, MountedDisk, Owner, Unmount, UnmountError,
-        Visibility, Writability,
+        self, FileIndex, Mount, MountError, MountOptions, MountedDisk, Owner, Refusal, Unmount,
+        UnmountError, User, Visibility, Writability,
     },
     storage::ledger::LedgerError,
-    volume::{self, MachineState},
+    volume::{self, ImageStamp, Machine, MachineState},
 };
 
 /// The interval that health is judged by where none is configured.
 const INTERVAL_DEFAULT: Duration = Duration::from_secs(1);
 
-/// A machine to serve.
+impl PrimaryError {
+    /// The mount that somebody still uses, if that is the trouble.
+    pub fn busy(&self) -> Option<&UnmountError> {
+        match self {
+            Self::Unmount(busy @ UnmountError::Busy { .. }) => Some(busy),
+            _ => None,
+        }
+    }
+}
+
+/// How a machine's disks are shown.
 #[derive(Clone, Debug)]
-pub struct PrimaryConfig {
-    /// The machine's name.
-    pub machine: Name,
-    /// Its images.
-    pub images: Vec<ImageConfig>,
+pub struct ShowConfig {
     /// Where to mount.
     pub at: PathBuf,
     /// Whether the guest may write.
@@ -57,25 +60,45 @@ pub struct PrimaryConfig {
     pub owner: Option<Owner>,
     /// Threads that serve the mount.
     pub threads: usize,
-    /// Folder of the tracking state; nothing is tracked without it.
-    pub state: Option<PathBuf>,
-    /// Where to replicate to.
-    pub replication: Option<ReplicationConfig>,
 }
 
-/// Where and how to replicate.
-#[derive(Clone, Debug)]
-pub struct ReplicationConfig {
-    /// The replica, as `HOST:PORT`.
-    pub to: String,
-    /// Folder of this host's identity.
-    pub identity: PathBuf,
-    /// Name in the replica's certificate, if not the host's.
-    pub peer: Option<Name>,
-    /// Time from one cut to the next.
-    pub interval: Duration,
-    /// Compression on the link.
-    pub compression: Setting,
+impl ShowConfig {
+    /// Writable, for this process's user, at `at`.
+    pub fn new(at: PathBuf) -> Self {
+        Self {
+            at,
+            access: Access::ReadWrite,
+            visibility: Visibility::Owner,
+            owner: None,
+            threads: shim::THREADS_DEFAULT,
+        }
+    }
+}
+
+/// A disk to serve.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) name: Name,
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) format: Format,
+    pub(super) image: PathBuf,
+    /// The file whose stamp tells whether somebody else wrote the disk, and what the stamp was before it was opened.
+    pub(super) stamped: (PathBuf, ImageStamp),
+    /// Keeps the lock on the image.
+    pub(super) _keep: Option<OpenImage>,
+}
+
+impl From<OpenImage> for Source {
+    fn from(image: OpenImage) -> Self {
+        Self {
+            name: image.config.name.clone(),
+            disk: Arc::clone(&image.disk),
+            format: image.config.format,
+            image: image.config.path.clone(),
+            stamped: (image.config.path.clone(), image.stamp),
+            _keep: Some(image),
+        }
+    }
 }
 
 /// Why a primary cannot start or stop.
@@ -96,9 +119,6 @@ pub enum PrimaryError {
         #[source]
         source: io::Error,
     },
-    /// Another node uses the state folder.
-    #[error("the state of machine {0} is in use by another node")]
-    StateInUse(Name),
     /// The node's store failed.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
@@ -111,15 +131,20 @@ pub enum PrimaryError {
         #[source]
         source: volume::OpenError,
     },
+    /// A machine that was failed over cannot go on from its recovery point.
+    #[error("machine {machine} cannot go on from its recovery point: {why}")]
+    Begin {
+        /// Which.
+        machine: Name,
+        /// Why.
+        why: String,
+    },
     /// The mount cannot be made.
     #[error(transparent)]
     Mount(#[from] MountError),
     /// The mount is still in use.
     #[error(transparent)]
     Unmount(#[from] UnmountError),
-    /// This host's certificate is not usable.
-    #[error(transparent)]
-    Identity(#[from] IdentityError),
     /// A thread could not be started.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
@@ -139,76 +164,140 @@ pub enum PrimaryError {
 /// A machine that is being served.
 #[derive(Debug)]
 pub struct Primary {
-    config: PrimaryConfig,
+    name: Name,
     clock: Arc<dyn Clock>,
-    images: Vec<OpenImage>,
+    disks: Vec<Source>,
+    /// Whose stamp is taken at the end, for each disk.
+    stamped: Mutex<Vec<PathBuf>>,
     tracked: Option<Tracked>,
     mount: Mount,
-    replication: Mutex<Option<Replication>>,
+    replication: Mutex<Option<Running>>,
     progress: Arc<Mutex<Progress>>,
 }
 
+/// What is to be done to a machine before its disks are shown.
+type Begin<'a> = &'a dyn Fn(&Machine) -> Result<(), String>;
+
+/// A replication that runs, and what the status tells of it.
+#[derive(Debug)]
+struct Running {
+    replication: Replication,
+    peer: String,
+    interval: Duration,
+}
+
 impl Primary {
-    /// Opens, mounts and begins to replicate. Blocks while images are opened.
-    pub fn start(config: PrimaryConfig, runtime: Handle) -> Result<Self, PrimaryError> {
+    /// Opens and mounts images that nobody tracks. Blocks while they are opened.
+    pub fn show(
+        name: Name,
+        images: &[ImageConfig],
+        show: &ShowConfig,
+    ) -> Result<Self, PrimaryError> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
         let ids: Arc<dyn Ids> = Arc::new(SystemIds::default());
-        for (index, image) in config.images.iter().enumerate() {
-            if config.images[..index]
-                .iter()
-                .any(|other| other.name == image.name)
-            {
-                return Err(PrimaryError::DuplicateDisk(image.name.clone()));
-            }
-        }
-        let target = config.replication.as_ref().map(target).transpose()?;
-        let open = |image| OpenImage::open(image, config.access, &ids);
-        let images = config
-            .images
-            .iter()
-            .map(open)
-            .collect::<Result<Vec<_>, _>>()?;
-        let state = config.state.as_ref();
-        let tracked = state
-            .map(|state| Tracked::open(&config.machine, state, &images, &clock, &*ids))
-            .transpose()?;
-        let mount = show(&config, &images, tracked.as_ref())?;
-        let progress = Arc::new(Mutex::new(Progress::default()));
-        let replication = match (&tracked, target) {
-            (Some(tracked), Some(target)) => {
-                let subject = Subject {
-                    id: tracked.id,
-                    name: config.machine.clone(),
-                    generation: tracked.generation,
-                    disks: images.iter().map(spec).collect(),
-                };
-                let host = Host {
-                    clock: Arc::clone(&clock),
-                    ids,
-                    runtime,
-                };
-                let machine = Arc::clone(&tracked.machine);
-                let started =
-                    Replication::start(machine, subject, target, Arc::clone(&progress), host);
-                Some(started.map_err(PrimaryError::Thread)?)
-            }
-            _ => None,
+        let sources = open_images(images, show.access, &ids)?;
+        Self::start(name, sources, show, None, clock)
+    }
+
+    /// Tracks and mounts `disks`; the machine that tracks them is shown to the caller before anybody can write.
+    pub(super) fn start(
+        name: Name,
+        disks: Vec<Source>,
+        show: &ShowConfig,
+        tracking: Option<(Tracking<'_>, Begin<'_>)>,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self, PrimaryError> {
+        let track = |(tracking, begin): (Tracking<'_>, Begin<'_>)| {
+            let tracked = Tracked::open(&name, tracking, &disks, &clock)?;
+            begin(&tracked.machine).map_err(|why| PrimaryError::Begin {
+                machine: name.clone(),
+                why,
+            })?;
+            Ok::<_, PrimaryError>(tracked)
         };
-        let replication = Mutex::new(replication);
+        let tracked = tracking.map(track).transpose()?;
+        let mount = mount(show, &disks, tracked.as_ref())?;
+        let stamped = disks.iter().map(|disk| disk.stamped.0.clone()).collect();
         Ok(Self {
-            config,
+            name,
             clock,
-            images,
+            disks,
+            stamped: Mutex::new(stamped),
             tracked,
             mount,
-            replication,
-            progress,
+            replication: Mutex::default(),
+            progress: Arc::default(),
         })
+    }
+
+    /// Begins to replicate, in the generation of `subject`. What ran before ends first.
+    pub(super) fn replicate(
+        &self,
+        subject: Subject,
+        target: Target,
+        host: Host,
+    ) -> Result<(), PrimaryError> {
+        let Some(tracked) = &self.tracked else {
+            return Ok(());
+        };
+        self.end_replication();
+        let (peer, interval) = (target.callee.address.clone(), target.interval);
+        let machine = Arc::clone(&tracked.machine);
+        let progress = Arc::clone(&self.progress);
+        let replication = Replication::start(machine, subject, target, progress, host)
+            .map_err(PrimaryError::Thread)?;
+        *self.replication.lock() = Some(Running {
+            replication,
+            peer,
+            interval,
+        });
+        Ok(())
+    }
+
+    /// Ends the replication: the link is closed when this returns.
+    pub(super) fn end_replication(&self) {
+        let running = self.replication.lock().take();
+        drop(running);
+    }
+
+    /// The disks, as a replica has to know them.
+    pub(super) fn specs(&self) -> Vec<DiskSpec> {
+        self.disks.iter().map(spec).collect()
+    }
+
+    /// What tracks the machine.
+    pub(super) fn machine(&self) -> Option<&Arc<Machine>> {
+        self.tracked.as_ref().map(|tracked| &tracked.machine)
+    }
+
+    /// Whether the mount is gone.
+    pub(super) fn has_ended(&self) -> bool {
+        *self.mount.ended().borrow()
+    }
+
+    /// Decides whether the guest may write. When this returns, no write is under way that was not judged by it.
+    pub(super) fn set_writable(&self, writability: Writability) {
+        for index in 0..self.disks.len() {
+            self.mount.set_writable(FileIndex(index), writability);
+        }
+    }
+
+    /// Whoever has a disk open for writing, as far as this process can see; nothing if nobody has.
+    pub(super) fn writers(&self) -> Option<Vec<User>> {
+        let writers: usize = (0..self.disks.len())
+            .map(|index| self.mount.open_writers(FileIndex(index)))
+            .sum();
+        (writers > 0).then(|| shim::users_of(self.mount.dir()))
+    }
+
+    /// From now on the file at `image` tells whether somebody else wrote disk `index`.
+    pub(super) fn is_stamped_by(&self, index: usize, image: PathBuf) {
+        self.stamped.lock()[index] = image;
     }
 
     /// The raw files in the mount.
     pub fn paths(&self) -> Vec<PathBuf> {
-        self.images.iter().map(|image| self.path(image)).collect()
+        self.disks.iter().map(|disk| self.path(disk)).collect()
     }
 
     /// Waits until the mount is gone, whoever took it away.
@@ -222,34 +311,47 @@ impl Primary {
     /// guest that takes its time to shut down is replicated to the end.
     pub fn stop(&self, how: Unmount) -> Result<(), PrimaryError> {
         self.mount.unmount(how)?;
-        *self.replication.lock() = None;
+        self.end_replication();
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| PrimaryError::Close {
-            machine: self.config.machine.clone(),
+            machine: self.name.clone(),
             source,
         };
         if let Some(tracked) = &self.tracked {
             tracked.rest();
-            let mut stamps = |disk: DiskIndex| stamp(&self.images[disk.index()].config.path);
+            let stamped = self.stamped.lock().clone();
+            let mut stamps = |disk: DiskIndex| stamp(&stamped[disk.index()]);
             return tracked
                 .machine
                 .close(&mut stamps)
                 .map_err(|error| failed(Box::new(error)));
         }
-        for image in &self.images {
-            image
-                .disk
-                .close()
-                .map_err(|error| failed(Box::new(error)))?;
+        for disk in &self.disks {
+            disk.disk.close().map_err(|error| failed(Box::new(error)))?;
         }
         Ok(())
     }
 
-    /// The machine's report.
+    /// Cuts now and waits until the epoch is durable on the replica.
+    pub(super) fn cut_now(&self) -> Result<Lineage, OperateError> {
+        let running = self.replication.lock();
+        let pending = running
+            .as_ref()
+            .map(|running| running.replication.request_cut());
+        // The lock is free again: a cut may take as long as the link does, and the node must be able to stop.
+        drop(running);
+        let pending = pending.ok_or_else(|| {
+            OperateError::NotNow(format!("machine {} is not replicated", self.name))
+        })?;
+        pending.wait().map_err(OperateError::NotNow)
+    }
+
+    /// The machine's report, apart from its role.
     pub fn machine_status(&self) -> MachineStatus {
         let progress = self.progress.lock();
         let latency = self.mount.latencies().write;
-        let replication = self.config.replication.as_ref();
-        let (state, stopped) = match (&self.tracked, replication) {
+        let running = self.replication.lock();
+        let running = running.as_ref();
+        let (state, stopped) = match (&self.tracked, running) {
             (Some(tracked), Some(_)) => state_of(&progress.phase, has_point(tracked)),
             _ => (ReplicationState::Disabled, None),
         };
@@ -260,7 +362,7 @@ impl Primary {
             stopped,
             disk: tracked.and_then(|tracked| problem(&tracked.machine.state())),
             points: None,
-            interval: replication.map_or(INTERVAL_DEFAULT, |replication| replication.interval),
+            interval: running.map_or(INTERVAL_DEFAULT, |running| running.interval),
             rpo: rpo.now_ms.map(Duration::from_millis),
         };
         let (health, reasons) = signs.health();
@@ -269,14 +371,15 @@ impl Primary {
         });
         traffic.written = latency.bytes();
         MachineStatus {
-            name: self.config.machine.clone(),
-            id: tracked.map(|tracked| tracked.id),
+            name: self.name.clone(),
+            id: tracked.map(|tracked| tracked.machine.id()),
             role: Role::Primary,
+            part: None,
             state,
             health,
             reasons,
-            generation: tracked.map(|tracked| tracked.generation),
-            peer: replication.map(|replication| replication.to.clone()),
+            generation: None,
+            peer: running.map(|running| running.peer.clone()),
             durable: tracked.and_then(|tracked| tracked.machine.lineage()),
             base_epoch: None,
             recovery: None,
@@ -287,9 +390,9 @@ impl Primary {
             traffic,
             write_latency: Some(LatencyStatus::from(&latency)),
             disks: self
-                .images
+                .disks
                 .iter()
-                .map(|image| self.disk_status(image))
+                .map(|disk| self.disk_status(disk))
                 .collect(),
         }
     }
@@ -300,17 +403,17 @@ impl Primary {
         progress.rpo.status(self.clock.wall(), unchanged)
     }
 
-    fn path(&self, image: &OpenImage) -> PathBuf {
-        self.mount.dir().join(format!("{}.raw", image.config.name))
+    fn path(&self, disk: &Source) -> PathBuf {
+        self.mount.dir().join(format!("{}.raw", disk.name))
     }
 
-    fn disk_status(&self, image: &OpenImage) -> DiskStatus {
+    fn disk_status(&self, disk: &Source) -> DiskStatus {
         DiskStatus {
-            name: image.config.name.clone(),
-            size: image.disk.geometry().size,
-            image: image.config.path.display().to_string(),
-            format: image.config.format.to_string(),
-            path: Some(self.path(image).display().to_string()),
+            name: disk.name.clone(),
+            size: disk.disk.geometry().size,
+            image: disk.image.display().to_string(),
+            format: disk.format.to_string(),
+            path: Some(self.path(disk).display().to_string()),
         }
     }
 }
@@ -327,63 +430,62 @@ impl Operate for Primary {
     }
 
     fn cut(&self, machine: &Name) -> Result<Lineage, OperateError> {
-        if *machine != self.config.machine {
-            return Err(OperateError::NoSuchMachine(machine.clone()));
+        if *machine == self.name {
+            self.cut_now()
+        } else {
+            Err(OperateError::NoSuchMachine(machine.clone()))
         }
-        let pending = self
-            .replication
-            .lock()
-            .as_ref()
-            .map(Replication::request_cut);
-        // The lock is free again: a cut may take as long as the link does, and the node must be able to stop.
-        let pending = pending
-            .ok_or_else(|| OperateError::NotNow(format!("machine {machine} is not replicated")))?;
-        pending.wait().map_err(OperateError::NotNow)
     }
 }
 
-fn target(config: &ReplicationConfig) -> Result<Target, PrimaryError> {
-    Ok(Target {
-        address: config.to.clone(),
-        peer: config.peer.clone(),
-        identity: Identity::load(&config.identity)?,
-        interval: config.interval,
-        compression: config.compression,
-    })
+/// Opens images, no two of which may have one name.
+pub(super) fn open_images(
+    images: &[ImageConfig],
+    access: Access,
+    ids: &Arc<dyn Ids>,
+) -> Result<Vec<Source>, PrimaryError> {
+    for (index, image) in images.iter().enumerate() {
+        if images[..index].iter().any(|other| other.name == image.name) {
+            return Err(PrimaryError::DuplicateDisk(image.name.clone()));
+        }
+    }
+    let open = |image| Ok(OpenImage::open(image, access, ids)?.into());
+    images.iter().map(open).collect()
 }
 
-fn spec(image: &OpenImage) -> DiskSpec {
-    let geometry = image.disk.geometry();
+/// A disk as its replica has to know it.
+pub(super) fn spec(disk: &Source) -> DiskSpec {
+    let geometry = disk.disk.geometry();
     DiskSpec {
-        name: image.config.name.clone(),
+        name: disk.name.clone(),
         size: geometry.size,
         logical_sector: geometry.logical_sector,
         physical_sector: geometry.physical_sector,
-        format: image.config.format.to_string(),
+        format: disk.format.to_string(),
     }
 }
 
-fn show(
-    config: &PrimaryConfig,
-    images: &[OpenImage],
+fn mount(
+    show: &ShowConfig,
+    disks: &[Source],
     tracked: Option<&Tracked>,
 ) -> Result<Mount, PrimaryError> {
-    let mut options = MountOptions::new(&config.at);
-    options.access = config.visibility;
-    options.threads = config.threads;
-    if let Some(owner) = config.owner {
+    let mut options = MountOptions::new(&show.at);
+    options.access = show.visibility;
+    options.threads = show.threads;
+    if let Some(owner) = show.owner {
         options.owner = owner;
     }
-    let writability = match config.access {
-        Access::ReadOnly => Writability::Refused(shim::Refusal::ReadOnly),
+    let writability = match show.access {
+        Access::ReadOnly => Writability::Refused(Refusal::ReadOnly),
         Access::ReadWrite => Writability::Writable,
     };
-    let disks = images.iter().enumerate().map(|(index, image)| MountedDisk {
+    let disks = disks.iter().enumerate().map(|(index, disk)| MountedDisk {
         folder: None,
-        file_name: image.config.name.clone(),
+        file_name: disk.name.clone(),
         disk: match tracked {
             Some(tracked) => Arc::clone(&tracked.machine.volumes()[index]) as Arc<dyn Disk>,
-            None => Arc::clone(&image.disk),
+            None => Arc::clone(&disk.disk),
         },
         writability,
     });

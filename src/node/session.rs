@@ -12,7 +12,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::{self, Receiver as EventReceiver, Sender as EventSender, UnboundedSender};
 
-use super::{driver::chain, replicas::Served};
+use super::{driver::chain, served::Served};
 use crate::{
     base::{ids::Generation, units::to_u64},
     net::{ControlReceiver, ControlSender, Link, LinkError, LogReceiver, Reason},
@@ -203,7 +203,7 @@ impl Session {
     /// Receives until the link is lost; why it ended.
     fn run(mut self, mut inbox: EventReceiver<Event>) -> String {
         let head = self.served.store.head();
-        let welcome = self.receiver.welcome(head_message(head));
+        let welcome = self.receiver.welcome(self.generation, head_message(head));
         self.say(welcome);
         while let Some(event) = inbox.blocking_recv() {
             let done = match event {
@@ -316,7 +316,8 @@ fn head_message(head: Head) -> message::Head {
     match head {
         Head::Empty => message::Head::Empty,
         Head::Copying => message::Head::Copying,
-        Head::Copied(lineage) | Head::Complete(lineage) => message::Head::Complete(lineage),
+        Head::Copied(lineage) => message::Head::Copied(lineage),
+        Head::Complete(lineage) => message::Head::Complete(lineage),
     }
 }
 

@@ -11,7 +11,10 @@ use crate::{
         ids::{Generation, Lineage, MachineId, Name},
         units::Epoch,
     },
-    coord::state::{Health, ReplicationState, Role},
+    coord::{
+        role::Part,
+        state::{Health, ReplicationState, Role},
+    },
     delta::Consistency,
     replica::Squeeze,
     shim::OperationLatency,
@@ -41,6 +44,9 @@ pub struct MachineStatus {
     pub id: Option<MachineId>,
     /// The part this node plays.
     pub role: Role,
+    /// The same in full: what it remembers of failovers. Nothing while nobody keeps roles for the machine.
+    #[serde(default)]
+    pub part: Option<Part>,
     /// Where its replication stands.
     pub state: ReplicationState,
     /// How it fares.
@@ -96,6 +102,10 @@ pub struct RecoveryStatus {
 pub struct PointStatus {
     /// Its epoch and chain hash.
     pub point: Lineage,
+    /// Whether it is no point of the history but the last state of a former primary, which followed that epoch: writes
+    /// that nobody else has.
+    #[serde(default)]
+    pub rescue: bool,
     /// When the cut was made.
     pub cut: Timestamp,
     /// What it is worth to the guest.
@@ -117,6 +127,9 @@ pub struct TestStatus {
     pub number: u32,
     /// The point it started from.
     pub point: Lineage,
+    /// Whether that is the rescue point.
+    #[serde(default)]
+    pub rescue: bool,
     /// When that was cut.
     pub cut: Timestamp,
     /// When the test was started.

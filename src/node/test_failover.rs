@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    control::{CancelReport, CancelRequest, OperateError},
+    control::{CancelReport, CancelRequest, OperateError, TestRequest},
     driver::chain,
     exposure::{ExposeError, Exposure, HideError},
     status::{LastTest, TestResult, TestStatus},
@@ -30,9 +30,8 @@ use crate::{
     base::{
         clock::{Clock, Timestamp},
         ids::{Lineage, MachineId, Name},
-        units::Epoch,
     },
-    replica::{MachineReplica, ReplicaError},
+    replica::{MachineReplica, Point, ReplicaError},
     shim::Unmount,
     storage::ledger::{Ledger, LedgerError},
 };
@@ -42,6 +41,8 @@ use crate::{
 struct TestRecord {
     number: u32,
     point: Lineage,
+    #[serde(default)]
+    rescue: bool,
     cut: Timestamp,
     started: Timestamp,
     /// Where it is mounted.
@@ -158,6 +159,7 @@ impl TestFailovers {
         TestStatus {
             number: test.record.number,
             point: test.record.point,
+            rescue: test.record.rescue,
             cut: test.record.cut,
             started: test.record.started,
             written: test.exposure.held(),
@@ -165,31 +167,19 @@ impl TestFailovers {
         }
     }
 
-    /// Starts a test of `point`, or of the latest one.
+    /// Starts a test of a point, by default of the latest one.
     pub(super) fn start(
         &self,
         store: &MachineReplica,
-        point: Option<Epoch>,
+        request: TestRequest,
     ) -> Result<TestStatus, OperateError> {
-        let points = store.points();
-        let chosen = match point {
-            Some(epoch) => points.iter().find(|point| point.lineage.epoch == epoch),
-            None => points.last(),
-        };
-        let chosen = chosen.ok_or_else(|| {
-            OperateError::NotNow(match point {
-                Some(epoch) => format!(
-                    "machine {} has no recovery point {epoch}: see `understudy points {0}`",
-                    self.machine
-                ),
-                None => format!("machine {} has no recovery point yet", self.machine),
-            })
-        })?;
+        let chosen = choose(store, &self.machine, request)?;
         let mut running = self.running.lock();
         let number = self.next_number(&running);
         let record = TestRecord {
             number,
             point: chosen.lineage,
+            rescue: request.rescue,
             cut: chosen.cut,
             started: self.clock.wall(),
             at: self
@@ -226,7 +216,11 @@ impl TestFailovers {
     }
 
     fn expose(&self, store: &MachineReplica, record: TestRecord) -> Result<Running, TestError> {
-        let view = store.view(record.point.epoch)?;
+        let view = if record.rescue {
+            store.view_rescue()?
+        } else {
+            store.view(record.point.epoch)?
+        };
         if view.point.lineage != record.point {
             return Err(ReplicaError::NoPoint(record.point.epoch).into());
         }
@@ -286,7 +280,10 @@ impl TestFailovers {
             }
         }
         if problems.is_empty() {
-            return Ok(CancelReport { ended });
+            return Ok(CancelReport {
+                ended,
+                failover: None,
+            });
         }
         let mut text = problems.join("; ");
         if !ended.is_empty() {
@@ -383,6 +380,34 @@ impl From<LedgerError> for OperateError {
     fn from(error: LedgerError) -> Self {
         Self::Failed(chain(&error))
     }
+}
+
+/// The point that is asked for: the rescue point, that of an epoch, or the latest.
+pub(super) fn choose(
+    store: &MachineReplica,
+    machine: &Name,
+    TestRequest { point, rescue }: TestRequest,
+) -> Result<Point, OperateError> {
+    let none = |text: String| OperateError::NotNow(text);
+    if rescue {
+        let rescue = store.rescue();
+        return rescue
+            .map(|rescue| rescue.point())
+            .ok_or_else(|| none(format!("machine {machine} has no rescue point")));
+    }
+    let points = store.points();
+    let chosen = match point {
+        Some(epoch) => points.iter().find(|point| point.lineage.epoch == epoch),
+        None => points.last(),
+    };
+    chosen.copied().ok_or_else(|| {
+        none(match point {
+            Some(epoch) => format!(
+                "machine {machine} has no recovery point {epoch}: see `understudy points {machine}`"
+            ),
+            None => format!("machine {machine} has no recovery point yet"),
+        })
+    })
 }
 
 /// Whether a folder is one that a test was mounted at.

@@ -5,14 +5,17 @@ use std::{fs, io, path::Path, sync::Arc, thread, time::Duration};
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
-use super::{driver::chain, images::OpenImage, lock_folder, primary::PrimaryError};
+use super::{
+    driver::chain,
+    primary::{PrimaryError, Source},
+};
 use crate::{
     base::{
         clock::Clock,
-        ids::{Generation, Ids, MachineId, Name},
+        ids::{MachineId, Name},
         limits::PRESERVE_BYTES_MAX,
     },
-    storage::{file::FileFolder, ledger::Ledger},
+    storage::ledger::Ledger,
     track::{intent::HOT_REGIONS_MAX, state::StateDir},
     volume::{DiskSource, Machine, MachineOptions},
 };
@@ -20,82 +23,35 @@ use crate::{
 /// Time between two looks for regions that can cool. What a power cut makes us send again shrinks with each.
 const MAINTAIN_EVERY: Duration = Duration::from_mins(1);
 
-/// What the node remembers of a machine by its name.
-#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
-struct Known {
-    id: MachineId,
-    generation: Generation,
+/// Where a machine's tracking lives.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tracking<'a> {
+    pub(super) id: MachineId,
+    /// For maps and intent logs.
+    pub(super) folder: &'a Path,
+    pub(super) ledger: &'a Arc<Ledger>,
 }
 
-/// A machine whose writes are tracked. The lock on its state lasts as long as this value.
+/// A machine whose writes are tracked.
 #[derive(Debug)]
 pub(super) struct Tracked {
     pub(super) machine: Arc<Machine>,
-    pub(super) id: MachineId,
-    pub(super) generation: Generation,
     maintenance: Mutex<Option<Maintenance>>,
-    _lock: fs::File,
 }
 
 impl Tracked {
-    /// Opens the state of machine `name` in the folder `state`.
+    /// Opens the tracking of machine `name`.
     pub(super) fn open(
         name: &Name,
-        state: &Path,
-        images: &[OpenImage],
+        tracking: Tracking<'_>,
+        disks: &[Source],
         clock: &Arc<dyn Clock>,
-        ids: &dyn Ids,
     ) -> Result<Self, PrimaryError> {
-        let path = state.join(name.as_str());
-        let failed = |source| PrimaryError::State {
-            path: path.clone(),
-            source,
-        };
-        let folder = FileFolder::open(&path).map_err(failed)?;
-        let lock = lock_folder(&path).map_err(failed)?;
-        let lock = lock.ok_or_else(|| PrimaryError::StateInUse(name.clone()))?;
-        let ledger = Arc::new(Ledger::open_in(&folder, "node.redb")?);
-        let key = format!("name/{name}");
-        let known = if let Some(known) = ledger.get::<Known>(&key)? {
-            known
-        } else {
-            let known = Known {
-                id: MachineId(ids.uuid()),
-                generation: Generation::first(ids),
-            };
-            ledger.put(&key, &known)?;
-            known
-        };
-        let options = MachineOptions {
-            id: known.id,
-            name: name.clone(),
-            clock: Arc::clone(clock),
-            boot_id: boot_id().map_err(failed)?,
-            preserve_bytes_max: PRESERVE_BYTES_MAX,
-            hot_regions_max: HOT_REGIONS_MAX,
-        };
-        let sources = images.iter().map(|image| DiskSource {
-            name: image.config.name.clone(),
-            disk: Arc::clone(&image.disk),
-            stamp: image.stamp,
-        });
-        let state = StateDir::open(&path).map_err(failed)?;
-        let machine =
-            Machine::open(options, sources.collect(), &state, ledger).map_err(|source| {
-                PrimaryError::Track {
-                    machine: name.clone(),
-                    source,
-                }
-            })?;
-        let maintenance = Mutex::new(Some(
-            Maintenance::start(&machine).map_err(PrimaryError::Thread)?,
-        ));
+        let machine = open(name, tracking, disks, clock)?;
+        let maintenance = Maintenance::start(&machine).map_err(PrimaryError::Thread)?;
         Ok(Self {
             machine,
-            id: known.id,
-            generation: known.generation,
-            maintenance,
-            _lock: lock,
+            maintenance: Mutex::new(Some(maintenance)),
         })
     }
 
@@ -103,6 +59,41 @@ impl Tracked {
     pub(super) fn rest(&self) {
         *self.maintenance.lock() = None;
     }
+}
+
+/// Opens a machine over its disks, with nobody to keep it fresh.
+pub(super) fn open(
+    name: &Name,
+    tracking: Tracking<'_>,
+    disks: &[Source],
+    clock: &Arc<dyn Clock>,
+) -> Result<Arc<Machine>, PrimaryError> {
+    let failed = |source| PrimaryError::State {
+        path: tracking.folder.to_owned(),
+        source,
+    };
+    fs::create_dir_all(tracking.folder).map_err(failed)?;
+    let options = MachineOptions {
+        id: tracking.id,
+        name: name.clone(),
+        clock: Arc::clone(clock),
+        boot_id: boot_id().map_err(failed)?,
+        preserve_bytes_max: PRESERVE_BYTES_MAX,
+        hot_regions_max: HOT_REGIONS_MAX,
+    };
+    let sources = disks.iter().map(|disk| DiskSource {
+        name: disk.name.clone(),
+        disk: Arc::clone(&disk.disk),
+        stamp: disk.stamped.1,
+    });
+    let state = StateDir::open(tracking.folder).map_err(failed)?;
+    let ledger = Arc::clone(tracking.ledger);
+    Machine::open(options, sources.collect(), &state, ledger).map_err(|source| {
+        PrimaryError::Track {
+            machine: name.clone(),
+            source,
+        }
+    })
 }
 
 /// Names the present boot of the host.

@@ -6,10 +6,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::claim::{Answer, Claim};
 use crate::base::{
     clock::Timestamp,
     ids::{Generation, Lineage, MachineId, Name},
-    limits::{DISK_BYTES_MAX, DISKS_PER_MACHINE_MAX, MESSAGE_BYTES_MAX},
+    limits::{DISK_BYTES_MAX, DISKS_PER_MACHINE_MAX, MESSAGE_BYTES_MAX, NAME_BYTES_MAX},
 };
 
 /// Versions of the conversation. A peer that speaks another one is refused with both numbers.
@@ -48,8 +49,8 @@ pub struct Hello {
     pub machine: MachineId,
     /// What people call it.
     pub name: Name,
-    /// The primary's generation.
-    pub generation: Generation,
+    /// In which generation the primary is, or wants to be.
+    pub claim: Claim,
     /// Its disks, in the order of the delta logs' disk table.
     pub disks: Vec<DiskSpec>,
 }
@@ -62,6 +63,9 @@ pub enum Head {
     Empty,
     /// The initial copy has begun and is not complete: no point to go back to yet.
     Copying,
+    /// It holds all blocks, read at different times, or those of a former primary: only with the epoch after this point
+    /// it has a point to go back to.
+    Copied(Lineage),
     /// It holds everything up to here.
     Complete(Lineage),
 }
@@ -76,21 +80,17 @@ pub enum Refusal {
         /// What the replica speaks.
         theirs: Version,
     },
-    /// The replica knows a higher generation: this host was fenced.
-    #[error(
-        "this machine was failed over: generation {theirs} is active, this host has an older one and must not write"
-    )]
-    Fenced {
-        /// The generation the replica knows.
-        theirs: Generation,
+    /// The replica does not follow this host.
+    #[error("{answer}")]
+    Role {
+        /// What it says instead.
+        answer: Answer,
     },
-    /// Both sides were promoted apart from each other.
-    #[error(
-        "split brain: the replica holds generation {theirs}, equal in number and different in identity"
-    )]
-    SplitBrain {
-        /// The generation the replica knows.
-        theirs: Generation,
+    /// The call cannot be answered as things are.
+    #[error("{detail}")]
+    NotNow {
+        /// Why not.
+        detail: String,
     },
     /// The machine's name is taken on the replica by another machine.
     #[error(
@@ -129,6 +129,37 @@ pub enum Refusal {
 pub enum ToReplica {
     /// The greeting; first, once.
     Hello(Hello),
+    /// Instead of a greeting, of a primary that stepped down: take over at `head`. Answered with
+    /// [`ToPrimary::TookOver`].
+    HandOver {
+        /// The machine.
+        machine: MachineId,
+        /// What people call it.
+        name: Name,
+        /// The caller's generation.
+        from: Generation,
+        /// Its last point.
+        head: Lineage,
+    },
+    /// Instead of a greeting, of a primary to the host that was the primary before: where may the images there differ?
+    /// Answered with [`ToPrimary::Differs`], as often as needed, and [`ToPrimary::DiffersEnd`].
+    Return {
+        /// The machine.
+        machine: MachineId,
+        /// What people call it.
+        name: Name,
+        /// The caller's generation.
+        by: Generation,
+    },
+    /// The blocks in which the peer's images differ are durably taken. Answered with [`ToPrimary::Returned`].
+    Taken {
+        /// The caller's generation.
+        by: Generation,
+        /// The point that its next epoch continues.
+        point: Lineage,
+        /// When that point was cut, or the failover was.
+        cut: Timestamp,
+    },
     /// Nothing changed since the replica's head: that head is the machine's state as of `at`.
     Current {
         /// Wall-clock time of the primary.
@@ -144,6 +175,8 @@ pub enum ToPrimary {
     Welcome {
         /// Version the replica speaks.
         version: Version,
+        /// The generation it follows: the caller's, or the one the caller asked it to move to.
+        follows: Generation,
         /// Where it stands.
         head: Head,
         /// Delta-log bytes the primary may send on this connection, in all.
@@ -151,6 +184,22 @@ pub enum ToPrimary {
     },
     /// The replica does not take part; it closes the connection.
     Refused(Refusal),
+    /// The answer to [`ToReplica::HandOver`]: this host is the primary now.
+    TookOver {
+        /// Its generation.
+        generation: Generation,
+    },
+    /// Runs of a disk in which the images here may differ from what the caller's machine holds.
+    Differs {
+        /// The disk.
+        disk: Name,
+        /// Offset and length of each run, in bytes: at most [`RUNS_PER_MESSAGE_MAX`].
+        runs: Vec<(u64, u64)>,
+    },
+    /// There are no more.
+    DiffersEnd,
+    /// This host is the caller's replica now.
+    Returned,
     /// The first `frames` frames of the initial copy's log are durable.
     Copied {
         /// Frames from the start of the log.
@@ -167,6 +216,10 @@ pub enum ToPrimary {
         bytes: u64,
     },
 }
+
+/// Most runs of one [`ToPrimary::Differs`]: what fits a message with the longest numbers and name.
+pub const RUNS_PER_MESSAGE_MAX: usize = 4096;
+const _: () = assert!(MESSAGE_BYTES_MAX > RUNS_PER_MESSAGE_MAX * 44 + NAME_BYTES_MAX * 6 + 1024);
 
 /// Why a record is not a message.
 #[derive(Debug, thiserror::Error)]
@@ -265,7 +318,12 @@ pub(crate) mod tests {
             version: Version::CURRENT,
             machine: MachineId(crate::base::ids::Ids::uuid(&ids)),
             name: Name::new("web").unwrap(),
-            generation: Generation::first(&ids),
+            claim: Claim {
+                generation: Generation::first(&ids),
+                active: true,
+                born: None,
+                wants: None,
+            },
             disks: vec![disk("os"), disk("data")],
         }
     }
@@ -273,7 +331,7 @@ pub(crate) mod tests {
     #[test]
     fn the_largest_greeting_fits_the_limit() {
         let mut hello = hello();
-        let longest = "\u{1F5A5}".repeat(crate::base::limits::NAME_BYTES_MAX / 4);
+        let longest = "\u{1F5A5}".repeat(NAME_BYTES_MAX / 4);
         hello.disks = (0..DISKS_PER_MACHINE_MAX)
             .map(|n| DiskSpec {
                 name: Name::new(&format!("{n:04}{}", &longest[8..])).unwrap(),

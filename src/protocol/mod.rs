@@ -6,8 +6,8 @@
 //!
 //! ```text
 //!   primary                                   replica
-//!     | Hello{machine, generation, disks}  -->  |   checks version, identity, generation, disk table
-//!     | <-- Welcome{head, granted}              |   or Refused{refusal}
+//!     | Hello{machine, claim, disks}  -->       |   checks version, identity, role, disk table
+//!     | <-- Welcome{follows, head, granted}     |   or Refused{refusal}
 //!     | == delta log (stream) ==============>   |   at most `granted` log bytes in all
 //!     | <-- Copied{frames}                      |   initial copy only: these frames are durable
 //!     | <-- Granted{bytes}                      |
@@ -15,10 +15,23 @@
 //!     | Current{at}  -->                        |   nothing changed since the head, as of `at`
 //! ```
 //!
-//! Reading order: [`message`], [`sender`], [`receiver`].
+//! Changes of role are short calls on links of their own:
+//!
+//! ```text
+//!   steps down  | HandOver{from, head}   -->  |   promotes itself at that head
+//!               | <-- TookOver{generation}    |
+//!
+//!   primary     | Return{by}             -->  |   was the primary before
+//!               | <-- Differs{disk, runs} *   |   where the images there may differ
+//!               | <-- DiffersEnd              |
+//!               | Taken{by, point, cut}  -->  |   they are durably owed: follow from that point
+//!               | <-- Returned                |
+//! ```
+//!
+//! Reading order: [`claim`], [`message`], [`sender`], [`receiver`].
 #![forbid(unsafe_code)]
 
+pub mod claim;
 pub mod message;
-
 pub mod receiver;
 pub mod sender;

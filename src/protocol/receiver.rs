@@ -22,31 +22,23 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Judges a greeting. `known` is the highest generation this host has recorded for the machine, if it knows it.
-    pub fn greet(hello: &Hello, known: Option<Generation>) -> Result<(), Refusal> {
-        if hello.version != Version::CURRENT {
-            return Err(Refusal::Version {
+    /// Judges a greeting apart from the roles.
+    pub fn greet(hello: &Hello) -> Result<(), Refusal> {
+        if hello.version == Version::CURRENT {
+            Ok(())
+        } else {
+            Err(Refusal::Version {
                 theirs: Version::CURRENT,
-            });
-        }
-        match known {
-            Some(theirs) if theirs.number > hello.generation.number => {
-                Err(Refusal::Fenced { theirs })
-            }
-            Some(theirs)
-                if theirs.number == hello.generation.number && theirs.id != hello.generation.id =>
-            {
-                Err(Refusal::SplitBrain { theirs })
-            }
-            _ => Ok(()),
+            })
         }
     }
 
     /// The answer to a greeting that was accepted.
-    pub fn welcome(&mut self, head: Head) -> ToPrimary {
+    pub fn welcome(&mut self, follows: Generation, head: Head) -> ToPrimary {
         self.granted = CREDIT_BYTES;
         ToPrimary::Welcome {
             version: Version::CURRENT,
+            follows,
             head,
             granted: self.granted,
         }
@@ -77,47 +69,22 @@ pub struct Overrun;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{base::ids::SeededIds, protocol::message::tests::hello};
+    use crate::protocol::message::tests::hello;
 
     #[test]
-    fn a_lower_generation_is_fenced_and_an_equal_one_must_be_the_same() {
-        let hello = hello();
-        let same = hello.generation;
-        let other = Generation {
-            id: Generation::first(&SeededIds::new(99)).id,
-            ..same
-        };
-        let higher = Generation {
-            number: same.number + 1,
-            ..other
-        };
-        assert_eq!(Receiver::greet(&hello, None), Ok(()));
-        assert_eq!(Receiver::greet(&hello, Some(same)), Ok(()));
-        assert_eq!(
-            Receiver::greet(&hello, Some(higher)),
-            Err(Refusal::Fenced { theirs: higher })
-        );
-        assert_eq!(
-            Receiver::greet(&hello, Some(other)),
-            Err(Refusal::SplitBrain { theirs: other })
-        );
-        let mut newer = hello.clone();
-        newer.generation = higher;
-        assert_eq!(Receiver::greet(&newer, Some(same)), Ok(()));
-        let mut foreign = hello;
-        foreign.version = Version(2);
-        assert_eq!(
-            Receiver::greet(&foreign, None),
-            Err(Refusal::Version {
-                theirs: Version::CURRENT
-            })
-        );
+    fn another_version_is_refused_with_both_numbers() {
+        let mut hello = hello();
+        assert_eq!(Receiver::greet(&hello), Ok(()));
+        hello.version = Version(Version::CURRENT.0 + 1);
+        let refusal = Receiver::greet(&hello).unwrap_err();
+        let text = refusal.to_string();
+        assert!(text.contains("version 1, this host 1"), "{text}");
     }
 
     #[test]
     fn grants_follow_what_was_written() {
         let mut receiver = Receiver::default();
-        receiver.welcome(Head::Empty);
+        receiver.welcome(hello().claim.generation, Head::Empty);
         assert_eq!(receiver.received(RENEW_BYTES - 1), Ok(None));
         let renewed = RENEW_BYTES + CREDIT_BYTES;
         assert_eq!(

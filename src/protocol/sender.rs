@@ -167,12 +167,14 @@ impl Sender {
                     version,
                     head,
                     granted,
+                    ..
                 },
                 Phase::Greeting,
             ) => {
                 if version == Version::CURRENT {
                     self.granted = granted;
-                    self.cut_wanted |= matches!(head, Head::Complete(lineage) if is_fuzzy(lineage));
+                    // Only a cut, even of an epoch in which nothing changed, makes it a state the machine was ever in.
+                    self.cut_wanted |= matches!(head, Head::Copied(_));
                     self.phase = Phase::Comparing;
                     self.actions.push_back(Action::Compare(head));
                 } else {
@@ -183,6 +185,15 @@ impl Sender {
                 self.stop(StopReason::Protocol("a message before the welcome"));
             }
             (ToPrimary::Welcome { .. }, _) => self.stop(StopReason::Protocol("a second welcome")),
+            (
+                ToPrimary::TookOver { .. }
+                | ToPrimary::Differs { .. }
+                | ToPrimary::DiffersEnd
+                | ToPrimary::Returned,
+                _,
+            ) => self.stop(StopReason::Protocol(
+                "the answer to a question that was not asked",
+            )),
             (ToPrimary::Granted { bytes }, _) => self.granted = self.granted.max(bytes),
             (ToPrimary::Copied { frames }, _) => self.actions.push_back(Action::Copied(frames)),
             (ToPrimary::Staged { lineage }, Phase::Sealed(sealed)) if lineage == sealed => {
@@ -315,8 +326,7 @@ impl Sender {
     }
 }
 
-/// Whether a head is the initial copy alone: its blocks were read at different times, and only the next cut, even one
-/// of an epoch in which nothing changed, makes it a state the machine was ever in.
+/// Whether a head is the initial copy alone, whose blocks were read at different times.
 fn is_fuzzy(lineage: Lineage) -> bool {
     lineage.epoch == Epoch::INITIAL
 }
@@ -349,6 +359,7 @@ mod tests {
         let head = Head::Complete(lineage(7));
         sender.message(ToPrimary::Welcome {
             version: Version::CURRENT,
+            follows: hello().claim.generation,
             head,
             granted: 64 << 20,
         });
@@ -434,6 +445,7 @@ mod tests {
         sender.connected(hello());
         sender.message(ToPrimary::Welcome {
             version: Version::CURRENT,
+            follows: hello().claim.generation,
             head: Head::Empty,
             granted: 64 << 20,
         });
@@ -485,6 +497,7 @@ mod tests {
             (
                 ToPrimary::Welcome {
                     version: Version::CURRENT,
+                    follows: hello().claim.generation,
                     head: Head::Empty,
                     granted: 0,
                 },

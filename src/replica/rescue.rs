@@ -51,7 +51,7 @@ impl Rescue {
     }
 
     /// As a point to look at. Its lineage is its own: the epoch it follows, and its identity for a chain hash.
-    fn point(&self) -> Point {
+    pub fn point(&self) -> Point {
         Point {
             lineage: Lineage {
                 epoch: self.lineage.epoch,

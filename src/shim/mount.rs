@@ -14,6 +14,7 @@ use std::{
     fmt, fs, io,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
+    str::FromStr,
     sync::Arc,
     thread,
 };
@@ -62,6 +63,23 @@ pub struct Owner {
     pub user: u32,
     /// Group id.
     pub group: u32,
+}
+
+impl FromStr for Owner {
+    type Err = String;
+
+    /// Reads `UID` or `UID:GID`; the group of a lone user id has the same number.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (user, group) = text.split_once(':').unwrap_or((text, text));
+        let parse = |id: &str| {
+            id.parse::<u32>()
+                .map_err(|_| format!("{id:?} is not a numeric id"))
+        };
+        Ok(Self {
+            user: parse(user)?,
+            group: parse(group)?,
+        })
+    }
 }
 
 /// Where and how to mount.

@@ -7,7 +7,10 @@ use understudy::{
     },
     coord::state::{Health, ReplicationState},
     net::{Allow, Identity, Listener, dial},
-    protocol::message::{self, DiskSpec, Head, Hello, Refusal, ToPrimary, ToReplica, Version},
+    protocol::{
+        claim::Claim,
+        message::{self, DiskSpec, Head, Hello, Refusal, ToPrimary, ToReplica, Version},
+    },
 };
 
 use crate::support::{Hosts, can_mount, runtime};
@@ -35,6 +38,7 @@ fn a_replica_of_another_version_is_told_apart() {
             assert_eq!(hello.version, Version::CURRENT);
             let welcome = ToPrimary::Welcome {
                 version: Version(2),
+                follows: hello.claim.generation,
                 head: Head::Empty,
                 granted: CREDIT_BYTES,
             };
@@ -67,7 +71,12 @@ fn a_primary_of_another_version_is_told_so() {
         version: Version(2),
         machine: MachineId(ids.uuid()),
         name: Name::new("vm").unwrap(),
-        generation: Generation::first(&ids),
+        claim: Claim {
+            generation: Generation::first(&ids),
+            active: true,
+            born: None,
+            wants: None,
+        },
         disks: vec![DiskSpec {
             name: Name::new("disk").unwrap(),
             size: 1 << 20,

@@ -30,13 +30,13 @@ pub(super) fn call(node: &Node, args: &[&str]) -> (i32, String, String) {
     )
 }
 
-fn parsed<T: serde::de::DeserializeOwned>(node: &Node, args: &[&str]) -> T {
+pub(super) fn parsed<T: serde::de::DeserializeOwned>(node: &Node, args: &[&str]) -> T {
     let (code, out, err) = call(node, &[args, &["--json"]].concat());
     assert_eq!((code, err.as_str()), (0, ""), "{args:?}");
     serde_json::from_str(&out).unwrap()
 }
 
-fn points(node: &Node) -> Vec<PointStatus> {
+pub(super) fn points(node: &Node) -> Vec<PointStatus> {
     parsed(node, &["points", MACHINE])
 }
 
@@ -50,7 +50,7 @@ pub(super) fn start(node: &Node, point: Option<Epoch>) -> TestStatus {
 }
 
 /// Writes a number all over a block, past the page cache.
-fn mark(disk: &Path, block: u64, number: u8) {
+pub(super) fn mark(disk: &Path, block: u64, number: u8) {
     let mut bytes = Aligned::new(BLOCK);
     bytes.get_mut().fill(number);
     let file = open_direct(disk, OFlag::O_DSYNC).unwrap();
@@ -58,7 +58,7 @@ fn mark(disk: &Path, block: u64, number: u8) {
 }
 
 /// The number in a block.
-fn marked(disk: &Path, block: u64) -> u8 {
+pub(super) fn marked(disk: &Path, block: u64) -> u8 {
     let mut bytes = [0; BLOCK];
     let file = fs::File::open(disk).unwrap();
     file.read_exact_at(&mut bytes, block * 4096).unwrap();

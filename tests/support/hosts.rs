@@ -154,7 +154,8 @@ impl Hosts {
         let images: Vec<_> = images.iter().map(|image| text(image)).collect();
         let images: Vec<_> = images.iter().map(String::as_str).collect();
         let (at, state) = (text(&self.mount()), text(&self.path("state")));
-        let to = format!("localhost:{}", self.port.get());
+        // Where no replica ever ran, nobody answers.
+        let to = format!("localhost:{}", self.port.get().max(1));
         let mount = ["--at", &at, "--machine", MACHINE, "--state", &state];
         let there = ["--replicate-to", &to, "--identity", identity];
         let pace = if more.contains(&"--interval") {

@@ -9,12 +9,12 @@ use anyhow::{Context as _, bail};
 
 use super::{
     new::{NewImage, Parsed},
-    open_shared, parse_size,
+    open_shared,
 };
 use crate::{
     base::{
         ids::{Ids, SystemIds},
-        units::Bytes,
+        units::{Bytes, parse_size},
     },
     cli::{output::Output, refused},
     disk::{

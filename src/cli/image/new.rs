@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::Context as _;
 use clap::ValueEnum;
 
-use super::parse_size;
 use crate::{
+    base::units::parse_size,
     disk::image::{Format, Kind},
     node::images::{self, ImageError},
 };

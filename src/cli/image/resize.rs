@@ -4,9 +4,12 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 
-use super::{Existing, parse_size};
+use super::Existing;
 use crate::{
-    base::{ids::SystemIds, units::Bytes},
+    base::{
+        ids::SystemIds,
+        units::{Bytes, parse_size},
+    },
     cli::output::Output,
     disk::{
         Access,

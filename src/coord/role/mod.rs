@@ -43,6 +43,8 @@ mod steps;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub use crate::protocol::claim::{Answer, Claim};
+
 use crate::base::ids::{Generation, Lineage};
 
 /// What a node remembers of its role for one machine.
@@ -130,45 +132,6 @@ pub enum Lease {
     Held,
     /// It could not be renewed: stop before it ends.
     Lost,
-}
-
-/// What a primary, or one that wants to be one, says first on a link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Claim {
-    /// The generation it is in.
-    pub generation: Generation,
-    /// Whether it is a committed primary. If not, it asks whether it may be one again.
-    pub active: bool,
-    /// Where that one began, if it began there.
-    pub born: Option<Lineage>,
-    /// The generation it asks the peer to move to.
-    pub wants: Option<Generation>,
-}
-
-/// What the peer answers to a [`Claim`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Answer {
-    /// It follows this generation.
-    Follows(Generation),
-    /// It will follow once the caller has durably taken the blocks in which its images may differ.
-    Diverged(Generation),
-    /// It obeys a higher generation.
-    Higher {
-        /// Which.
-        theirs: Generation,
-        /// Nobody is primary of it: its failover was cancelled.
-        abandoned: bool,
-    },
-    /// It has an equal number and another identity.
-    Split {
-        /// Which.
-        theirs: Generation,
-    },
-    /// It was active itself until this claim; a person has to reverse it first.
-    NotReversed,
-    /// It has a lower generation and does not follow a host that is not active.
-    Lower(Generation),
 }
 
 /// What happened.

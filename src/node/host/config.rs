@@ -1,0 +1,110 @@
+//! What an operator says about a host.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+
+use crate::{
+    base::ids::Name,
+    delta::policy::Setting,
+    node::{images::ImageConfig, primary::ShowConfig, served::Keeping},
+};
+
+/// A host.
+#[derive(Clone, Debug)]
+pub struct HostConfig {
+    /// Folder of records, replicas and tracking.
+    pub store: PathBuf,
+    /// Folder of this host's identity. Without it nobody is called, and nobody is listened to.
+    pub identity: Option<PathBuf>,
+    /// Where to listen for peers.
+    pub listen: Option<SocketAddr>,
+    /// The hosts that may feed or claim machines here, by the names in their certificates.
+    pub peers: BTreeMap<Name, PeerConfig>,
+    /// How replicas are kept.
+    pub keeping: Keeping,
+    /// How a machine replicates that is not configured otherwise, because it was promoted here.
+    pub replication: ReplicationConfig,
+    /// The machines whose images lie on this host.
+    pub machines: BTreeMap<Name, MachineConfig>,
+}
+
+/// Another host.
+#[derive(Clone, Debug, Default)]
+pub struct PeerConfig {
+    /// Where it listens, as `HOST:PORT`: needed to replicate to it.
+    pub address: Option<String>,
+}
+
+/// A machine whose images lie on this host.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// Its images.
+    pub images: Vec<ImageConfig>,
+    /// How its disks are shown.
+    pub show: ShowConfig,
+    /// The host to replicate to, one of the host's peers.
+    pub peer: Option<Name>,
+    /// How to replicate.
+    pub replication: ReplicationConfig,
+}
+
+/// How to replicate.
+#[derive(Clone, Copy, Debug)]
+pub struct ReplicationConfig {
+    /// Time from one cut to the next.
+    pub interval: Duration,
+    /// Compression on the link.
+    pub compression: Setting,
+}
+
+impl Default for ReplicationConfig {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(1),
+            compression: Setting::Auto,
+        }
+    }
+}
+
+/// Reads `500ms`, `1s`, `15m`.
+pub fn parse_interval(text: &str) -> Result<Duration, String> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("{text:?} is not a time: use 500ms, 1s or 5m"))?;
+    let millis = match unit {
+        "ms" => Some(number),
+        "s" => number.checked_mul(1000),
+        "m" => number.checked_mul(60_000),
+        _ => return Err(format!("{text:?} has no unit: use ms, s or m")),
+    };
+    match millis {
+        Some(millis @ 100..=900_000) => Ok(Duration::from_millis(millis)),
+        _ => Err(format!("{text} is not between 100ms and 15m")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_have_a_unit_and_a_range() {
+        assert_eq!(parse_interval("100ms"), Ok(Duration::from_millis(100)));
+        assert_eq!(parse_interval("15m"), Ok(Duration::from_mins(15)));
+        for bad in [
+            "",
+            "1",
+            "s",
+            "99ms",
+            "16m",
+            "1h",
+            "-1s",
+            "99999999999999999999s",
+        ] {
+            assert!(parse_interval(bad).is_err(), "{bad}");
+        }
+    }
+}

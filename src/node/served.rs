@@ -1,0 +1,409 @@
+//! One machine's replica on this host: opened, received into, merged and thinned in the background, tested.
+
+use std::{fs::File, path::PathBuf, sync::Arc, thread, time::Duration};
+
+use crossbeam_channel::{Receiver as WakeReceiver, Sender as WakeSender, bounded};
+use parking_lot::Mutex;
+
+use super::{
+    control::{CancelReport, CancelRequest, OperateError, TestRequest},
+    driver::chain,
+    session::SharedProgress,
+    status::{
+        DiskStatus, MachineStatus, PointStatus, RecoveryStatus, TestStatus, TrafficStatus, millis,
+    },
+    test_failover::{TestFailovers, TestPlaces},
+};
+use crate::{
+    base::{
+        clock::Clock,
+        ids::{Ids, MachineId, Name},
+    },
+    coord::state::{Health, ReplicationState, Role, Signs},
+    disk::{
+        Geometry,
+        image::{self, Format},
+    },
+    net::{Link, Reason},
+    protocol::message::{self, Refusal},
+    replica::{
+        self, Head, MachineReplica, Point, ReplicaError, ReplicaOptions, Retention, Squeeze,
+    },
+    storage::{Folder, ledger::Ledger},
+};
+
+/// Pause before a failed merge is tried again.
+const MERGE_AGAIN: Duration = Duration::from_secs(10);
+
+/// The thread that merges; it ends when nobody can wake it any more.
+#[derive(Debug)]
+struct Upkeep {
+    wake: WakeSender<()>,
+    thread: thread::JoinHandle<()>,
+}
+
+/// One machine's replica and what belongs to it.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub(super) id: MachineId,
+    pub(super) name: Name,
+    pub(super) store: Arc<MachineReplica>,
+    pub(super) progress: SharedProgress,
+    pub(super) clock: Arc<dyn Clock>,
+    tests: TestFailovers,
+    /// Where the images are.
+    folder: PathBuf,
+    upkeep: Mutex<Option<Upkeep>>,
+    /// Locks on images that lie where others could open them.
+    _locks: Vec<File>,
+    /// The connection that feeds it: one at a time.
+    pub(super) turn: tokio::sync::Mutex<()>,
+    pub(super) link: Mutex<Option<Link>>,
+}
+
+impl Served {
+    /// All recovery points, oldest first.
+    pub(super) fn points(&self) -> Vec<PointStatus> {
+        let points = self.store.points();
+        let tests = self.tests.status();
+        let latest = points.last().map(|point| point.cut).unwrap_or_default();
+        let mut lost_bytes: u64 = points.iter().map(|point| point.bytes).sum();
+        let describe = |point: &Point| {
+            lost_bytes -= point.bytes;
+            let here = tests
+                .iter()
+                .filter(|test| !test.rescue && test.point == point.lineage);
+            PointStatus {
+                point: point.lineage,
+                rescue: false,
+                cut: point.cut,
+                kind: point.consistency,
+                bytes: point.bytes,
+                lost_ms: millis(latest.since(point.cut)),
+                lost_bytes,
+                tests: here.map(|test| test.number).collect(),
+            }
+        };
+        let rescue = self.store.rescue().map(|rescue| {
+            let point = rescue.point();
+            let here = tests.iter().filter(|test| test.rescue);
+            PointStatus {
+                point: point.lineage,
+                rescue: true,
+                cut: point.cut,
+                kind: point.consistency,
+                bytes: 0,
+                lost_ms: 0,
+                lost_bytes: 0,
+                tests: here.map(|test| test.number).collect(),
+            }
+        });
+        let listed: Vec<_> = points.iter().map(describe).collect();
+        rescue.into_iter().chain(listed).collect()
+    }
+
+    /// Starts a test failover.
+    pub(super) fn start_test(&self, request: TestRequest) -> Result<TestStatus, OperateError> {
+        self.tests.start(&self.store, request)
+    }
+
+    /// Gives the rescue point up; the merge goes on.
+    pub(super) fn drop_rescue(&self) -> Result<CancelReport, OperateError> {
+        if self.store.rescue().is_none() {
+            return Err(OperateError::NotNow(format!(
+                "machine {} has no rescue point",
+                self.name
+            )));
+        }
+        self.store
+            .drop_rescue()
+            .map_err(|error| OperateError::NotNow(chain(&error)))?;
+        self.wake_upkeep();
+        Ok(CancelReport {
+            ended: Vec::new(),
+            failover: Some("the rescue point of the former primary is given up".into()),
+        })
+    }
+
+    /// Ends test failovers; the merge goes on where they held it back.
+    pub(super) fn cancel(&self, request: CancelRequest) -> Result<CancelReport, OperateError> {
+        let report = self.tests.cancel(request);
+        self.wake_upkeep();
+        report
+    }
+
+    /// There is something to merge or to fold.
+    pub(super) fn wake_upkeep(&self) {
+        if let Some(upkeep) = &*self.upkeep.lock() {
+            // Full means that it was woken already.
+            let _ = upkeep.wake.try_send(());
+        }
+    }
+}
+
+/// How replicas are kept.
+#[derive(Clone, Debug, Default)]
+pub struct Keeping {
+    /// Format of the images, if not the primary's.
+    pub format: Option<Format>,
+    /// Which recovery points are kept.
+    pub retention: Retention,
+    /// Bytes that the delta logs of a machine may take.
+    pub space_max: Option<u64>,
+    /// Where test failovers are mounted, in a folder for each machine, if not in the store.
+    pub tests: Option<PathBuf>,
+}
+
+/// What a replica is opened with.
+#[derive(Debug)]
+pub(super) struct Opening {
+    pub(super) id: MachineId,
+    pub(super) name: Name,
+    /// Images, delta logs and layers of tests.
+    pub(super) path: PathBuf,
+    /// The same as a folder, with images that lie elsewhere in their places.
+    pub(super) folder: Arc<dyn Folder>,
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) ids: Arc<dyn Ids>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) keeping: Keeping,
+    /// Locks on images that lie where others could open them.
+    pub(super) locks: Vec<File>,
+}
+
+impl Served {
+    /// Opens what is there, and brings back the tests that were running.
+    pub(super) fn open(opening: Opening) -> Result<Arc<Self>, ReplicaError> {
+        let Opening {
+            id,
+            name,
+            path,
+            folder,
+            ledger,
+            ids,
+            clock,
+            keeping,
+            locks,
+        } = opening;
+        let options = ReplicaOptions {
+            format: keeping.format,
+            retention: keeping.retention,
+            space_max: keeping.space_max,
+            sync_bytes: ReplicaOptions::SYNC_BYTES,
+        };
+        let store = MachineReplica::open(folder, Arc::clone(&ledger), ids, id, options)?;
+        let store = Arc::new(store);
+        let layers = path.join("tests");
+        let mounts = match &keeping.tests {
+            Some(tests) => tests.join(name.as_str()),
+            None => layers.clone(),
+        };
+        // Before the first merge: the points of tests that come back must still be there.
+        let places = TestPlaces { layers, mounts };
+        let tests = TestFailovers::open((id, &name), places, ledger, Arc::clone(&clock), &store)?;
+        let served = Arc::new(Self {
+            id,
+            name,
+            store,
+            progress: SharedProgress::default(),
+            clock,
+            tests,
+            folder: path,
+            upkeep: Mutex::default(),
+            _locks: locks,
+            turn: tokio::sync::Mutex::default(),
+            link: Mutex::default(),
+        });
+        served.start_upkeep()?;
+        Ok(served)
+    }
+
+    fn start_upkeep(&self) -> Result<(), ReplicaError> {
+        let (wake, woken) = bounded(1);
+        let (store, name) = (Arc::clone(&self.store), self.name.clone());
+        let thread = thread::Builder::new()
+            .name("upkeep".into())
+            .spawn(move || keep_up(&woken, &store, &name));
+        let thread = thread.map_err(|source| ReplicaError::Io {
+            operation: "start the upkeep thread of",
+            name: self.name.to_string(),
+            source,
+        })?;
+        *self.upkeep.lock() = Some(Upkeep { wake, thread });
+        self.wake_upkeep();
+        Ok(())
+    }
+
+    /// Ends the connection that feeds it, if there is one, to its last message; none begins while the guard lives. Blocks;
+    /// not called on a runtime thread.
+    pub(super) fn end_session(&self, why: &str) -> tokio::sync::MutexGuard<'_, ()> {
+        if let Some(link) = self.link.lock().take() {
+            link.close(Reason::Done, why);
+        }
+        self.turn.blocking_lock()
+    }
+
+    /// Ends the merging; nothing is merged or folded any more.
+    pub(super) fn end_upkeep(&self) {
+        if let Some(Upkeep { wake, thread }) = self.upkeep.lock().take() {
+            drop(wake);
+            // A merge that panicked has said so; the next open redoes it.
+            let _ = thread.join();
+        }
+    }
+
+    /// Ends everything, hides test failovers until the next start, waits for a merge, closes the images.
+    pub(super) fn close(&self) -> Result<(), ReplicaError> {
+        drop(self.end_session("the replica is being closed"));
+        self.tests.rest();
+        self.end_upkeep();
+        self.store.close()
+    }
+
+    /// Whether a test failover is running.
+    pub(super) fn has_tests(&self) -> bool {
+        !self.tests.status().is_empty()
+    }
+
+    /// Says which disks will be received; the images are made if there are none.
+    pub(super) fn prepare(&self, disks: &[message::DiskSpec]) -> Result<(), Refusal> {
+        let specs = disks.iter().map(disk_spec).collect::<Result<Vec<_>, _>>()?;
+        let prepared = self.store.prepare(&specs);
+        prepared.map_err(|error| Refusal::Disks {
+            detail: chain(&error),
+        })
+    }
+}
+
+impl Served {
+    pub(super) fn status(&self) -> MachineStatus {
+        let store = self.store.status();
+        let points = self.store.points();
+        let (tests, last_test) = (self.tests.status(), self.tests.last());
+        let progress = self.progress.lock();
+        let state = match store.head {
+            _ if progress.problem.is_some() => ReplicationState::Error,
+            Head::Empty => ReplicationState::WaitingForInitialReplication,
+            Head::Copying | Head::Copied(_) => ReplicationState::InitialReplicationInProgress,
+            Head::Complete(_) => ReplicationState::Replicating,
+        };
+        let now = self.clock.wall();
+        let mut rpo = progress.rpo.status(now, false);
+        if rpo.now_ms.is_none() {
+            // Nothing received since this node started: the last point is as old as its cut.
+            rpo.now_ms = store.last_cut.map(|cut| millis(now.since(cut)));
+        }
+        let signs = Signs {
+            state,
+            stopped: progress.problem.clone(),
+            disk: None,
+            points: squeezed(store.squeeze),
+            interval: Duration::from_secs(1),
+            rpo: rpo.now_ms.map(Duration::from_millis),
+        };
+        let (health, reasons) = match (&progress.connected, signs.health()) {
+            (None, (health, mut reasons)) => {
+                reasons.push("the primary is not connected".into());
+                (health.max(Health::Warning), reasons)
+            }
+            (Some(_), judged) => judged,
+        };
+        let disks = store.images.iter().map(|image| DiskStatus {
+            name: image.name.clone(),
+            size: image.geometry.size,
+            image: self.folder.join(&image.file).display().to_string(),
+            format: image.format.to_string(),
+            path: None,
+        });
+        MachineStatus {
+            name: self.name.clone(),
+            id: Some(self.id),
+            role: Role::Replica,
+            part: None,
+            state,
+            health,
+            reasons,
+            generation: store.generation,
+            peer: progress.connected.clone(),
+            durable: store.head.lineage(),
+            base_epoch: store.base,
+            recovery: Some(RecoveryStatus {
+                points: points.len(),
+                oldest: points.first().map(|point| point.cut),
+                log_bytes: store.log_bytes,
+                space_max: store.space_max,
+                squeeze: store.squeeze,
+            }),
+            tests,
+            last_test,
+            rpo,
+            copy: None,
+            traffic: TrafficStatus {
+                raw: store.counters.image_written,
+                sent: store.counters.received,
+                epochs: progress.epochs,
+                ..TrafficStatus::default()
+            },
+            write_latency: None,
+            disks: disks.collect(),
+        }
+    }
+}
+
+/// What the lack of space means for an operator, if it cost something.
+fn squeezed(squeeze: Squeeze) -> Option<String> {
+    let text = match squeeze {
+        Squeeze::None => return None,
+        Squeeze::Finest => {
+            "space is short: the finest recovery points were dropped, the hourly ones are kept"
+        }
+        Squeeze::AllButOne => {
+            "space is short: all recovery points were dropped but the latest and what is in use"
+        }
+        Squeeze::NoRescue => {
+            "space is short: the rescue point of the former primary and all recovery points but the latest were dropped"
+        }
+        Squeeze::Refusing => {
+            "space is used up: no more changes are taken; end test failovers, make room, or raise --space-max"
+        }
+    };
+    Some(text.to_owned())
+}
+
+pub(super) fn disk_spec(spec: &message::DiskSpec) -> Result<replica::DiskSpec, Refusal> {
+    let format = spec
+        .format
+        .parse()
+        .map_err(|error: image::FormatError| Refusal::Malformed {
+            detail: format!("disk {}: {error}", spec.name),
+        })?;
+    let geometry = Geometry {
+        size: spec.size,
+        logical_sector: spec.logical_sector,
+        physical_sector: spec.physical_sector,
+    };
+    Ok(replica::DiskSpec {
+        name: spec.name.clone(),
+        geometry,
+        format,
+    })
+}
+
+/// Merges and folds logs whenever there are more than are kept; ends when the machine is let go of.
+fn keep_up(woken: &WakeReceiver<()>, store: &MachineReplica, name: &Name) {
+    while woken.recv().is_ok() {
+        loop {
+            match store.upkeep() {
+                Ok(Some(step)) => tracing::debug!(machine = %name, ?step, "upkeep"),
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::error!(machine = %name, "cannot merge or fold delta logs: {}", chain(&error));
+                    match woken.recv_timeout(MERGE_AGAIN) {
+                        Err(crossbeam_channel::RecvTimeoutError::Disconnected) => return,
+                        Ok(()) | Err(crossbeam_channel::RecvTimeoutError::Timeout) => {}
+                    }
+                }
+            }
+        }
+    }
+}
