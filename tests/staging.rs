@@ -8,6 +8,7 @@ mod points;
 mod random;
 mod refusals;
 mod thinning;
+mod writes;
 
 use std::{collections::BTreeMap, sync::Arc};
 

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     base::{
         ids::Name,
-        units::{DiskIndex, Extent},
+        units::{DiskIndex, Extent, to_u64},
     },
     disk::{Disk, Fua},
 };
@@ -71,7 +71,7 @@ impl Writes {
         offset: u64,
         raw: Bytes,
     ) -> WriteTask {
-        let run = Extent::new(offset, crate::base::units::to_u64(raw.len()));
+        let run = Extent::new(offset, to_u64(raw.len()));
         let mut state = self.state.lock();
         let number = state.next;
         state.next += 1;

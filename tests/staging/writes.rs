@@ -6,7 +6,9 @@ use understudy::{
     base::units::{DiskIndex, Epoch, Extent, KIB, MIB, to_u64, to_usize},
     delta::{Codec, EncodedFrame, encode_data, encode_zero},
     disk::image::Format,
-    replica::{Head, Ingest, IngestError, IngestEvent, MachineReplica, ReplicaOptions, WriteTask},
+    replica::{
+        Head, Ingest, IngestError, IngestEvent, MachineReplica, ReplicaOptions, SyncTask, WriteTask,
+    },
     storage::{Folder, Open},
 };
 
@@ -88,11 +90,9 @@ fn of_a_block_the_last_frame_wins_in_whatever_order_others_write() {
         let mut most = 0;
         while let Ok(task) = inbox.recv() {
             held.push(task);
-            while !held.is_empty() {
-                held.extend(inbox.try_iter());
-                most = most.max(held.len());
-                held.pop().map(WriteTask::run);
-            }
+            held.extend(inbox.try_iter());
+            most = most.max(held.len());
+            held.drain(..).rev().for_each(WriteTask::run);
         }
         most
     });
@@ -144,7 +144,8 @@ fn a_write_that_fails_is_told_with_its_cause() {
     let task = feed_to_write(&mut ingest, &mut rest);
     host.power.fail_after(0, io::ErrorKind::StorageFull);
     task.run();
-    let error = ingest.feed(rest).unwrap_err();
+    // At once, and not only when the log ends.
+    let error = ingest.feed(&rest[..1]).unwrap_err();
     assert!(error.is_full(), "{error:?}");
     assert!(matches!(ingest.feed(rest), Err(IngestError::Incomplete)));
 }
@@ -187,7 +188,7 @@ fn frames_reported_as_durable_survive_a_power_cut() {
                 if asks && let Some(task) = ingest.write_due() {
                     task.run();
                 }
-                let synced = ingest.sync_due().ok().flatten().map(|sync| sync.run());
+                let synced = ingest.sync_due().ok().flatten().map(SyncTask::run);
                 if let Some(Ok(IngestEvent::Durable { frames, .. })) = synced {
                     durable = frames;
                 }
