@@ -13,6 +13,7 @@ mod refusals;
 mod rescue;
 mod rescue_cuts;
 mod thinning;
+mod writes;
 
 use std::{collections::BTreeMap, sync::Arc};
 

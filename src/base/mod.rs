@@ -4,6 +4,7 @@
 //! else is a finding.
 #![forbid(unsafe_code)]
 
+pub mod buffers;
 pub mod checksum;
 pub mod clock;
 pub mod ids;

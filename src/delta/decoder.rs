@@ -19,6 +19,7 @@ use super::{
     trailer::{FOOT_BYTES, Foot, Trailer, TrailerHead},
 };
 use crate::base::{
+    buffers::Buffers,
     checksum::{Crc32c, Sha256},
     limits::DELTA_FRAMES_MAX,
     units::{BLOCK_BYTES, KIB, to_u64, to_usize},
@@ -28,6 +29,8 @@ use crate::base::{
 const ALIGNED_LEN_MIN: usize = to_usize(128 * KIB);
 /// Room behind such a payload for the rest of the piece that ends it. A longer piece costs a copy.
 const PIECE_ROOM: usize = to_usize(64 * KIB);
+/// Buffers of long payloads that are used in turn, if whoever takes frames holds no more of them at a time.
+const BUFFERS_MAX: usize = 8;
 
 /// What a log holds, in order: one header, frames, one trailer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +55,7 @@ pub enum Event {
 #[derive(Debug, Default)]
 pub struct Decoder {
     buffer: BytesMut,
+    buffers: Buffers<BUFFERS_MAX>,
     /// Log offset of the first byte in the buffer.
     position: u64,
     frames: u64,
@@ -165,6 +169,9 @@ impl Decoder {
                         self.state = State::Payload(header);
                         return Ok(None);
                     };
+                    if payload.len() >= ALIGNED_LEN_MIN && is_aligned(&payload) {
+                        self.buffers.lend(&payload);
+                    }
                     let raw = match header.kind {
                         FrameKind::Data => Some(unpack(&header, &payload, at)?),
                         FrameKind::Zero => None,
@@ -206,11 +213,16 @@ impl Decoder {
         if len < ALIGNED_LEN_MIN || self.buffer.len() > PIECE_ROOM {
             return;
         }
-        let block = to_usize(BLOCK_BYTES);
-        let mut aligned = BytesMut::with_capacity(block + len + PIECE_ROOM);
-        let unaligned = aligned.as_ptr().align_offset(block);
-        aligned.put_bytes(0, unaligned);
-        aligned.advance(unaligned);
+        let again = self.buffers.reclaim(len + PIECE_ROOM);
+        let mut aligned = again.unwrap_or_else(|| {
+            let block = to_usize(BLOCK_BYTES);
+            let mut fresh = BytesMut::with_capacity(block + len + PIECE_ROOM);
+            let unaligned = fresh.as_ptr().align_offset(block);
+            fresh.put_bytes(0, unaligned);
+            fresh.advance(unaligned);
+            fresh
+        });
+        aligned.clear();
         aligned.extend_from_slice(&self.buffer);
         self.buffer = aligned;
     }
@@ -317,4 +329,8 @@ impl Decoder {
         let bytes = self.take(N)?;
         Some(bytes[..].try_into().expect("so many bytes were taken"))
     }
+}
+
+fn is_aligned(bytes: &[u8]) -> bool {
+    bytes.as_ptr().align_offset(to_usize(BLOCK_BYTES)) == 0
 }

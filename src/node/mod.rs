@@ -30,6 +30,7 @@ mod session;
 pub mod status;
 mod test_failover;
 mod tracking;
+mod writers;
 
 use std::{
     fs::{File, TryLockError},

@@ -6,6 +6,7 @@
 
 use std::{collections::VecDeque, sync::Arc, thread, time::Duration};
 
+use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
@@ -28,7 +29,7 @@ const DEPTH: usize = 8;
 #[derive(Debug)]
 pub(super) enum Raw {
     /// These bytes.
-    Data(Vec<u8>),
+    Data(Bytes),
     /// Zeros.
     Zero,
 }
@@ -36,7 +37,7 @@ pub(super) enum Raw {
 struct Job {
     disk: DiskIndex,
     run: Extent,
-    raw: Vec<u8>,
+    raw: Bytes,
     done: Sender<EncodedFrame>,
 }
 
@@ -152,7 +153,7 @@ fn pack(jobs: &Receiver<Job>, policy: &Mutex<Policy>, clock: &dyn Clock) {
         let codec = policy.lock().choose(clock.monotonic());
         let started = clock.monotonic();
         let len = to_u64(raw.len());
-        let frame = encode_sampled(disk, run.offset, raw.into(), codec);
+        let frame = encode_sampled(disk, run.offset, raw, codec);
         let took = clock.monotonic().saturating_sub(started);
         policy
             .lock()
@@ -189,7 +190,7 @@ mod tests {
                 if number % 5 == 0 {
                     Raw::Zero
                 } else {
-                    Raw::Data(raw)
+                    Raw::Data(raw.into())
                 },
             );
             expected.push_back(run);

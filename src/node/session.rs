@@ -12,7 +12,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::{self, Receiver as EventReceiver, Sender as EventSender, UnboundedSender};
 
-use super::{driver::chain, served::Served};
+use super::{driver::chain, served::Served, writers::Writers};
 use crate::{
     base::{ids::Generation, units::to_u64},
     net::{ControlReceiver, ControlSender, Link, LinkError, LogReceiver, Reason},
@@ -25,8 +25,9 @@ use crate::{
 
 /// Pieces of a log that are read from the connection at once.
 const PIECES: usize = 64;
-/// Batches of pieces between the connection and the thread: about 6 MiB at an MTU of 1.5 KiB.
-const BATCHES: usize = 64;
+/// Batches of pieces between the connection and the thread: 0.7 MiB at an MTU of 1.5 KiB, 8 MiB at the largest. What
+/// waits longer than that is no longer in the processor's cache when it is looked at; the connection holds what is more.
+const BATCHES: usize = 8;
 
 enum Event {
     Begin,
@@ -60,6 +61,7 @@ pub(super) async fn serve(
         receiver: Receiver::default(),
         ingest: None,
         log: 0,
+        writers: Writers::start(),
         syncer,
     };
     let closing = link.clone();
@@ -196,6 +198,7 @@ struct Session {
     ingest: Option<Ingest>,
     /// Counts the logs of this connection.
     log: u64,
+    writers: Writers,
     syncer: Syncer,
 }
 
@@ -260,6 +263,9 @@ impl Session {
             return Ok(());
         };
         let staged = ingest.feed(piece)?;
+        while let Some(task) = ingest.write_due() {
+            self.writers.run(task);
+        }
         if self.syncer.is_idle()
             && let Some(task) = ingest.sync_due()?
         {

@@ -2,12 +2,18 @@
 //!
 //! A delta is appended to `incoming.part` as it comes; the decoder looks at the same bytes. At the trailer everything is
 //! verified, made durable, renamed, recorded, and only then reported as staged. An initial copy is applied to the base
-//! images frame by frame; what was applied is reported as durable after each sync.
+//! images frame by frame; what was applied is reported as durable after each sync. Its long frames are [`WriteTask`]s,
+//! which may be carried out by others while more of it is received: see `writes`.
 //!
 //! # Crash contract
 //! See the head of [`replica`](super). Dropping an [`Ingest`] at any time is like a crash, only tidier.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, atomic::Ordering},
+};
+
+use bytes::Bytes;
 
 use super::{
     error::{IngestError, ReplicaError},
@@ -17,13 +23,14 @@ use super::{
     state::{Shared, State},
     status::Head,
     store::{MachineReplica, disk_failed},
+    writes::{WriteTask, Writes},
 };
 use crate::{
     base::{
         clock::Timestamp,
         ids::{Generation, Lineage},
         limits::FRAME_BYTES_MAX,
-        units::{to_u64, to_usize},
+        units::{KIB, to_u64, to_usize},
     },
     delta::{Decoder, Event, FrameHeader, Header, LogKind, Trailer},
     disk::{Disk, Fua, Space},
@@ -33,6 +40,8 @@ use crate::{
 const PART_NAME: &str = "incoming.part";
 /// One frame's worth at a time: the decoder holds no more, whatever the caller brings.
 const PIECE_BYTES: usize = to_usize(FRAME_BYTES_MAX);
+/// A shorter write is not worth the way to another thread.
+const TASK_BYTES_MIN: usize = to_usize(128 * KIB);
 
 /// What became of the bytes of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +74,10 @@ pub struct Ingest {
     /// `received` at the last sync.
     synced: u64,
     stage: Stage,
+    /// Writes of an initial copy that were begun.
+    writes: Arc<Writes>,
+    /// Those of them that nobody carries out yet: no more than one piece brings.
+    due: VecDeque<WriteTask>,
 }
 
 /// Where the bytes go.
@@ -106,6 +119,8 @@ impl MachineReplica {
             frames: 0,
             synced: 0,
             stage: Stage::Header(Vec::new()),
+            writes: Arc::new(Writes::new(Arc::clone(&self.shared))),
+            due: VecDeque::new(),
         })
     }
 }
@@ -122,12 +137,13 @@ fn check_generation(state: &State, found: Generation) -> Result<(), IngestError>
 }
 
 impl Ingest {
-    /// Takes the next bytes of the log and syncs whenever that is due. After an error the log is lost and every later
-    /// call fails.
+    /// Takes the next bytes of the log, writes them, and syncs whenever that is due. After an error the log is lost and
+    /// every later call fails.
     pub fn push(&mut self, bytes: &[u8]) -> Result<Vec<IngestEvent>, IngestError> {
         let mut events = Vec::new();
         for piece in bytes.chunks(PIECE_BYTES) {
             events.extend(self.feed(piece)?);
+            self.settle().inspect_err(|_| self.fail())?;
             if let Some(task) = self.sync_due()? {
                 events.push(task.run()?);
             }
@@ -135,7 +151,8 @@ impl Ingest {
         Ok(events)
     }
 
-    /// As [`Ingest::push`], but leaves it to the caller to ask for a sync and to run it where it disturbs nobody.
+    /// As [`Ingest::push`], but leaves it to the caller to ask for writes and for a sync, and to run them where they
+    /// disturb nobody. A write that failed fails a later call.
     pub fn feed(&mut self, bytes: &[u8]) -> Result<Option<IngestEvent>, IngestError> {
         let mut staged = None;
         for piece in bytes.chunks(PIECE_BYTES) {
@@ -151,6 +168,12 @@ impl Ingest {
             }
         }
         Ok(staged)
+    }
+
+    /// A write that is to be carried out, before or while more is fed, and by any thread. What nobody asked for when
+    /// more is fed is written then.
+    pub fn write_due(&mut self) -> Option<WriteTask> {
+        self.due.pop_front()
     }
 
     /// Whether the log is staged.
@@ -171,6 +194,8 @@ impl Ingest {
         if matches!(self.stage, Stage::Failed) {
             return Err(IngestError::Incomplete);
         }
+        self.due.drain(..).for_each(WriteTask::run);
+        self.writes.check()?;
         let len = to_u64(piece.len());
         self.received += len;
         self.shared.tally.received.fetch_add(len, Ordering::Relaxed);
@@ -184,7 +209,7 @@ impl Ingest {
         while let Some(event) = self.decoder.next()? {
             match event {
                 Event::Header(header) => self.begin_stage(header)?,
-                Event::Frame { header, raw, .. } => self.apply(&header, raw.as_deref())?,
+                Event::Frame { header, raw, .. } => self.apply(&header, raw)?,
                 Event::Trailer(trailer) => end = Some(trailer),
             }
         }
@@ -245,21 +270,37 @@ impl Ingest {
     }
 
     /// Applies a frame of an initial copy.
-    fn apply(&mut self, frame: &FrameHeader, raw: Option<&[u8]>) -> Result<(), IngestError> {
+    fn apply(&mut self, frame: &FrameHeader, raw: Option<Bytes>) -> Result<(), IngestError> {
         self.frames += 1;
+        if self.writes.disturbs(frame.disk, frame.run) {
+            self.settle()?;
+        }
         let Stage::Initial { disks, header } = &self.stage else {
             return Ok(());
         };
-        let disk = frame.disk.index();
+        let disk = &disks[frame.disk.index()];
+        let name = &header.disks[frame.disk.index()].name;
         let done = match raw {
             Some(raw) => {
                 let written = &self.shared.tally.image_written;
                 written.fetch_add(frame.run.len, Ordering::Relaxed);
-                disks[disk].write_at(frame.run.offset, raw, Fua::No)
+                if raw.len() >= TASK_BYTES_MIN {
+                    let whose = (Arc::clone(disk), name.clone());
+                    let task = self.writes.begin(frame.disk, whose, frame.run.offset, raw);
+                    self.due.push_back(task);
+                    return Ok(());
+                }
+                disk.write_at(frame.run.offset, &raw, Fua::No)
             }
-            None => disks[disk].zero(frame.run, Space::Release, Fua::No),
+            None => disk.zero(frame.run, Space::Release, Fua::No),
         };
-        Ok(done.map_err(|source| disk_failed(&header.disks[disk].name, source))?)
+        Ok(done.map_err(|source| disk_failed(name, source))?)
+    }
+
+    /// Waits until every write that was begun has ended.
+    fn settle(&mut self) -> Result<(), IngestError> {
+        self.due.drain(..).for_each(WriteTask::run);
+        self.writes.wait(self.writes.begun())
     }
 
     /// Adds bytes to the file of a delta.
@@ -303,7 +344,15 @@ impl Ingest {
         }
         let what = match &self.stage {
             Stage::Delta(part) => What::Part(part.storage()),
-            Stage::Initial { disks, header } => What::Images(disks.clone(), header.clone()),
+            Stage::Initial { disks, header } => {
+                // The task waits for them and cannot know that nobody asks for these.
+                self.due.drain(..).for_each(WriteTask::run);
+                What::Images {
+                    disks: disks.clone(),
+                    header: header.clone(),
+                    writes: (Arc::clone(&self.writes), self.writes.begun()),
+                }
+            }
             _ => return Ok(None),
         };
         self.synced = self.received;
@@ -316,6 +365,7 @@ impl Ingest {
 
     /// Makes durable what was received.
     fn sync(&mut self) -> Result<(), IngestError> {
+        self.settle()?;
         self.write()?;
         match &self.stage {
             Stage::Delta(part) => part.sync()?,
@@ -396,8 +446,11 @@ impl Ingest {
         })
     }
 
-    /// Gives the log up.
+    /// Gives the log up, once nothing of it is being written any more.
     fn fail(&mut self) {
+        if let Err(error) = self.settle() {
+            tracing::debug!(machine = %self.shared.id, %error, "a log is given up after a failed write");
+        }
         let stage = std::mem::replace(&mut self.stage, Stage::Failed);
         match stage {
             Stage::Done | Stage::Failed => return,
@@ -428,7 +481,12 @@ pub struct SyncTask {
 #[derive(Debug)]
 enum What {
     Part(Arc<dyn Storage>),
-    Images(Vec<Arc<dyn Disk>>, Header),
+    /// The images, once so many writes have ended.
+    Images {
+        disks: Vec<Arc<dyn Disk>>,
+        header: Header,
+        writes: (Arc<Writes>, u64),
+    },
 }
 
 impl SyncTask {
@@ -436,7 +494,14 @@ impl SyncTask {
     pub fn run(self) -> Result<IngestEvent, IngestError> {
         match &self.what {
             What::Part(part) => part.sync().map_err(ReplicaError::io("sync", PART_NAME))?,
-            What::Images(disks, header) => flush(disks, header)?,
+            What::Images {
+                disks,
+                header,
+                writes: (writes, count),
+            } => {
+                writes.wait(*count)?;
+                flush(disks, header)?;
+            }
         }
         Ok(self.durable)
     }

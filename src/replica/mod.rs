@@ -44,6 +44,7 @@ mod status;
 mod store;
 mod upkeep;
 mod view;
+mod writes;
 
 pub use error::{IngestError, ReplicaError};
 pub use fold::FoldReport;
@@ -58,3 +59,4 @@ pub use status::{
 pub use store::MachineReplica;
 pub use upkeep::Upkeep;
 pub use view::PointView;
+pub use writes::WriteTask;

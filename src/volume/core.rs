@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     base::{
+        buffers::Buffers,
         ids::Name,
         units::{BLOCK_BYTES, Block, DiskIndex, Epoch, Extent},
     },
@@ -338,7 +339,11 @@ fn read_old(disk: &Tracked, owed: &[Range<u64>]) -> Result<Vec<(Block, Held)>, D
     for run in owed {
         let mut left = run.clone();
         while !left.is_empty() {
-            let (extent, content) = read_content(&*disk.inner, disk.extent(&left))?;
+            let (extent, content) = read_content(
+                &*disk.inner,
+                disk.extent(&left),
+                &mut Buffers::<0>::default(),
+            )?;
             let blocks = extent.blocks();
             left.start = blocks.end;
             for block in blocks {

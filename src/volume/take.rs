@@ -9,12 +9,17 @@
 
 use std::ops::Range;
 
+use bytes::{Bytes, BytesMut};
+
 use super::core::{Closing, ClosingKind, Core, Epochs, Tracked};
 use crate::{
     base::{
+        buffers::Buffers,
         ids::Name,
         limits::FRAME_BYTES_MAX,
-        units::{BLOCK_BYTES, BLOCKS_PER_REGION, DiskIndex, Epoch, Extent, REGION_BYTES, to_usize},
+        units::{
+            BLOCK_BYTES, BLOCKS_PER_REGION, DiskIndex, Epoch, Extent, KIB, REGION_BYTES, to_usize,
+        },
     },
     disk::{Content, Disk, DiskError},
     protocol::sender::Side,
@@ -41,7 +46,7 @@ pub struct Piece {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PieceContent {
     /// These bytes, as many as the run has.
-    Data(Vec<u8>),
+    Data(Bytes),
     /// Zeros.
     Zero,
 }
@@ -72,9 +77,19 @@ pub struct TakeError {
     pub source: DiskError,
 }
 
-/// Where the search for owed blocks goes on, for each slot.
+/// Most buffers of [`FRAME_BYTES_MAX`] bytes that are used in turn: what a link keeps until it is acknowledged, and what is
+/// being packed.
+const BUFFERS_MAX: usize = 48;
+/// A shorter piece is not worth such a buffer.
+const BUFFER_BYTES_MIN: usize = to_usize(128 * KIB);
+
+/// What [`Core::take`] keeps from one call to the next.
 #[derive(Debug, Default)]
-pub(super) struct Cursors([Cursor; 2]);
+pub(super) struct Cursors {
+    /// Where the search for owed blocks goes on, for each slot.
+    slots: [Cursor; 2],
+    buffers: Buffers<BUFFERS_MAX>,
+}
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Cursor {
@@ -87,6 +102,7 @@ impl Core {
     pub(super) fn take(&self, side: Side, epoch: Epoch, max: u64) -> Result<Taken, TakeError> {
         let max = max.clamp(BLOCK_BYTES, FRAME_BYTES_MAX);
         let mut cursors = self.takes.lock();
+        let Cursors { slots, buffers } = &mut *cursors;
         loop {
             let Some(slot) = slot_of(&self.epochs.read(), side, epoch) else {
                 return Ok(Taken::Superseded);
@@ -96,9 +112,10 @@ impl Core {
             {
                 return Ok(taken);
             }
-            let cursor = &mut cursors.0[slot.index()];
+            let cursor = &mut slots[slot.index()];
             let Some((disk, block)) = self.find_owed(slot, *cursor) else {
                 if let Some(end) = self.check_end(side, epoch) {
+                    buffers.clear();
                     return Ok(end);
                 }
                 continue;
@@ -108,8 +125,8 @@ impl Core {
                 block,
             };
             let taken = match side {
-                Side::Closing => self.take_closing(disk, block, epoch, max),
-                Side::Open => self.take_open(disk, block, epoch, max),
+                Side::Closing => self.take_closing(disk, block, epoch, max, buffers),
+                Side::Open => self.take_open(disk, block, epoch, max, buffers),
             };
             match taken {
                 Ok(Some(taken)) => return Ok(taken),
@@ -171,6 +188,7 @@ impl Core {
         block: u64,
         epoch: Epoch,
         max: u64,
+        buffers: &mut Buffers<BUFFERS_MAX>,
     ) -> Result<Option<Taken>, DiskError> {
         let region = block / BLOCKS_PER_REGION;
         let alone = disk.locks.exclusive(region..region + 1);
@@ -190,7 +208,7 @@ impl Core {
             // Writers of other blocks of the region go on; writers of these find them owed and wait.
             shared = held.take().map(crate::track::locks::Exclusive::downgrade);
         }
-        let (extent, content) = read_content(&*disk.inner, disk.extent(&run))?;
+        let (extent, content) = read_content(&*disk.inner, disk.extent(&run), buffers)?;
         let epochs = self.epochs.read();
         if epochs.breaks != breaks {
             return Ok(Some(Taken::Superseded));
@@ -208,6 +226,7 @@ impl Core {
         block: u64,
         epoch: Epoch,
         max: u64,
+        buffers: &mut Buffers<BUFFERS_MAX>,
     ) -> Result<Option<Taken>, DiskError> {
         let region = block / BLOCKS_PER_REGION;
         let _alone = disk.locks.exclusive(region..region + 1);
@@ -223,7 +242,7 @@ impl Core {
             disk.owed(slot).clear(run.clone());
             (run, epochs.breaks)
         };
-        let read = read_content(&*disk.inner, disk.extent(&run));
+        let read = read_content(&*disk.inner, disk.extent(&run), buffers);
         let epochs = self.epochs.read();
         if epochs.breaks != breaks {
             return Ok(Some(Taken::Superseded));
@@ -275,9 +294,10 @@ fn owed_run(disk: &Tracked, slot: Slot, block: u64, max: u64) -> Option<Range<u6
 }
 
 /// Reads the start of `run`, which is not empty: as much of it as is of one kind, in whole blocks or to its end.
-pub(super) fn read_content(
+pub(super) fn read_content<const COUNT_MAX: usize>(
     disk: &dyn Disk,
     run: Extent,
+    buffers: &mut Buffers<COUNT_MAX>,
 ) -> Result<(Extent, PieceContent), DiskError> {
     let (known, kind) = disk.run_at(run.offset)?;
     let known = known.end().min(run.end()) - run.offset;
@@ -292,7 +312,15 @@ pub(super) fn read_content(
         return Ok((Extent::new(run.offset, whole(known)), PieceContent::Zero));
     }
     let len = known.next_multiple_of(BLOCK_BYTES).min(run.len);
-    let mut bytes = vec![0; to_usize(len)];
+    let count = to_usize(len);
+    let long = count >= BUFFER_BYTES_MIN;
+    let again = long.then(|| buffers.reclaim(count)).flatten();
+    let mut bytes = again.unwrap_or_else(|| BytesMut::zeroed(count));
+    bytes.resize(count, 0);
     disk.read_at(run.offset, &mut bytes)?;
+    let bytes = bytes.freeze();
+    if long {
+        buffers.lend(&bytes);
+    }
     Ok((Extent::new(run.offset, len), PieceContent::Data(bytes)))
 }
