@@ -234,6 +234,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         } else {
             Access::ReadWrite
         },
+        fenced: false,
         visibility: if args.all_users {
             crate::shim::Visibility::AllUsers
         } else {
@@ -280,6 +281,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         peers,
         keeping: Keeping::default(),
         replication,
+        tolerant: false,
         machines: [(machine.clone(), configured)].into_iter().collect(),
     };
     Ok(What::Host { machine, config })

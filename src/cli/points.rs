@@ -14,7 +14,7 @@ use crate::{
     delta::Consistency,
     node::{
         control::{self, ClientError},
-        status::PointStatus,
+        status::{MachineStatus, PointStatus},
     },
 };
 
@@ -106,7 +106,10 @@ pub(super) async fn replica_socket(
             Ok(node) => {
                 nodes += 1;
                 let mut machines = node.machines.iter();
-                if machines.any(|known| known.name == *machine && known.role == Role::Replica) {
+                // One that is failed over and not committed has its points still.
+                let has_points =
+                    |known: &MachineStatus| known.role == Role::Replica || known.recovery.is_some();
+                if machines.any(|known| known.name == *machine && has_points(known)) {
                     return Ok(socket);
                 }
             }

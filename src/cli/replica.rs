@@ -113,6 +113,7 @@ fn config(args: ReplicaArgs) -> HostConfig {
             tests: args.tests,
         },
         replication: ReplicationConfig::default(),
+        tolerant: true,
         machines: BTreeMap::new(),
     }
 }

@@ -56,7 +56,7 @@ use crate::{
         clock::{Clock, SystemClock},
         ids::{Generation, Ids, Lineage, MachineId, Name, SystemIds},
     },
-    coord::role::RoleState,
+    coord::role::{Part, RoleState},
     net::{Allow, BindError, Identity, IdentityError, Listener, Reason},
     protocol::{
         message::{Hello, Refusal},
@@ -205,7 +205,13 @@ impl Host {
             }
         }
         for (name, machine) in &shared.config.machines {
-            if !records.contains_key(name) {
+            if let Some(record) = records.get_mut(name) {
+                // Another host to replicate to; a machine that follows somebody goes on following him.
+                if record.role.part == Part::Primary && record.peer != machine.peer {
+                    record.peer.clone_from(&machine.peer);
+                    shared.ledger.put(&Record::key(name), record)?;
+                }
+            } else {
                 let record = Record::new(
                     MachineId(shared.ids.uuid()),
                     RoleState::primary(Generation::first(&*shared.ids)),
@@ -220,10 +226,16 @@ impl Host {
             self.members
                 .lock()
                 .insert(name.clone(), Arc::clone(&member));
-            member.start().map_err(|error| match error {
-                member::StartError::Primary(error) => error.into(),
-                member::StartError::Other(why) => HostError::Machine { name, why },
-            })?;
+            match member.start() {
+                Ok(()) => {}
+                Err(error) if shared.config.tolerant => {
+                    tracing::error!(machine = %name, "not served: {}", chain(&error));
+                }
+                Err(member::StartError::Primary(error)) => return Err(error.into()),
+                Err(member::StartError::Other(why)) => {
+                    return Err(HostError::Machine { name, why });
+                }
+            }
         }
         Ok(())
     }
@@ -297,7 +309,7 @@ impl Host {
                 .iter()
                 .filter_map(|member| member.serving())
                 .collect();
-            if serving.iter().any(|serving| serving.primary.has_ended()) {
+            if serving.iter().any(|serving| serving.was_taken_away()) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(200)).await;

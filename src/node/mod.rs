@@ -4,8 +4,9 @@
 //!   host       machines in their parts, and the peers that call       admission   what a link is for, and whether it may
 //!   primary    disks -> machine (tracked) -> mount                    served      a replica: received into, kept, tested
 //!   driver     the replication thread: dial, talk, dial again         session     Receiver + replica store + link
-//!   conversation   one link: Sender + maps + log                      call        short questions about roles
-//!   exposure   a recovery point as writable disks in a mount          test_failover   several of them
+//!   conversation   one link: Sender + maps + log                      writers     writes of an initial copy, beside it
+//!   call       short questions about roles                            test_failover   several exposures
+//!   exposure   a recovery point as writable disks in a mount          progress    what the status knows of a link
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
 //!   control    the socket that `status` and operators use
 //! ```

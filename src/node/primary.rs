@@ -54,6 +54,8 @@ pub struct ShowConfig {
     pub at: PathBuf,
     /// Whether the guest may write.
     pub access: Access,
+    /// Whether it is told that it may not although the images can be written: another host is the primary.
+    pub fenced: bool,
     /// Who may open the files.
     pub visibility: Visibility,
     /// Whom the files belong to, if not this process's user.
@@ -68,6 +70,7 @@ impl ShowConfig {
         Self {
             at,
             access: Access::ReadWrite,
+            fenced: false,
             visibility: Visibility::Owner,
             owner: None,
             threads: shim::THREADS_DEFAULT,
@@ -476,9 +479,10 @@ fn mount(
     if let Some(owner) = show.owner {
         options.owner = owner;
     }
-    let writability = match show.access {
-        Access::ReadOnly => Writability::Refused(Refusal::ReadOnly),
-        Access::ReadWrite => Writability::Writable,
+    let writability = if show.fenced || show.access == Access::ReadOnly {
+        Writability::Refused(Refusal::ReadOnly)
+    } else {
+        Writability::Writable
     };
     let disks = disks.iter().enumerate().map(|(index, disk)| MountedDisk {
         folder: None,

@@ -359,3 +359,33 @@ fn a_primary_that_meets_a_higher_generation_takes_no_more_writes() {
     assert_eq!(part(&beta), Part::Replica { abandoned: false });
     pair.end(alpha, beta);
 }
+
+#[test]
+fn a_machine_that_cannot_be_served_does_not_keep_the_others_waiting() {
+    if !can_mount() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let (good, late) = (hosts.image("good.raw", 8), hosts.path("late.raw"));
+    let config = hosts.path("host.toml");
+    let machine = |name: &str, image: &Path| {
+        let at = hosts.path(format!("at-{name}"));
+        fs::create_dir(&at).unwrap();
+        format!("[machines.{name}]\nimages = [{image:?}]\nat = {at:?}\n")
+    };
+    let machines = [machine("good", &good), machine("late", &late)].concat();
+    fs::write(&config, format!("store = \"store\"\n{machines}")).unwrap();
+    let args = ["serve", "--config", config.to_str().unwrap()];
+    let host = Node::start(&hosts.command("host", &args), None);
+    let trouble = host.wait("trouble", |m| m.health == Health::Critical);
+    assert_eq!(trouble.name.as_str(), "late");
+    assert!(trouble.reasons[0].contains("late.raw"), "{trouble:?}");
+    mark(&hosts.path("at-good/good.raw"), 7, 1);
+    // The image turns up, and the machine is served without a restart.
+    hosts.image("late.raw", 8);
+    host.wait("the other one", |m| {
+        m.name.as_str() == "late" && m.health < Health::Critical
+    });
+    mark(&hosts.path("at-late/late.raw"), 7, 1);
+    host.stop();
+}

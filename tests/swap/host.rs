@@ -155,7 +155,7 @@ impl Host {
         for piece in log {
             let zeros;
             let bytes = match &piece.content {
-                PieceContent::Data(bytes) => bytes,
+                PieceContent::Data(bytes) => &bytes[..],
                 PieceContent::Zero => {
                     zeros = vec![0; to_usize(piece.run.len)];
                     &zeros

@@ -23,6 +23,9 @@ pub struct HostConfig {
     pub keeping: Keeping,
     /// How a machine replicates that is not configured otherwise, because it was promoted here.
     pub replication: ReplicationConfig,
+    /// Whether the host serves what it can when a machine cannot be served: that one is shown as in trouble, and tried
+    /// again. Without it the host does not start.
+    pub tolerant: bool,
     /// The machines whose images lie on this host.
     pub machines: BTreeMap<Name, MachineConfig>,
 }

@@ -208,6 +208,7 @@ impl HostTable {
             peers,
             keeping: self.replicas.config(from)?,
             replication,
+            tolerant: true,
             machines,
         })
     }

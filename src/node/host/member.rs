@@ -20,7 +20,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::{
     Shared,
     config::ReplicationConfig,
-    record::{Places, Record},
+    record::{Layers, Places, Record},
     serving::Serving,
 };
 use crate::{
@@ -142,6 +142,16 @@ impl Member {
         Ok(())
     }
 
+    /// The images hold exactly the point below the layers, and belong to no replica any more.
+    pub(super) fn settled(&self, layers: Layers) -> Result<(), LedgerError> {
+        self.change(|record| {
+            record.layers = Some(Layers {
+                settled: true,
+                ..layers
+            });
+        })
+    }
+
     /// Lets an event happen to the role, and changes the record with it; durable before this returns.
     pub(super) fn turn_to(
         &self,
@@ -181,7 +191,10 @@ impl Member {
                     ),
                 })
             }
-            _ => Ok(()),
+            Some(_) => Ok(()),
+            None => Err(Refusal::NotNow {
+                detail: format!("machine {} is not replicated", self.name),
+            }),
         }
     }
 

@@ -149,7 +149,10 @@ impl Member {
         MachineStatus {
             name: self.name.clone(),
             id: Some(record.id),
-            role: Role::Primary,
+            role: match record.role.part {
+                Part::Replica { .. } => Role::Replica,
+                _ => Role::Primary,
+            },
             part: None,
             state: ReplicationState::Disabled,
             health: Health::NotApplicable,

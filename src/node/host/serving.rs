@@ -28,6 +28,7 @@ use super::{
 };
 use crate::{
     base::ids::Name,
+    coord::role::Lease,
     disk::{Access, Disk, layered::LayeredDisk},
     node::{
         driver::chain,
@@ -57,6 +58,8 @@ pub(super) struct Serving {
     layers: Vec<(Name, Arc<LayeredDisk>)>,
     folding: Mutex<Option<thread::JoinHandle<()>>>,
     stop_folding: AtomicBool,
+    /// It is this host that takes the mount away.
+    closing: AtomicBool,
     /// Why the fold does not go on, if it does not.
     held_up: Mutex<Option<String>>,
 }
@@ -68,7 +71,10 @@ impl Serving {
         record: &Record,
         below: Option<Arc<Served>>,
     ) -> Result<Self, StartError> {
-        let (show, images) = (member.show(), member.images(record));
+        let mut show = member.show();
+        // One that is opened only to be folded shows what it has, and takes nothing.
+        show.fenced = !record.role.serves(Lease::Unneeded);
+        let images = member.images(record);
         let (disks, below, layers) = match record.layers {
             None => {
                 member.remove_layers();
@@ -81,8 +87,17 @@ impl Serving {
             }
             Some(layers) => {
                 let below = below.map_or_else(|| member.open_replica(record), Ok)?;
-                let (disks, layered) = over_point(member, record, &below, &layers)?;
-                (disks, Some(below), layered)
+                if below.store.head() == Head::Empty {
+                    // It gave its images away, and the record did not come to say so.
+                    below.close().map_err(StartError::other)?;
+                    drop(below);
+                    member.settled(layers).map_err(StartError::other)?;
+                    let (disks, layers) = over_images(member, &images, &layers)?;
+                    (disks, None, layers)
+                } else {
+                    let (disks, layered) = over_point(member, record, &below, &layers)?;
+                    (disks, Some(below), layered)
+                }
             }
         };
         let places = member.places().tracking();
@@ -116,6 +131,7 @@ impl Serving {
             layers,
             folding: Mutex::default(),
             stop_folding: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             held_up: Mutex::default(),
         })
     }
@@ -190,14 +206,7 @@ impl Serving {
             };
             settle(member, &below, &layers)?;
             let retired = below.store.retire().map_err(|error| chain(&error))?;
-            member
-                .change(|record| {
-                    record.layers = Some(Layers {
-                        settled: true,
-                        ..layers
-                    });
-                })
-                .map_err(|error| chain(&error))?;
+            member.settled(layers).map_err(|error| chain(&error))?;
             for ((_, layer), (_, disk)) in self.layers.iter().zip(retired) {
                 layer.fold_into(disk).map_err(|error| chain(&error))?;
             }
@@ -244,10 +253,23 @@ impl Serving {
         }
     }
 
+    /// Whether the mount was taken away by somebody else than this host.
+    pub(super) fn was_taken_away(&self) -> bool {
+        // In this order: a close that begins in between has not unmounted yet.
+        let ended = self.primary.has_ended();
+        ended && !self.closing.load(Ordering::Acquire)
+    }
+
     /// Unmounts and closes the disks. The replica below them stays open, and is returned.
     pub(super) fn close(&self, how: Unmount) -> Result<Option<Arc<Served>>, StartError> {
         self.rest();
-        self.primary.stop(how)?;
+        let taken_away = self.was_taken_away();
+        self.closing.store(!taken_away, Ordering::Release);
+        let stopped = self.primary.stop(how);
+        if stopped.is_err() {
+            self.closing.store(false, Ordering::Release);
+        }
+        stopped?;
         Ok(self.below.lock().take())
     }
 }
