@@ -35,6 +35,25 @@
 //!                                                                             |            merge into the image
 //! ```
 //!
+//! # Hosts, members, roles
+//! A host ([`node::host`]) is primary for some machines and replica for others at the same time. Each machine on it is a
+//! member with a durable role ([`coord::role`], a pure function); what runs for it follows from the role, never the
+//! other way round.
+//! ```text
+//!   operator's verb ──> node::control ──┐
+//!   the other host's claim or answer ───┼──> member ── coord::role: (state, event) -> state ──> record, durable
+//!   a start after a crash ──────────────┘                                                           |
+//!                                                                                                arrange
+//!                       +------------------------------+------------------------------+-------------+
+//!                       v                              v                              v
+//!         serving: Primary, FailedOver     following: Replica               idle: stepped down, fenced,
+//!         mount ── volume ── image         receive, points, tests, merge          returning
+//!                    └─ after a failover a layer over a point of the own replica, folded into its image
+//! ```
+//! A *planned* failover cuts once more with all writers refused, proves that both hosts hold the same point, steps down
+//! and hands over. An *unplanned* one promotes the replica at a point, on a layer that `commit` keeps and `cancel` drops.
+//! A host that meets a higher generation is fenced; `reverse` tells the new primary where it may differ, and it follows.
+//!
 //! # Invariants
 //! - A block that differs between primary and replica is marked in a map, or its region is in the intent log.
 //! - Marks precede the write; intent precedes the first write into a cold region; both precede the reply.
@@ -42,6 +61,8 @@
 //! - Closing maps are cleared by that acknowledgement and by nothing else.
 //! - The image at the replica holds exactly the epoch its record names, or is on the way to it under cover of the logs.
 //! - Equal chain hashes mean equal histories.
+//! - A role is durable before any of its effects. A generation never goes back, and each promotion makes a new one.
+//! - A host that was replaced writes nothing more as primary; what only it had is kept aside before anything is merged.
 //! - Every write below [`net`] and [`node`] is synchronous; time and randomness are arguments up to floor 3.
 //!
 //! # Floors
@@ -67,9 +88,11 @@
 //! - *cut*, *epoch*, *delta log* (`.hrl`): see above.
 //! - *recovery point*: a cut that the replica holds complete.
 //! - *rescue point*: what a former primary had when it was replaced, and nobody else has; not part of the history.
+//! - *planned*, *unplanned* and *test failover*; *commit*, *cancel*, *reverse*: what an operator says; see above.
 //! - *generation*: a counter of the machine, one more at each promotion, with a random identity: the fencing token.
 //! - *lineage*: an epoch and the chain hash over everything that led to it.
-//! - *primary*, *replica*: the two roles.
+//! - *host*: a process that serves machines and keeps replicas; *member*: one machine on one host.
+//! - *primary*, *replica*: the two roles. *fenced*: was primary, and another host was promoted since.
 //! - *RPO as achieved*: now minus the cut time of the last epoch that is durable on the replica.
 
 pub mod base;

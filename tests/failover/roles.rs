@@ -108,16 +108,16 @@ pub(super) fn epoch(node: &Node, files: &Files, number: u8) -> Epoch {
     node.cut().epoch
 }
 
-/// Marks both disks.
-pub(super) fn write(files: &Files, number: u8) {
+/// Marks these disks.
+pub(super) fn write(files: &[PathBuf], number: u8) {
     for file in files {
         mark(file, 7, number);
         mark(file, 1000 + u64::from(number), number);
     }
 }
 
-/// Both disks hold the marks up to `number` and none beyond.
-pub(super) fn check(files: &Files, number: u8) {
+/// These disks hold the marks up to `number` and none beyond.
+pub(super) fn check(files: &[PathBuf], number: u8) {
     for file in files {
         assert_eq!(marked(file, 7), number, "{}", file.display());
         for earlier in 1..=number {
