@@ -85,10 +85,37 @@ pub(super) struct Source {
     pub(super) disk: Arc<dyn Disk>,
     pub(super) format: Format,
     pub(super) image: PathBuf,
-    /// The file whose stamp tells whether somebody else wrote the disk, and what the stamp was before it was opened.
-    pub(super) stamped: (PathBuf, ImageStamp),
+    /// What tells whether somebody else wrote the disk, and what it told before the disk was opened.
+    pub(super) stamped: (Stamped, ImageStamp),
     /// Keeps the lock on the image.
     pub(super) _keep: Option<OpenImage>,
+}
+
+/// The files that tell whether somebody else wrote a disk.
+#[derive(Clone, Debug)]
+pub(super) struct Stamped {
+    /// Whose identity counts: the image's, also while a layer lies over it, so that the death of the process at any time of
+    /// a fold is not taken for another image.
+    pub(super) image: PathBuf,
+    /// Whose length and time count: those of the file that every write goes to first.
+    pub(super) written: PathBuf,
+}
+
+impl Stamped {
+    /// A disk that is an image and nothing else.
+    pub(super) fn image(image: PathBuf) -> Self {
+        Self {
+            written: image.clone(),
+            image,
+        }
+    }
+
+    pub(super) fn take(&self) -> io::Result<ImageStamp> {
+        Ok(ImageStamp {
+            inode: stamp(&self.image)?.inode,
+            ..stamp(&self.written)?
+        })
+    }
 }
 
 impl From<OpenImage> for Source {
@@ -98,7 +125,7 @@ impl From<OpenImage> for Source {
             disk: Arc::clone(&image.disk),
             format: image.config.format,
             image: image.config.path.clone(),
-            stamped: (image.config.path.clone(), image.stamp),
+            stamped: (Stamped::image(image.config.path.clone()), image.stamp),
             _keep: Some(image),
         }
     }
@@ -171,7 +198,7 @@ pub struct Primary {
     clock: Arc<dyn Clock>,
     disks: Vec<Source>,
     /// Whose stamp is taken at the end, for each disk.
-    stamped: Mutex<Vec<PathBuf>>,
+    stamped: Mutex<Vec<Stamped>>,
     tracked: Option<Tracked>,
     mount: Mount,
     replication: Mutex<Option<Running>>,
@@ -293,9 +320,10 @@ impl Primary {
         (writers > 0).then(|| shim::users_of(self.mount.dir()))
     }
 
-    /// From now on the file at `image` tells whether somebody else wrote disk `index`.
-    pub(super) fn is_stamped_by(&self, index: usize, image: PathBuf) {
-        self.stamped.lock()[index] = image;
+    /// From now on disk `index` is its image and nothing else.
+    pub(super) fn is_plain(&self, index: usize) {
+        let image = self.disks[index].image.clone();
+        self.stamped.lock()[index] = Stamped::image(image);
     }
 
     /// The raw files in the mount.
@@ -322,7 +350,7 @@ impl Primary {
         if let Some(tracked) = &self.tracked {
             tracked.rest();
             let stamped = self.stamped.lock().clone();
-            let mut stamps = |disk: DiskIndex| stamp(&stamped[disk.index()]);
+            let mut stamps = |disk: DiskIndex| stamped[disk.index()].take();
             return tracked
                 .machine
                 .close(&mut stamps)

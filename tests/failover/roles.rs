@@ -327,6 +327,39 @@ fn a_lost_primary_comes_back_as_a_replica_with_what_it_had_kept_aside() {
 }
 
 #[test]
+fn a_promoted_host_that_dies_knows_what_changed() {
+    if !can_mount() {
+        return;
+    }
+    let pair = Pair::new();
+    let (alpha, beta) = (pair.alpha(), pair.beta());
+    alpha.wait_replicating();
+    let (here, there) = (pair.on_alpha(), pair.on_beta());
+    epoch(&alpha, &here, 1);
+    planned(&alpha);
+    beta.wait("the failover folded", |m| {
+        m.state == ReplicationState::Replicating && m.reasons.is_empty()
+    });
+    write(&there, 2);
+    // Layers, plain images, plain images after a clean end: in none of them the images are taken for others.
+    beta.kill();
+    let beta = pair.beta();
+    check(&there, 2);
+    beta.wait_replicating();
+    write(&there, 3);
+    beta.stop();
+    let beta = pair.beta();
+    beta.wait_replicating();
+    check(&there, 3);
+    epoch(&beta, &there, 4);
+    assert!(!beta.log().contains("blocks are sent again"));
+    planned(&beta);
+    alpha.wait_replicating();
+    check(&here, 4);
+    pair.end(alpha, beta);
+}
+
+#[test]
 fn a_primary_that_meets_a_higher_generation_takes_no_more_writes() {
     if !can_mount() {
         return;

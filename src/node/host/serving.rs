@@ -12,6 +12,7 @@
 //! Each arrow is durable before the next begins, and every start goes on from the last one.
 
 use std::{
+    path::{Path, PathBuf},
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering},
@@ -24,7 +25,7 @@ use parking_lot::Mutex;
 
 use super::{
     member::{Member, StartError},
-    record::{ImageRecord, Layers, Record},
+    record::{Layers, Record},
 };
 use crate::{
     base::ids::Name,
@@ -33,13 +34,14 @@ use crate::{
     node::{
         driver::chain,
         exposure::{layer_file, layers_over, open_layers},
-        images::{self, ImageConfig},
-        primary::{Primary, ShowConfig, Source, open_images},
+        images::ImageConfig,
+        primary::{Primary, ShowConfig, Source, Stamped, open_images},
         served::Served,
         tracking::Tracking,
     },
     replica::Head,
     shim::Unmount,
+    volume::ImageStamp,
 };
 
 /// Pause before a fold that failed, or that test failovers hold up, is tried again.
@@ -230,8 +232,8 @@ impl Serving {
         member
             .change(|record| record.layers = None)
             .map_err(|error| chain(&error))?;
-        for (index, image) in member.images(&record).into_iter().enumerate() {
-            self.primary.is_stamped_by(index, image.path);
+        for index in 0..self.layers.len() {
+            self.primary.is_plain(index);
         }
         tracing::info!(machine = %member.name(), epoch = %layers.point.epoch, "the failover is folded into the images");
         Ok(true)
@@ -314,29 +316,28 @@ fn over_point(
         .iter()
         .map(|image| image.name.clone())
         .collect();
-    let opened = open_layers(view, &names, &member.places().layers()).map_err(StartError::other)?;
-    let sources = opened.iter().zip(&record.images);
-    let sources = sources
-        .map(|(layer, image)| source(member, layer, image))
-        .collect::<Result<_, _>>()?;
+    let folder = member.places().layers();
+    let opened = open_layers(view, &names, &folder).map_err(StartError::other)?;
+    let images = member.images(record);
+    let source = |(name, layer): &(Name, Arc<LayeredDisk>)| {
+        let image = images.iter().find(|image| image.name == *name);
+        let image = image.ok_or_else(|| {
+            StartError::Other(format!("disk {name} is not among the configured images"))
+        })?;
+        Ok(Source {
+            name: name.clone(),
+            disk: Arc::clone(layer) as Arc<dyn Disk>,
+            format: image.format,
+            image: image.path.clone(),
+            stamped: stamped(&image.path, folder.join(layer_file(name)))?,
+            _keep: None,
+        })
+    };
+    let sources = opened
+        .iter()
+        .map(source)
+        .collect::<Result<_, StartError>>()?;
     Ok((sources, opened))
-}
-
-fn source(
-    member: &Member,
-    (name, layer): &(Name, Arc<LayeredDisk>),
-    image: &ImageRecord,
-) -> Result<Source, StartError> {
-    let stamped = member.places().layers().join(layer_file(name));
-    let stamp = images::stamp(&stamped).map_err(StartError::other)?;
-    Ok(Source {
-        name: name.clone(),
-        disk: Arc::clone(layer) as Arc<dyn Disk>,
-        format: image.format,
-        image: member.places().0.join(&image.file),
-        stamped: (stamped, stamp),
-        _keep: None,
-    })
 }
 
 fn over_images(
@@ -356,11 +357,19 @@ fn over_images(
             .fold_into(Arc::clone(&source.disk))
             .map_err(StartError::other)?;
         source.disk = Arc::clone(layer) as Arc<dyn Disk>;
-        let stamped = folder.join(layer_file(name));
-        let stamp = images::stamp(&stamped).map_err(StartError::other)?;
-        source.stamped = (stamped, stamp);
+        source.stamped = stamped(&source.image, folder.join(layer_file(name)))?;
     }
     Ok((sources, opened))
+}
+
+/// What tells whether somebody else wrote an image or the layer over it.
+fn stamped(image: &Path, layer: PathBuf) -> Result<(Stamped, ImageStamp), StartError> {
+    let stamped = Stamped {
+        image: image.to_owned(),
+        written: layer,
+    };
+    let stamp = stamped.take().map_err(StartError::other)?;
+    Ok((stamped, stamp))
 }
 
 /// The folder that a promoted machine is mounted at is made; one that an operator named has to be there.
