@@ -85,6 +85,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
     }
 }
 
+/// Whether the host is out of space, or the user's share of it: nothing is broken, and what failed may be tried again.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
 /// How [`Folder::open`] treats a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Open {
