@@ -36,7 +36,7 @@ pub struct VhdDisk {
     pub(super) access: Access,
     /// What a fixed disk does not have.
     pub(super) blocks: Option<Blocks>,
-    /// Set by the first write.
+    /// Set by the first write: closing the image then cuts off what no block uses.
     pub(super) written: AtomicBool,
     pub(super) running: Running,
 }
@@ -47,7 +47,7 @@ pub(super) struct Blocks {
     pub(super) bat: Bat,
     /// Held while a block comes or its bitmap changes.
     pub(super) space: Mutex<Space>,
-    /// Entries and bitmaps written.
+    /// Entries and bitmaps written, and one for those that a process that died may have left in the page cache.
     pub(super) changes: AtomicU64,
     /// How many of them are durable.
     pub(super) durable: AtomicU64,
@@ -84,7 +84,7 @@ impl VhdDisk {
             Blocks {
                 bat: sparse.bat,
                 space: Mutex::new(space),
-                changes: AtomicU64::new(0),
+                changes: AtomicU64::new(1),
                 durable: AtomicU64::new(0),
                 parent: parent.map(Box::new),
             }

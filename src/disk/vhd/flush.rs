@@ -14,9 +14,7 @@ impl VhdDisk {
             return Ok(());
         }
         self.running.check()?;
-        if !self.written.load(Ordering::Acquire) {
-            return Ok(());
-        }
+        // Also if nothing was written: what a process that died wrote may be in the page cache, and its guest goes on here.
         self.sync().map_err(failed("flush", 0))
     }
 

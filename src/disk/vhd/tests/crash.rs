@@ -210,6 +210,32 @@ fn a_process_that_is_killed_loses_nothing() {
     }
 }
 
+/// A session that had not written anything itself took all for durable: it answered a flush without a sync, and a forced
+/// write without one for the entry that leads to it. What a killed process had left in the page cache was lost then.
+#[test]
+fn what_a_killed_process_wrote_is_durable_after_the_next_flush_or_forced_write() {
+    for kind in [Kind::Dynamic, Kind::Fixed] {
+        for forced in [false, true] {
+            let power = Power::new();
+            let storage = image(&power, &options(SIZE, kind));
+            let killed = open(&storage).unwrap();
+            killed.write_at(0, &[1; 512], Fua::No).unwrap();
+            drop(killed);
+            let disk = open(&storage).unwrap();
+            if forced {
+                disk.write_at(0, &[2; 512], Fua::Yes).unwrap();
+            } else {
+                disk.flush().unwrap();
+            }
+            power.restore(&mut || false);
+            let mut held = [0; 512];
+            let disk = open(&storage).unwrap();
+            disk.read_at(0, &mut held).unwrap();
+            assert_eq!(held, [1 + u8::from(forced); 512], "{kind:?}");
+        }
+    }
+}
+
 #[test]
 fn a_call_that_fails_once_at_any_step_does_no_harm() {
     let ops = history(7, 40);

@@ -2,6 +2,7 @@
 
 mod chain;
 mod crash;
+mod enumeration;
 mod hostile;
 mod model;
 mod sizes;
