@@ -151,3 +151,5 @@ pub fn check_run(offset: u64, len: usize, size: u64) -> Result<Extent, DiskError
 
 #[cfg(test)]
 pub(crate) mod enumeration;
+#[cfg(test)]
+pub(crate) mod histories;
