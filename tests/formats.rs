@@ -10,7 +10,7 @@ mod differencing;
 use std::{
     fs::{self, File},
     io::{self, Read},
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::Arc,
 };
@@ -31,6 +31,8 @@ use understudy::{
 };
 
 mod vhd;
+
+use crate::support::shared;
 
 const MIB: u64 = 1 << 20;
 
@@ -56,18 +58,6 @@ fn ids() -> Arc<dyn Ids> {
 
 fn reading() -> Opening {
     Opening::new(Access::ReadOnly, ids())
-}
-
-fn shared() -> Option<PathBuf> {
-    let place = std::env::var_os("UNDERSTUDY_SHARED").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"),
-        PathBuf::from,
-    );
-    if place.join("disks/catalog.toml").exists() {
-        return Some(place);
-    }
-    eprintln!("SKIPPED: no sample images at {}", place.display());
-    None
 }
 
 fn catalog(folder: &Path) -> Vec<Sample> {

@@ -1,15 +1,17 @@
 //! Floor 2: what a guest sees. A [`Disk`] is bytes `0..size`; an image format gives it a place in a file.
 //!
-//! Reading order: this seam, then `raw`, then `parents`, then `vhd` and `vhdx`, then `image`, the one door to all formats;
-//! `check` is what their checkers find, `layered` a disk over another one.
+//! Reading order: this seam, then `raw`, then `parents`, `pieces` and `running`, which `vhd` and `vhdx` share, then these,
+//! then `image`, the one door to all formats; `check` is what their checkers find, `layered` a disk over another one.
 #![forbid(unsafe_code)]
 
 pub mod check;
 pub mod image;
 pub mod layered;
 pub mod parents;
+mod pieces;
 pub mod raw;
 mod resize;
+mod running;
 pub mod vhd;
 pub mod vhdx;
 
@@ -129,6 +131,7 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn close(&self) -> Result<(), DiskError>;
 }
 
+/// What the storage said, as a failure of the guest's `operation` at disk offset `offset`.
 fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {
     move |source| DiskError::Io {
         operation,
@@ -148,3 +151,5 @@ pub fn check_run(offset: u64, len: usize, size: u64) -> Result<Extent, DiskError
 
 #[cfg(test)]
 pub(crate) mod enumeration;
+#[cfg(test)]
+pub(crate) mod histories;

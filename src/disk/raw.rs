@@ -14,6 +14,7 @@ use std::{
 
 use super::{
     Access, Content, Disk, DiskError, Fua, Geometry, ResizeError, Space, check_run, failed,
+    pieces::stored_run,
 };
 use crate::{
     base::{
@@ -175,21 +176,9 @@ impl Disk for RawDisk {
     fn run_at(&self, offset: u64) -> Result<(Extent, Content), DiskError> {
         let size = self.geometry.size;
         check_run(offset, 1, size)?;
-        let data = self
-            .storage
-            .data_after(offset)
+        let (len, content) = stored_run(self.storage.as_ref(), offset, size - offset)
             .map_err(failed("read", offset))?;
-        Ok(match data {
-            Some(data) if data.offset <= offset => (
-                Extent::new(offset, data.end().min(size) - offset),
-                Content::Data,
-            ),
-            Some(data) => (
-                Extent::new(offset, data.offset.min(size) - offset),
-                Content::Zero,
-            ),
-            None => (Extent::new(offset, size - offset), Content::Zero),
-        })
+        Ok((Extent::new(offset, len), content))
     }
 
     fn close(&self) -> Result<(), DiskError> {

@@ -9,7 +9,7 @@ use crate::{
     },
     delta::DecodeError,
     disk::DiskError,
-    storage::ledger::LedgerError,
+    storage::{self, ledger::LedgerError},
 };
 
 /// A failed operation on the replica of a machine. Its last complete recovery point is untouched.
@@ -134,12 +134,7 @@ impl ReplicaError {
             Self::Image { source, .. } => source.downcast_ref(),
             _ => None,
         };
-        io.is_some_and(|error: &io::Error| {
-            matches!(
-                error.kind(),
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-            )
-        })
+        io.is_some_and(storage::is_full)
     }
 }
 

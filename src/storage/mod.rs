@@ -55,7 +55,8 @@ pub enum Space {
 /// Callers keep `offset + len` within 63 bits. In exchange: calls may come from any thread at once; calls on runs that
 /// do not overlap do not disturb each other; a failed call may have changed any part of the run it was given.
 /// After a failed [`sync`](Storage::sync) nothing written since the last good one can be trusted to last, and
-/// repeating the call proves nothing (the kernel marks the pages clean): stop using the file.
+/// repeating the call proves nothing (the kernel marks the pages clean): stop using the file. No sync succeeds
+/// over bytes that another one, in flight with it, was told are lost.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Length in bytes.
     fn len(&self) -> io::Result<u64>;
@@ -83,6 +84,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
+}
+
+/// Whether the host is out of space, or the user's share of it: nothing is broken, and what failed may be tried again.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 /// How [`Folder::open`] treats a name.

@@ -1,10 +1,10 @@
 //! `image check` beside two other checkers: `vhdx_dump.py`, which was written from the standard and lists every violation,
 //! and `qemu-img check`. Where they differ the table says why.
 
-use std::{fs, path::PathBuf};
+use std::fs;
 
 use super::understudy;
-use crate::support::{have, run, scratch, skip};
+use crate::support::{have, run, scratch, shared};
 
 /// What a checker says of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,18 +60,6 @@ const IMAGES: [(&str, Verdict, Verdict, Verdict, &str); 9] = [
     ("trunc", Damaged, Damaged, Unable, "the same"),
 ];
 
-fn crafted() -> Option<PathBuf> {
-    let shared = std::env::var_os("UNDERSTUDY_SHARED").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"),
-        PathBuf::from,
-    );
-    if shared.join("disks/crafted").is_dir() {
-        return Some(shared);
-    }
-    skip(&format!("no sample images at {}", shared.display()));
-    None
-}
-
 fn by_dump(tool: &str, image: &str) -> Verdict {
     let done = run("python3", [tool, image]);
     let said = String::from_utf8_lossy(&done.stdout);
@@ -93,7 +81,7 @@ fn by_qemu(image: &str) -> Verdict {
 
 #[test]
 fn verdicts_agree_with_other_checkers() {
-    let Some(shared) = crafted() else { return };
+    let Some(shared) = shared() else { return };
     let folder = scratch();
     let tool = shared.join("tools/vhdx_dump.py");
     let tool = tool.to_str().unwrap();

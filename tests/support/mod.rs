@@ -38,6 +38,20 @@ pub(crate) fn can_mount() -> bool {
     able
 }
 
+/// The folder of sample images and tools beside the package, or wherever `UNDERSTUDY_SHARED` says; says so if it is not
+/// there.
+pub(crate) fn shared() -> Option<PathBuf> {
+    let place = std::env::var_os("UNDERSTUDY_SHARED").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"),
+        PathBuf::from,
+    );
+    if place.join("disks/catalog.toml").is_file() && place.join("disks/crafted").is_dir() {
+        return Some(place);
+    }
+    skip(&format!("no sample images at {}", place.display()));
+    None
+}
+
 /// Whether all `programs` are installed; says so if not.
 pub(crate) fn have(programs: &[&str]) -> bool {
     let missing: Vec<_> = programs

@@ -7,7 +7,8 @@
 //! ```text
 //!   every sector   what the last flush made durable, or what a later write left there, whole
 //!   the size       what it was, or what a resize that had begun makes of it
-//!   the image      opens for reading and for writing with the same content; goes on working; other programs agree
+//!   the image      has no error in the eyes of our checker; opens for reading and for writing with the same content;
+//!                  goes on working; other programs agree
 //! ```
 //! Of up to [`WHOLE_SUBSETS_MAX`] unsynced changes every subset is tried. Of more, every subset that keeps or loses up
 //! to two, and some at random. Besides, each write is torn at 512 and at 4096 bytes, among all others and among none.
@@ -29,7 +30,7 @@ use crate::{
         checksum::crc32c_of,
         units::{Extent, to_u64, to_usize},
     },
-    disk::{Access, Disk, Fua, Space},
+    disk::{Access, Disk, Fua, Space, check::Report},
     storage::{
         Storage,
         memory::{Cut, Fate, MemoryStorage, Power, Recorder},
@@ -41,7 +42,7 @@ const WHOLE_SUBSETS_MAX: usize = 6;
 /// Subsets at random of more than that.
 const RANDOM_SUBSETS: usize = 24;
 /// Largest disk that is shown to another program, in bytes: that reads all of it.
-const SHOWN_BYTES_MAX: u64 = 64 << 20;
+const SHOWN_BYTES_MAX: u64 = 80 << 20;
 /// Bytes of the unit in which a disk's content is followed.
 pub(crate) const SECTOR: u64 = 512;
 
@@ -58,6 +59,9 @@ pub(crate) trait Subject: Sync {
 
     /// Resizes a disk, durably, and gives back the disk to go on with; as it was if `size` is too small for its data.
     fn resize(&self, disk: Self::Disk, storage: &Arc<dyn Storage>, size: u64) -> Self::Disk;
+
+    /// What our own checker says of the image.
+    fn check(&self, storage: &Arc<dyn Storage>) -> Report;
 
     /// What another program says of the image in `file`, whose disk holds `bytes`. Nothing if there is no such program.
     fn second_opinion(&self, file: &Path, bytes: &[u8]) -> Option<Result<(), String>>;
@@ -272,6 +276,7 @@ impl<'a, S: Subject> Enumeration<'a, S> {
         for (turn, fates) in (first..).zip(fates(cut, counts)) {
             let image = cut.image(|index| fates[index]);
             let story = format!("{story}: {fates:?}");
+            self.check(&image, &story);
             let reader = self.open(Arc::clone(&image) as _, Access::ReadOnly, &story);
             let seen = read(&reader, &story);
             model.check(&seen, &story);
@@ -302,11 +307,17 @@ impl<'a, S: Subject> Enumeration<'a, S> {
         disk.close()
             .unwrap_or_else(|error| panic!("{story}: then closing: {error:?}"));
         let story = format!("{story}, gone on with");
+        self.check(image, &story);
         let disk = self.open(Arc::clone(image) as _, Access::ReadOnly, &story);
         assert!(
             read(&disk, &story) == held,
             "{story}: it holds something else"
         );
+    }
+
+    fn check(&self, image: &Arc<MemoryStorage>, story: &str) {
+        let report = self.subject.check(&(Arc::clone(image) as _));
+        assert!(report.is_sound(), "{story}: {report:?}");
     }
 
     fn show(&self, image: &MemoryStorage, disk: &S::Disk, counts: &mut Counts, story: &str) {

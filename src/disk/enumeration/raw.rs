@@ -5,6 +5,7 @@ use std::path::Path;
 use super::*;
 use crate::disk::{
     ResizeError,
+    image::{self, Format},
     raw::{self, RawDisk},
 };
 
@@ -31,6 +32,10 @@ impl Subject for Raw {
             Err(error) => panic!("{error:?}"),
         }
         self.open(Arc::clone(storage), Access::ReadWrite).unwrap()
+    }
+
+    fn check(&self, storage: &Arc<dyn Storage>) -> Report {
+        image::check(storage, Format::Raw)
     }
 
     fn second_opinion(&self, file: &Path, bytes: &[u8]) -> Option<Result<(), String>> {

@@ -3,7 +3,7 @@
 use std::{
     fmt, io,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -13,7 +13,12 @@ use uuid::Uuid;
 
 use crate::{
     base::units::{Extent, SECTOR_BYTES, to_usize},
-    disk::{Access, Content, Disk, DiskError, Fua, Geometry, Opening, Space as Keeping, check_run},
+    disk::{
+        Access, Content, Disk, DiskError, Fua, Geometry, Opening, Space as Keeping, check_run,
+        failed,
+        pieces::{Piece, pieces, stored_run},
+        running::Running,
+    },
     storage::Storage,
 };
 
@@ -31,10 +36,9 @@ pub struct VhdDisk {
     pub(super) access: Access,
     /// What a fixed disk does not have.
     pub(super) blocks: Option<Blocks>,
-    /// Set by the first write.
+    /// Set by the first write: closing the image then cuts off what no block uses.
     pub(super) written: AtomicBool,
-    /// Why nothing may be written any more.
-    pub(super) stopped: OnceLock<String>,
+    pub(super) running: Running,
 }
 
 /// Where the blocks of a dynamic or differencing disk are.
@@ -43,23 +47,12 @@ pub(super) struct Blocks {
     pub(super) bat: Bat,
     /// Held while a block comes or its bitmap changes.
     pub(super) space: Mutex<Space>,
-    /// Entries and bitmaps written.
+    /// Entries and bitmaps written, and one for those that a process that died may have left in the page cache.
     pub(super) changes: AtomicU64,
     /// How many of them are durable.
     pub(super) durable: AtomicU64,
     /// Holds what a differencing disk does not.
     pub(super) parent: Option<Box<VhdDisk>>,
-}
-
-/// A run within one block.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Piece {
-    pub(super) block: u64,
-    /// Bytes from the start of the block.
-    pub(super) within: u64,
-    pub(super) len: u64,
-    /// Bytes from the start of the run asked for.
-    pub(super) done: u64,
 }
 
 impl VhdDisk {
@@ -91,7 +84,7 @@ impl VhdDisk {
             Blocks {
                 bat: sparse.bat,
                 space: Mutex::new(space),
-                changes: AtomicU64::new(0),
+                changes: AtomicU64::new(1),
                 durable: AtomicU64::new(0),
                 parent: parent.map(Box::new),
             }
@@ -109,7 +102,7 @@ impl VhdDisk {
             access,
             blocks,
             written: AtomicBool::new(false),
-            stopped: OnceLock::new(),
+            running: Running::new("VHD"),
         }
     }
 
@@ -128,48 +121,24 @@ impl VhdDisk {
         self.id
     }
 
-    /// Nothing may be written from now on, because of `reason`.
-    pub(super) fn stop(&self, reason: &str) {
-        if self.stopped.set(reason.to_owned()).is_ok() {
-            tracing::error!(reason, "a VHD disk stopped");
-        }
-    }
-
     /// Refuses writes to a disk that is read-only or stopped.
     fn begin_write(&self) -> Result<(), DiskError> {
         if self.access == Access::ReadOnly {
             return Err(DiskError::ReadOnly);
         }
-        self.check_running()?;
+        self.running.check()?;
         if !self.written.load(Ordering::Acquire) {
             self.written.store(true, Ordering::Release);
         }
         Ok(())
     }
 
-    pub(super) fn check_running(&self) -> Result<(), DiskError> {
-        match self.stopped.get() {
-            Some(reason) => Err(DiskError::Stopped(reason.clone())),
-            None => Ok(()),
-        }
-    }
-
     fn write_stored(&self, place: u64, part: &[u8], fua: Fua, at: u64) -> Result<(), DiskError> {
         self.storage.write_at(place, part, fua).map_err(|source| {
             if fua == Fua::Yes {
-                self.stop_unless_full(&source);
+                self.running.forced_write_failed(&source);
             }
             failed("write", at)(source)
-        })
-    }
-
-    /// The run of one kind at `offset` of the file, up to `len` bytes.
-    fn stored_run(&self, offset: u64, len: u64) -> io::Result<(u64, Content)> {
-        let end = offset + len;
-        Ok(match self.storage.data_after(offset)? {
-            Some(data) if data.offset <= offset => (data.end().min(end) - offset, Content::Data),
-            Some(data) => (data.offset.min(end) - offset, Content::Zero),
-            None => (len, Content::Zero),
         })
     }
 
@@ -197,7 +166,7 @@ impl VhdDisk {
     fn run_in_block(&self, offset: u64, len: u64) -> Result<(u64, Content), DiskError> {
         let reading = failed("read", offset);
         let Some(blocks) = &self.blocks else {
-            return self.stored_run(offset, len).map_err(reading);
+            return stored_run(self.storage.as_ref(), offset, len).map_err(reading);
         };
         let block_size = blocks.bat.block_size;
         let within = offset % block_size;
@@ -212,8 +181,12 @@ impl VhdDisk {
             Some(bitmap) => bitmap.run(within, rest),
         };
         if is_here {
-            self.stored_run(place + blocks.bat.bitmap + within, len)
-                .map_err(failed("read", offset))
+            stored_run(
+                self.storage.as_ref(),
+                place + blocks.bat.bitmap + within,
+                len,
+            )
+            .map_err(failed("read", offset))
         } else {
             blocks.absent_run(offset, len)
         }
@@ -303,21 +276,7 @@ impl Bitmap {
 impl Blocks {
     /// The pieces of a run, block by block.
     pub(super) fn pieces(&self, run: Extent) -> impl Iterator<Item = Piece> + use<> {
-        let block_size = self.bat.block_size;
-        let mut done = 0;
-        std::iter::from_fn(move || {
-            let at = run.offset + done;
-            let within = at % block_size;
-            let len = (run.len - done).min(block_size - within);
-            let piece = Piece {
-                block: at / block_size,
-                within,
-                len,
-                done,
-            };
-            done += len;
-            (len > 0).then_some(piece)
-        })
+        pieces(run, self.bat.block_size)
     }
 
     /// Whether every entry and bitmap written so far is durable.
@@ -364,7 +323,7 @@ impl Disk for VhdDisk {
                 .map_err(failed("read", offset));
         };
         for piece in blocks.pieces(run) {
-            let part = &mut buf[to_usize(piece.done)..to_usize(piece.done + piece.len)];
+            let part = &mut buf[piece.range()];
             self.read_piece(blocks, piece, offset + piece.done, part)?;
         }
         Ok(())
@@ -379,7 +338,7 @@ impl Disk for VhdDisk {
         for piece in blocks.pieces(run) {
             let at = offset + piece.done;
             let place = self.writable(blocks, piece.block, at)?;
-            let part = &buf[to_usize(piece.done)..to_usize(piece.done + piece.len)];
+            let part = &buf[piece.range()];
             self.write_stored(place + piece.within, part, fua, at)?;
         }
         // The data is durable; the entries and bitmaps that lead to it may not be.
@@ -421,15 +380,7 @@ impl fmt::Debug for VhdDisk {
             .field("geometry", &self.geometry)
             .field("kind", &self.kind)
             .field("access", &self.access)
-            .field("stopped", &self.stopped)
+            .field("running", &self.running)
             .finish_non_exhaustive()
-    }
-}
-
-pub(super) fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {
-    move |source| DiskError::Io {
-        operation,
-        offset,
-        source,
     }
 }

@@ -3,9 +3,9 @@
 
 use std::{io, sync::atomic::Ordering};
 
-use crate::disk::{Access, DiskError};
+use crate::disk::{Access, DiskError, failed};
 
-use super::disk::{VhdDisk, failed};
+use super::disk::VhdDisk;
 
 impl VhdDisk {
     /// Makes every acknowledged write durable.
@@ -13,10 +13,8 @@ impl VhdDisk {
         if self.access == Access::ReadOnly {
             return Ok(());
         }
-        self.check_running()?;
-        if !self.written.load(Ordering::Acquire) {
-            return Ok(());
-        }
+        self.running.check()?;
+        // Also if nothing was written: what a process that died wrote may be in the page cache, and its guest goes on here.
         self.sync().map_err(failed("flush", 0))
     }
 
@@ -33,33 +31,21 @@ impl VhdDisk {
                 .truncate(self.storage.as_ref())
                 .and_then(|()| self.sync())
                 .map_err(|source| {
-                    self.stop("closing the image failed");
+                    self.running.stop("closing the image failed");
                     failed("flush", 0)(source)
                 })?;
         }
-        // The first to stop the disk says why; a second close is refused.
-        let _ = self.stopped.set("it was closed".into());
+        self.running.close();
         Ok(())
-    }
-
-    /// Stops the disk after a failed forced write, unless the host is only out of space.
-    pub(super) fn stop_unless_full(&self, error: &io::Error) {
-        let full = matches!(
-            error.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-        );
-        if !full {
-            self.stop("a write that was to be durable failed");
-        }
     }
 
     /// Makes everything written so far durable; what a failed sync leaves is unknown, so it is the last one.
     pub(super) fn sync(&self) -> io::Result<()> {
         let blocks = self.blocks.as_ref();
         let changes = blocks.map_or(0, |blocks| blocks.changes.load(Ordering::Acquire));
-        self.storage.sync().inspect_err(|_| {
-            self.stop("an earlier flush failed, and what it was to make durable may be lost");
-        })?;
+        self.storage
+            .sync()
+            .inspect_err(|_| self.running.sync_failed())?;
         if let Some(blocks) = blocks {
             blocks.durable.fetch_max(changes, Ordering::AcqRel);
         }

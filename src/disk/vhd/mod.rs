@@ -17,7 +17,8 @@
 //!
 //! # Crash contract
 //! A power cut loses nothing flushed, and of the rest each sector is old or new. The death of the process loses nothing
-//! acknowledged: entry and bitmap are in the page cache before the write returns. The footer at the end of a dynamic
+//! acknowledged: entry and bitmap are in the page cache before the write returns, and the next session's first flush or
+//! forced write makes them durable. The footer at the end of a dynamic
 //! file may be missing after a cut; the copy at its start is never touched, and opening for writing puts the other right.
 //!
 //! # Choices

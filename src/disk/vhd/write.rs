@@ -12,12 +12,12 @@ use std::{io, sync::atomic::Ordering};
 
 use crate::{
     base::units::{Extent, to_usize},
-    disk::{DiskError, Space as Keeping},
+    disk::{DiskError, Space as Keeping, failed},
     storage::Fua,
 };
 
 use super::{
-    disk::{Bitmap, Blocks, VhdDisk, failed},
+    disk::{Bitmap, Blocks, VhdDisk},
     space::Space,
 };
 
@@ -30,7 +30,7 @@ impl VhdDisk {
             return Ok(data(place));
         }
         let mut space = blocks.space.lock();
-        self.check_running()?;
+        self.running.check()?;
         let place = match blocks.bat.place(block) {
             None => self.allocate(blocks, &mut space, block),
             Some(place) => self.fill_gaps(blocks, block, place).map(|()| place),

@@ -3,7 +3,7 @@
 use std::{
     fmt, io,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -13,7 +13,12 @@ use uuid::Uuid;
 
 use crate::{
     base::units::{Extent, to_u64, to_usize},
-    disk::{Access, Content, Disk, DiskError, Fua, Geometry, Opening, Space as Keeping, check_run},
+    disk::{
+        Access, Content, Disk, DiskError, Fua, Geometry, Opening, Space as Keeping, check_run,
+        failed,
+        pieces::{Piece, pieces, stored_run},
+        running::Running,
+    },
     storage::Storage,
 };
 
@@ -57,26 +62,7 @@ pub struct VhdxDisk {
     pub(super) checkpoint: Mutex<Option<u64>>,
     /// One past the log and the regions: the file is never shorter.
     pub(super) fixed_end: AtomicU64,
-    /// Why nothing may be written any more.
-    pub(super) stopped: OnceLock<String>,
-}
-
-/// A run within one block.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Piece {
-    pub(super) block: u64,
-    /// Bytes from the start of the block.
-    pub(super) within: u64,
-    pub(super) len: u64,
-    /// Bytes from the start of the run asked for.
-    pub(super) done: u64,
-}
-
-impl Piece {
-    /// Its place in the buffer of the run asked for.
-    fn range(self) -> std::ops::Range<usize> {
-        to_usize(self.done)..to_usize(self.done + self.len)
-    }
+    pub(super) running: Running,
 }
 
 impl VhdxDisk {
@@ -120,7 +106,7 @@ impl VhdxDisk {
             stripes: [const { Mutex::new(()) }; STRIPES],
             checkpoint: Mutex::new(None),
             fixed_end: AtomicU64::new(fixed_end),
-            stopped: OnceLock::new(),
+            running: Running::new("VHDX"),
         }
     }
 
@@ -144,30 +130,9 @@ impl VhdxDisk {
         self.size.load(Ordering::Acquire)
     }
 
-    /// Nothing may be written from now on, because of `reason`.
-    pub(super) fn stop(&self, reason: &str) {
-        if self.stopped.set(reason.to_owned()).is_ok() {
-            tracing::error!(reason, "a VHDX disk stopped");
-        }
-    }
-
     /// The pieces of a run, block by block.
     pub(super) fn pieces(&self, run: Extent) -> impl Iterator<Item = Piece> + use<> {
-        let block_size = self.parameters.block_size;
-        let mut done = 0;
-        std::iter::from_fn(move || {
-            let at = run.offset + done;
-            let within = at % block_size;
-            let len = (run.len - done).min(block_size - within);
-            let piece = Piece {
-                block: at / block_size,
-                within,
-                len,
-                done,
-            };
-            done += len;
-            (len > 0).then_some(piece)
-        })
+        pieces(run, self.parameters.block_size)
     }
 
     /// Refuses writes to a disk that is read-only or stopped, and prepares the file for the first one.
@@ -175,15 +140,14 @@ impl VhdxDisk {
         if self.access == Access::ReadOnly {
             return Err(DiskError::ReadOnly);
         }
-        if let Some(reason) = self.stopped.get() {
-            return Err(DiskError::Stopped(reason.clone()));
-        }
+        self.running.check()?;
         if self.journal.has_begun() {
             return Ok(());
         }
         self.know_space().map_err(failed("write", 0))?;
         self.journal.begin(&self.space).map_err(|source| {
-            self.stop("the headers of the image cannot be written");
+            self.running
+                .stop("the headers of the image cannot be written");
             failed("write", 0)(source)
         })
     }
@@ -300,14 +264,8 @@ impl VhdxDisk {
 
     /// The run of one kind at `offset`, which is stored at `at` of the file and ends at `end` at the latest.
     fn stored_at(&self, at: u64, offset: u64, end: u64) -> io::Result<(u64, Content)> {
-        let stop = at + (end - offset);
-        Ok(match self.storage.data_after(at)? {
-            Some(data) if data.offset <= at => {
-                (offset + (data.end().min(stop) - at), Content::Data)
-            }
-            Some(data) => (offset + (data.offset.min(stop) - at), Content::Zero),
-            None => (end, Content::Zero),
-        })
+        let (len, content) = stored_run(self.storage.as_ref(), at, end - offset)?;
+        Ok((offset + len, content))
     }
 }
 
@@ -347,7 +305,7 @@ impl Disk for VhdxDisk {
                 .write_at(place + piece.within, part, fua)
                 .map_err(|source| {
                     if fua == Fua::Yes {
-                        self.stop_unless_full(&source);
+                        self.running.forced_write_failed(&source);
                     }
                     failed("write", at)(source)
                 })?;
@@ -412,15 +370,7 @@ impl fmt::Debug for VhdxDisk {
             .field("storage", &self.storage)
             .field("parameters", &self.parameters)
             .field("access", &self.access)
-            .field("stopped", &self.stopped)
+            .field("running", &self.running)
             .finish_non_exhaustive()
-    }
-}
-
-pub(super) fn failed(operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> DiskError {
-    move |source| DiskError::Io {
-        operation,
-        offset,
-        source,
     }
 }

@@ -9,10 +9,10 @@ use std::{io, sync::atomic::Ordering};
 
 use crate::{
     base::units::MIB,
-    disk::{Access, DiskError},
+    disk::{Access, DiskError, failed},
 };
 
-use super::disk::{VhdxDisk, failed};
+use super::disk::VhdxDisk;
 
 /// What a round does with pages that are not in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +29,7 @@ impl VhdxDisk {
         if self.access == Access::ReadOnly {
             return Ok(());
         }
-        self.check_running()?;
+        self.running.check()?;
         if !self.journal.has_begun() {
             return Ok(());
         }
@@ -52,7 +52,7 @@ impl VhdxDisk {
     /// Makes room in a log that runs low.
     pub(super) fn make_room(&self) -> Result<(), DiskError> {
         let mut placed = self.checkpoint.lock();
-        self.check_running()?;
+        self.running.check()?;
         if !self.journal.is_low() {
             return Ok(());
         }
@@ -76,30 +76,18 @@ impl VhdxDisk {
         if self.access == Access::ReadOnly {
             return Ok(());
         }
-        self.check_running()?;
+        self.running.check()?;
         if self.journal.has_begun() {
             let mut placed = self.checkpoint.lock();
             self.round(&mut placed, Pages::Place)?;
             self.round(&mut placed, Pages::Leave)?;
             self.leave_clean().map_err(|source| {
-                self.stop("closing the image failed");
+                self.running.stop("closing the image failed");
                 failed("flush", 0)(source)
             })?;
         }
-        // The first to stop the disk says why; a second close is refused.
-        let _ = self.stopped.set("it was closed".into());
+        self.running.close();
         Ok(())
-    }
-
-    /// Stops the disk after a failed forced write, unless the host is only out of space.
-    pub(super) fn stop_unless_full(&self, error: &io::Error) {
-        let full = matches!(
-            error.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-        );
-        if !full {
-            self.stop("a write that was to be durable failed");
-        }
     }
 
     /// One sync and what it allows. `placed` is the position up to which pages are in place, not yet durably.
@@ -126,7 +114,7 @@ impl VhdxDisk {
 
     fn sync(&self) -> Result<(), DiskError> {
         self.storage.sync().map_err(|source| {
-            self.stop("an earlier flush failed, and what it was to make durable may be lost");
+            self.running.sync_failed();
             failed("flush", 0)(source)
         })
     }
@@ -141,12 +129,5 @@ impl VhdxDisk {
             self.storage.sync()?;
         }
         Ok(())
-    }
-
-    fn check_running(&self) -> Result<(), DiskError> {
-        match self.stopped.get() {
-            Some(reason) => Err(DiskError::Stopped(reason.clone())),
-            None => Ok(()),
-        }
     }
 }

@@ -25,13 +25,13 @@ use parking_lot::Mutex;
 
 use crate::{
     base::units::{Extent, to_usize},
-    disk::{Access, DiskError, Geometry, ResizeError, Space as Keeping},
+    disk::{Access, DiskError, Geometry, ResizeError, Space as Keeping, failed},
     storage::Fua,
 };
 
 use super::{
     Kind,
-    disk::{VhdxDisk, failed},
+    disk::VhdxDisk,
     error::OpenError,
     flush::Pages,
     format::PAGE_BYTES,

@@ -27,12 +27,12 @@ use crate::{
         checksum::is_zero,
         units::{Extent, MIB, to_u64, to_usize},
     },
-    disk::{Content, DiskError, Fua, Space as Keeping, check_run},
+    disk::{Content, DiskError, Fua, Space as Keeping, check_run, failed, pieces::Piece},
 };
 
 use super::{
     Kind,
-    disk::{Piece, STRIPES, VhdxDisk, failed},
+    disk::{STRIPES, VhdxDisk},
     log::journal::{BlockChange, CHANGES_PER_REQUEST_MAX, CommitError},
     numbering::{Entry, Source},
 };
@@ -132,7 +132,7 @@ impl VhdxDisk {
                 self.storage
                     .write_at(place + within, buf, Fua::Yes)
                     .map_err(|error| {
-                        self.stop_unless_full(&error);
+                        self.running.forced_write_failed(&error);
                         failed("write", start + within)(error)
                     })?;
             }
@@ -305,7 +305,7 @@ impl VhdxDisk {
             CommitError::Full => io::Error::other("the log of the image is full"),
             CommitError::Failed(error) => same(error),
             CommitError::Fatal(error) => {
-                self.stop("the log of the image cannot be started");
+                self.running.stop("the log of the image cannot be started");
                 same(error)
             }
         })

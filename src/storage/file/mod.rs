@@ -6,6 +6,7 @@
 //! The exception are the long writes of a file that is written aside ([`FileStorage::written_aside`]): see `direct`.
 
 mod direct;
+mod syncs;
 
 use std::{
     fs::{self, File},
@@ -22,7 +23,7 @@ use nix::{
     unistd::{Whence, lseek64},
 };
 
-use self::direct::Direct;
+use self::{direct::Direct, syncs::Syncs};
 use super::{Access, Folder, Fua, Open, Space, Storage, check_component};
 use crate::base::units::{Extent, to_u64, to_usize};
 
@@ -38,6 +39,7 @@ pub struct FileStorage {
     /// The way past the page cache, where it was asked for.
     direct: Option<Direct>,
     block_device: bool,
+    syncs: Syncs,
 }
 
 impl FileStorage {
@@ -98,6 +100,7 @@ impl FileStorage {
             durable,
             direct: None,
             block_device: kind.is_block_device(),
+            syncs: Syncs::default(),
         })
     }
 
@@ -202,7 +205,7 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.syncs.run(|| self.file.sync_data())
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod chain;
 mod crash;
+mod enumeration;
 mod hostile;
 mod model;
 mod sizes;
@@ -11,7 +12,11 @@ use std::{collections::BTreeMap, sync::Arc};
 use super::*;
 use crate::{
     base::ids::{Ids, SeededIds},
-    disk::{Access, Content, Disk, Opening},
+    disk::{
+        Access, Content, Disk, Opening,
+        enumeration::Random,
+        histories::{Image, read_all},
+    },
     storage::{
         Storage,
         memory::{MemoryStorage, Power},
@@ -48,23 +53,16 @@ fn open_as(storage: Arc<impl Storage + 'static>, access: Access) -> Result<VhdDi
     VhdDisk::open(storage, &Opening::new(access, ids()))
 }
 
-fn read_all(disk: &impl Disk) -> Vec<u8> {
-    let len = usize::try_from(disk.geometry().size).unwrap();
-    let mut bytes = vec![0xAA; len];
-    disk.read_at(0, &mut bytes).unwrap();
-    bytes
-}
+impl Image for Arc<MemoryStorage> {
+    type Disk = VhdDisk;
 
-/// `SplitMix64`.
-struct Random(u64);
+    fn opened(&self, access: Access) -> Result<VhdDisk, String> {
+        open_as(Arc::clone(self), access).map_err(|error| format!("{error:?}"))
+    }
 
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % limit
+    fn assert_sound(&self, story: &str) {
+        let shared: Arc<dyn Storage> = Arc::clone(self) as _;
+        assert_eq!(check(&shared).errors, 0, "{story}");
     }
 }
 

@@ -5,76 +5,24 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     base::units::Extent,
-    disk::{Content, Fua, Space},
+    disk::{
+        Content, Fua, Space,
+        histories::array::{self, Op, change},
+    },
 };
+
+pub(super) use crate::disk::histories::array::check;
 
 const SIZE: u64 = 5 * BLOCK + 3 * 512;
 
-#[derive(Clone, Debug)]
-enum Op {
-    Write(u64, usize, u8),
-    Zero(u64, u64, bool),
-    Flush,
-    Close,
-    Kill,
-}
-
 fn op() -> impl Strategy<Value = Op> {
-    // Any byte offset: the disk knows no alignment. Lengths from bytes to blocks.
-    let offset = 0..SIZE;
-    prop_oneof![
-        6 => (offset.clone(), prop_oneof![1..4096usize, 1..1_500_000usize], 1..=255u8)
-            .prop_map(|(at, len, byte)| Op::Write(at, len, byte)),
-        4 => (offset, prop_oneof![1..4096u64, 1..2_000_000u64, Just(SIZE)], any::<bool>())
-            .prop_map(|(at, len, release)| Op::Zero(at, len, release)),
-        2 => Just(Op::Flush),
-        1 => Just(Op::Close),
-        1 => Just(Op::Kill),
-    ]
-}
-
-pub(super) fn check(disk: &VhdDisk, model: &[u8]) {
-    assert!(read_all(disk) == model, "the disk holds something else");
-    let size = disk.geometry().size;
-    assert_eq!(size, model.len() as u64);
-    let mut at = 0;
-    while at < size {
-        let (run, content) = disk.run_at(at).unwrap();
-        assert!(run.offset == at && run.len > 0 && run.end() <= size);
-        let range = usize::try_from(at).unwrap()..usize::try_from(run.end()).unwrap();
-        assert!(content == Content::Data || model[range].iter().all(|&byte| byte == 0));
-        at = run.end();
-    }
+    array::op(SIZE, 1_500_000, 2_000_000)
 }
 
 fn run(storage: &Arc<MemoryStorage>, mut model: Vec<u8>, ops: &[Op]) {
-    let mut disk = open(storage).unwrap();
-    for op in ops {
-        match *op {
-            Op::Write(at, len, byte) => {
-                let len = len.min(usize::try_from(SIZE - at).unwrap());
-                disk.write_at(at, &vec![byte; len], Fua::No).unwrap();
-                let at = usize::try_from(at).unwrap();
-                model[at..at + len].fill(byte);
-            }
-            Op::Zero(at, len, release) => {
-                let len = len.min(SIZE - at);
-                let space = if release { Space::Release } else { Space::Keep };
-                disk.zero(Extent::new(at, len), space, Fua::No).unwrap();
-                let at = usize::try_from(at).unwrap();
-                model[at..at + usize::try_from(len).unwrap()].fill(0);
-            }
-            Op::Flush => disk.flush().unwrap(),
-            Op::Close => {
-                disk.close().unwrap();
-                disk = open(storage).unwrap();
-                check(&disk, &model);
-            }
-            Op::Kill => disk = open(storage).unwrap(),
-        }
-    }
-    check(&disk, &model);
+    change(storage, &mut model, ops);
     // A session that writes cuts off what a killed one left behind the last block.
+    let disk = open(storage).unwrap();
     disk.write_at(0, &model[..1], Fua::No).unwrap();
     disk.close().unwrap();
     check(&open(storage).unwrap(), &model);

@@ -1,201 +1,50 @@
 //! Power cuts and failing calls at every step of random histories, and the death of the process.
-//!
-//! Each sector written holds one tag throughout. The model knows for each sector what it may hold now, and what it may
-//! hold after a power cut: what the last flush made durable and everything written since.
 
 use std::io;
 
 use super::*;
 use crate::{
-    base::{checksum::is_zero, units::Extent},
-    disk::{DiskError, Fua, Space},
+    base::units::Extent,
+    disk::{
+        Space,
+        histories::{self, Model, Op, assert_a_failed_sync_stops, run},
+    },
     storage::memory::{MemoryStorage, Power},
 };
 
-pub(super) const SECTOR: u64 = 512;
+pub(super) use crate::disk::histories::SECTOR;
+
 pub(super) const SIZE: u64 = (5 << 20) + 4096;
-/// Sectors that are written: the first and last few of each block, so that the model stays small.
-const NEAR: u64 = 4;
 
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Op {
-    Write(Extent, u64, Fua),
-    Zero(Extent, Space, Fua),
-    Flush,
-    Reopen,
-}
-
-/// What the sectors of the disk may hold.
-pub(super) struct Model {
-    now: Vec<Vec<u64>>,
-    cut: Vec<Vec<u64>>,
-}
-
-impl Model {
-    fn new() -> Self {
-        Self::of(|_| 0)
-    }
-
-    /// A disk of which each sector holds what `tag_of` says.
-    pub(super) fn of(tag_of: impl Fn(u64) -> u64) -> Self {
-        let now: Vec<_> = (0..SIZE / SECTOR).map(|n| vec![tag_of(n)]).collect();
-        Self {
-            cut: now.clone(),
-            now,
-        }
-    }
-
-    fn change(&mut self, run: Extent, tag: u64, fua: Fua, done: bool) {
-        for sector in run.offset / SECTOR..run.end() / SECTOR {
-            let sector = usize::try_from(sector).unwrap();
-            if done {
-                self.now[sector].clear();
-            }
-            if done && fua == Fua::Yes {
-                self.cut[sector].clear();
-            }
-            self.now[sector].push(tag);
-            self.cut[sector].push(tag);
-        }
-    }
-
-    fn flushed(&mut self) {
-        self.cut.clone_from(&self.now);
-    }
-
-    /// Compares a disk with what it may hold and takes what it does hold for certain.
-    fn check(&mut self, disk: &VhdxDisk, cut: bool, story: &str) {
-        let bytes = read_all(disk);
-        for (sector, content) in bytes.chunks_exact(512).enumerate() {
-            let tag = u64::from_le_bytes(content[..8].try_into().unwrap());
-            let whole = match tag {
-                0 => is_zero(content),
-                _ => content.chunks_exact(8).all(|part| part == &content[..8]),
-            };
-            let allowed = if cut { &self.cut } else { &self.now };
-            assert!(
-                whole && allowed[sector].contains(&tag),
-                "{story}: sector {sector:#x} (block {}) holds {tag:#x}, allowed {:x?}",
-                sector / 2048,
-                allowed[sector]
-            );
-            if self.now[sector] != [tag] || self.cut[sector] != [tag] {
-                self.now[sector] = vec![tag];
-                self.cut[sector] = vec![tag];
-            }
-        }
-    }
-}
-
-pub(super) fn history(seed: u64, len: u64) -> Vec<Op> {
-    let mut random = Random(seed);
-    let mut tag = seed << 32;
-    let mut ops = Vec::new();
-    for _ in 0..len {
-        tag += 1;
-        let block = random.below(SIZE.div_ceil(1 << 20)) << 20;
-        let end = (block + (1 << 20)).min(SIZE);
-        let count = 1 + random.below(NEAR);
-        let run = if random.below(2) == 0 {
-            Extent::new(block, count * SECTOR)
-        } else {
-            Extent::new(end - NEAR * SECTOR, count * SECTOR)
-        };
-        let fua = if random.below(12) == 0 {
-            Fua::Yes
-        } else {
-            Fua::No
-        };
-        ops.push(match random.below(32) {
-            0..=14 => Op::Write(run, tag, fua),
-            15 => Op::Zero(run, Space::Keep, fua),
-            16 => Op::Zero(run, Space::Release, fua),
+fn history(seed: u64, len: u64) -> Vec<Op> {
+    histories::history(seed, len, (SIZE, 1 << 20), |random, place| {
+        let (block, near, fua) = (place.block, place.near, place.fua);
+        match random.below(32) {
+            0..=14 => Op::Write(near, place.tag, fua),
+            15 => Op::Zero(near, Space::Keep, fua),
+            16 => Op::Zero(near, Space::Release, fua),
             // Two blocks, and a head that stays.
             17 => {
-                let start = block.saturating_sub(SECTOR);
-                Op::Zero(Extent::new(start, end - start), Space::Release, fua)
+                let start = block.offset.saturating_sub(SECTOR);
+                Op::Zero(Extent::new(start, block.end() - start), Space::Release, fua)
             }
-            18..=27 => Op::Zero(Extent::new(block, end - block), Space::Release, fua),
+            18..=27 => Op::Zero(block, Space::Release, fua),
             28..=30 => Op::Flush,
             _ => Op::Reopen,
-        });
-    }
-    ops
-}
-
-/// Runs a history until something fails for good. Returns whether it came to its end.
-pub(super) fn run(image: &Subject, ops: &[Op], model: &mut Model, retries: bool) -> Result<(), ()> {
-    let mut disk = image.open().map_err(drop)?;
-    for op in ops {
-        let outcome = match *op {
-            Op::Write(run, tag, fua) => {
-                let len = usize::try_from(run.len / 8).unwrap();
-                let bytes: Vec<u8> = std::iter::repeat_n(tag.to_le_bytes(), len)
-                    .flatten()
-                    .collect();
-                let outcome = disk.write_at(run.offset, &bytes, fua);
-                model.change(run, tag, fua, outcome.is_ok());
-                outcome
-            }
-            Op::Zero(run, space, fua) => {
-                let outcome = disk.zero(run, space, fua);
-                model.change(run, 0, fua, outcome.is_ok());
-                outcome
-            }
-            Op::Flush => disk.flush().map(|()| model.flushed()),
-            Op::Reopen => {
-                disk.close().map_err(drop)?;
-                model.flushed();
-                disk = image.open().map_err(drop)?;
-                Ok(())
-            }
-        };
-        match outcome {
-            Ok(()) => {}
-            Err(DiskError::Io { .. }) if retries => {}
-            Err(_) => return Err(()),
         }
-    }
-    Ok(())
+    })
 }
 
-/// After a cut: opens, holds what it may, and works.
-pub(super) fn live_on(image: &Subject, model: &mut Model, cut: bool, story: &str) {
-    let reader = image
-        .open_as(Access::ReadOnly)
-        .unwrap_or_else(|error| panic!("{story}: read-only: {error:?}"));
-    let seen = read_all(&reader);
-    let disk = image
-        .open()
-        .unwrap_or_else(|error| panic!("{story}: {error:?}"));
-    assert!(seen == read_all(&disk), "{story}: replay in memory differs");
-    model.check(&disk, cut, story);
-    drop(disk);
-    let again = history(99, 12);
-    run(image, &again, model, false).unwrap_or_else(|()| panic!("{story}: cannot go on"));
-    let disk = image.open().unwrap();
-    model.check(&disk, false, story);
-    disk.close().unwrap();
-    let disk = image.open().unwrap();
-    model.check(&disk, false, story);
+fn live_on(image: &Subject, model: &mut Model, cut: bool, story: &str) {
+    histories::live_on(image, &history(99, 12), model, cut, story);
 }
 
 /// A new image and what it holds, on a supply.
 pub(super) type Make<'a> = &'a dyn Fn(&Arc<Power>) -> (Subject, Model);
 
 fn empty(power: &Arc<Power>) -> (Subject, Model) {
-    (image(power), Model::new())
-}
-
-fn image(power: &Arc<Power>) -> Subject {
-    let storage = MemoryStorage::new(power);
-    create(
-        storage.as_ref(),
-        &options(SIZE, Kind::Dynamic),
-        ids().as_ref(),
-    )
-    .unwrap();
-    Subject::new(storage)
+    let subject = Subject::new(new_image(power, &options(SIZE, Kind::Dynamic)));
+    (subject, Model::new(SIZE))
 }
 
 /// Keeps unsynced sectors: none, all, or some. Those come in runs, or hardly any log entry would be kept whole.
@@ -318,33 +167,13 @@ fn an_image_is_complete_or_none_while_it_is_made() {
 #[test]
 fn a_failed_sync_stops_the_disk() {
     let power = Power::new();
-    let disk = image(&power).open().unwrap();
-    disk.write_at(0, &[1; 512], Fua::No).unwrap();
-    power.fail_after(0, io::ErrorKind::Other);
-    assert!(matches!(
-        disk.flush(),
-        Err(DiskError::Io {
-            operation: "flush",
-            ..
-        })
-    ));
-    for refused in [
-        disk.flush(),
-        disk.write_at(0, &[2; 512], Fua::No),
-        disk.zero(Extent::new(0, 512), Space::Keep, Fua::No),
-        disk.close(),
-    ] {
-        assert!(matches!(refused, Err(DiskError::Stopped(_))), "{refused:?}");
-    }
-    let mut held = [0; 512];
-    disk.read_at(0, &mut held).unwrap();
-    assert_eq!(held, [1; 512], "reading goes on");
+    let disk = empty(&power).0.open().unwrap();
+    assert_a_failed_sync_stops(&disk, &power);
 }
 
 #[test]
 fn opening_without_writing_changes_nothing() {
-    let power = Power::new();
-    let storage = image(&power).storage;
+    let storage = new_image(&Power::new(), &options(SIZE, Kind::Dynamic));
     let before = storage.bytes();
     let disk = open(&storage).unwrap();
     disk.flush().unwrap();

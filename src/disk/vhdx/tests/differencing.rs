@@ -5,13 +5,14 @@ use std::thread;
 use proptest::prelude::*;
 
 use super::{
-    crash::{self, Model, SECTOR},
+    crash::{self, SECTOR},
     *,
 };
 use crate::{
     base::units::{Extent, MIB, to_usize},
     disk::{
         Content, DiskError, Fua, Space,
+        histories::Model,
         parents::{self, ParentsError},
     },
     storage::memory::Power,
@@ -23,9 +24,7 @@ const SIZE_AT: u64 = 2 * MIB + 0x1_0008;
 const BAT_AT: u64 = 3 * MIB;
 
 pub(super) fn base(power: &Arc<Power>, options: &CreateOptions) -> Subject {
-    let storage = MemoryStorage::new(power);
-    create(storage.as_ref(), options, ids().as_ref()).unwrap();
-    Subject::new(storage)
+    Subject::new(new_image(power, options))
 }
 
 /// A child of `parent`, which is called `name` from now on.
@@ -135,7 +134,7 @@ fn child_with_everything(power: &Arc<Power>) -> (Subject, Model) {
     let child_tag = |sector: u64| (2 << 60) | sector;
     make_partial(&child, 2, 5, own, |sector| child_tag(2 * 2048 + sector));
     make_partial(&child, 3, 6, own, |sector| child_tag(3 * 2048 + sector));
-    let model = Model::of(|sector| match sector / 2048 {
+    let model = Model::of(crash::SIZE, |sector| match sector / 2048 {
         2 | 3 if own(sector % 2048) => child_tag(sector),
         _ => parent_tag(sector),
     });

@@ -7,6 +7,7 @@ use crate::{
     base::{checksum::Sha256, units::Extent},
     disk::{
         Fua, ResizeError, Space,
+        check::Report,
         enumeration::{Enumeration, Op, Refused, Subject},
     },
 };
@@ -34,6 +35,10 @@ impl Subject for Vhdx {
             Ok(()) | Err(ResizeError::InUse { .. }) => disk,
             Err(error) => panic!("{error:?}"),
         }
+    }
+
+    fn check(&self, storage: &Arc<dyn Storage>) -> Report {
+        check(storage)
     }
 
     fn second_opinion(&self, file: &Path, bytes: &[u8]) -> Option<Result<(), String>> {

@@ -15,13 +15,7 @@ use crate::{
 
 /// A dirty image: its log holds entries.
 fn dirty_image() -> Vec<u8> {
-    let storage = MemoryStorage::new(&Power::new());
-    create(
-        storage.as_ref(),
-        &options(8 << 20, Kind::Dynamic),
-        ids().as_ref(),
-    )
-    .unwrap();
+    let storage = new_image(&Power::new(), &options(8 << 20, Kind::Dynamic));
     let disk = open(&storage).unwrap();
     for block in [0u64, 3, 7] {
         disk.write_at(block << 20, &[5; 4096], Fua::No).unwrap();
@@ -149,13 +143,7 @@ proptest! {
 }
 
 fn refused(change: impl FnOnce(&mut Vec<u8>)) -> OpenError {
-    let storage = MemoryStorage::new(&Power::new());
-    create(
-        storage.as_ref(),
-        &options(8 << 20, Kind::Fixed),
-        ids().as_ref(),
-    )
-    .unwrap();
+    let storage = new_image(&Power::new(), &options(8 << 20, Kind::Fixed));
     let mut bytes = storage.bytes();
     change(&mut bytes);
     reseal(&mut bytes);

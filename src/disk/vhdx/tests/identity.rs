@@ -21,10 +21,7 @@ fn current(storage: &Arc<MemoryStorage>) -> HeaderCopy {
 }
 
 fn image() -> Arc<MemoryStorage> {
-    let storage = MemoryStorage::new(&Power::new());
-    let options = options(10 << 20, Kind::Dynamic);
-    create(storage.as_ref(), &options, ids().as_ref()).unwrap();
-    storage
+    new_image(&Power::new(), &options(10 << 20, Kind::Dynamic))
 }
 
 #[test]

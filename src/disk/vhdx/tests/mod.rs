@@ -23,9 +23,13 @@ use crate::{
     disk::{
         Access, Disk, Opening,
         enumeration::Random,
+        histories::{Image, read_all},
         parents::{MemoryParents, Parents},
     },
-    storage::{Storage, memory::MemoryStorage},
+    storage::{
+        Storage,
+        memory::{MemoryStorage, Power},
+    },
 };
 
 /// Other identities each time: two sessions must not give their logs the same name.
@@ -77,9 +81,17 @@ impl Subject {
     }
 }
 
-fn read_all(disk: &impl Disk) -> Vec<u8> {
-    let len = usize::try_from(disk.geometry().size).unwrap();
-    let mut bytes = vec![0xAA; len];
-    disk.read_at(0, &mut bytes).unwrap();
-    bytes
+impl Image for Subject {
+    type Disk = VhdxDisk;
+
+    fn opened(&self, access: Access) -> Result<VhdxDisk, String> {
+        self.open_as(access).map_err(|error| format!("{error:?}"))
+    }
+}
+
+/// A new image on a supply.
+fn new_image(power: &Arc<Power>, options: &CreateOptions) -> Arc<MemoryStorage> {
+    let storage = MemoryStorage::new(power);
+    create(storage.as_ref(), options, ids().as_ref()).unwrap();
+    storage
 }

@@ -16,13 +16,7 @@ const METADATA: usize = 2 << 20;
 
 /// A clean image of 8 blocks of 1 MiB; blocks 0, 3 and 7 are at 4, 5 and 6 MiB.
 fn image() -> Vec<u8> {
-    let storage = MemoryStorage::new(&Power::new());
-    create(
-        storage.as_ref(),
-        &options(8 << 20, Kind::Dynamic),
-        ids().as_ref(),
-    )
-    .unwrap();
+    let storage = new_image(&Power::new(), &options(8 << 20, Kind::Dynamic));
     let disk = open(&storage).unwrap();
     for block in [0u64, 3, 7] {
         disk.write_at(block << 20, &[5; 4096], Fua::No).unwrap();
@@ -133,13 +127,7 @@ fn a_check_goes_on_behind_bad_metadata() {
 
 #[test]
 fn logs_and_unused_space_are_told() {
-    let storage = MemoryStorage::new(&Power::new());
-    create(
-        storage.as_ref(),
-        &options(8 << 20, Kind::Dynamic),
-        ids().as_ref(),
-    )
-    .unwrap();
+    let storage = new_image(&Power::new(), &options(8 << 20, Kind::Dynamic));
     let disk = open(&storage).unwrap();
     disk.write_at(0, &[5; 4096], Fua::No).unwrap();
     drop(disk);

@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     base::units::Extent,
     disk::{Fua, Space},
-    storage::memory::{MemoryStorage, Power},
+    storage::memory::Power,
 };
 
 const THREADS: u64 = 8;
@@ -14,13 +14,7 @@ const BLOCKS: u64 = 24;
 
 #[test]
 fn writes_into_the_same_fresh_blocks_all_survive() {
-    let storage = MemoryStorage::new(&Power::new());
-    create(
-        storage.as_ref(),
-        &options(BLOCKS << 20, Kind::Dynamic),
-        ids().as_ref(),
-    )
-    .unwrap();
+    let storage = new_image(&Power::new(), &options(BLOCKS << 20, Kind::Dynamic));
     let disk = open(&storage).unwrap();
     thread::scope(|scope| {
         for owner in 0..THREADS {
@@ -60,13 +54,7 @@ fn writes_into_the_same_fresh_blocks_all_survive() {
 /// thread in one's block means that a place was given away while somebody could still reach it.
 #[test]
 fn discards_and_writes_of_many_threads_do_not_meet() {
-    let storage = MemoryStorage::new(&Power::new());
-    create(
-        storage.as_ref(),
-        &options(BLOCKS << 20, Kind::Dynamic),
-        ids().as_ref(),
-    )
-    .unwrap();
+    let storage = new_image(&Power::new(), &options(BLOCKS << 20, Kind::Dynamic));
     let disk = open(&storage).unwrap();
     thread::scope(|scope| {
         for owner in 0..THREADS {
@@ -116,13 +104,7 @@ fn discards_and_writes_of_many_threads_do_not_meet() {
 /// was once seen after everybody has stopped.
 #[test]
 fn a_discard_meets_writes_of_the_same_block() {
-    let storage = MemoryStorage::new(&Power::new());
-    create(
-        storage.as_ref(),
-        &options(4 << 20, Kind::Dynamic),
-        ids().as_ref(),
-    )
-    .unwrap();
+    let storage = new_image(&Power::new(), &options(4 << 20, Kind::Dynamic));
     let disk = open(&storage).unwrap();
     thread::scope(|scope| {
         for owner in 1..=4u8 {
@@ -158,13 +140,10 @@ fn a_discard_meets_writes_of_the_same_block() {
 /// The disk grows, its table moves, and it shrinks again, while others write, read and discard: nobody's data changes.
 #[test]
 fn a_disk_is_resized_while_it_is_in_use() {
-    let storage = MemoryStorage::new(&Power::new());
-    create(
-        storage.as_ref(),
+    let storage = new_image(
+        &Power::new(),
         &options((BLOCKS << 20) - 4096, Kind::Dynamic),
-        ids().as_ref(),
-    )
-    .unwrap();
+    );
     let disk = open(&storage).unwrap();
     thread::scope(|scope| {
         for owner in 0..4u64 {

@@ -14,9 +14,7 @@ const BAT: usize = 3 << 20;
 
 /// The bytes of a new, closed image of 8 MiB, the first block of which holds sevens.
 fn image() -> Vec<u8> {
-    let storage = MemoryStorage::new(&Power::new());
-    let options = options(8 << 20, Kind::Dynamic);
-    create(storage.as_ref(), &options, ids().as_ref()).unwrap();
+    let storage = new_image(&Power::new(), &options(8 << 20, Kind::Dynamic));
     let disk = open(&storage).unwrap();
     disk.write_at(0, &[7; 4096], Fua::No).unwrap();
     disk.close().unwrap();
