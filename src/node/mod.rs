@@ -7,7 +7,7 @@
 //!   conversation   one link: Sender + maps + log                      call        short questions about roles
 //!   exposure   a recovery point as writable disks in a mount          test_failover   several of them
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
-//!   control    the socket that `status` and operators use
+//!   control    the socket that `status` and operators use           sync_flush   flushes that wait for the replica
 //! ```
 //! Async code is confined to links and sockets. What owns state (a replication, a receiving session, a merge) is one
 //! thread with one loop: select, handle, act.
@@ -28,6 +28,7 @@ mod progress;
 mod served;
 mod session;
 pub mod status;
+pub mod sync_flush;
 mod test_failover;
 mod tracking;
 

@@ -33,7 +33,7 @@ use crate::{
         driver::chain,
         exposure::{layer_file, layers_over, open_layers},
         images::{self, ImageConfig},
-        primary::{Primary, ShowConfig, Source, open_images},
+        primary::{Beginning, Primary, ShowConfig, Source, open_images},
         served::Served,
         tracking::Tracking,
     },
@@ -108,7 +108,13 @@ impl Serving {
                 .continue_from(layers.point, &later)
                 .map_err(|error| chain(&error))
         };
-        let primary = Primary::start(name, disks, &show, Some((tracking, &begin)), clock)?;
+        let beginning = Beginning {
+            tracking,
+            begin: &begin,
+            sync_on_flush: member.replication().sync_on_flush,
+            born: record.role.born,
+        };
+        let primary = Primary::start(name, disks, &show, Some(beginning), clock)?;
         Ok(Self {
             primary,
             below: Mutex::new(below),
