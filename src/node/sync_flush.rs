@@ -25,7 +25,7 @@
 //!
 //! # No deadlock
 //! A waiting flush holds no lock of the machine. The shim holds its own for it, so whoever takes the disks away or makes them
-//! read-only [closes](Flushes::close) first, and those that wait fail.
+//! read-only closes this (`Flushes::close`) first, and those that wait fail.
 
 use std::{
     fmt, io,
