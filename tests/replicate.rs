@@ -3,5 +3,6 @@
 
 mod deaths;
 mod flow;
+mod flushes;
 mod guest;
 mod troubles;

@@ -22,6 +22,7 @@ use crate::{
             parse_interval,
         },
         primary::{ImageConfig, Primary, PrimaryError, ShowConfig},
+        sync_flush::SyncOnFlush,
     },
 };
 
@@ -81,6 +82,10 @@ pub struct MountArgs {
     /// Time from one cut to the next, 100ms to 15m.
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_interval)]
     interval: Duration,
+    /// Answer the guest's flushes only when the replica has what was written before, so that nothing flushed is ever lost
+    /// with this host. While the replica cannot be reached, `strict` lets the guest wait, `available` lets it go on.
+    #[arg(long, value_name = "strict|available", requires = "replicate_to")]
+    sync_on_flush: Option<SyncOnFlush>,
     /// Compression on the link: none, lz4, zstd, or auto for what pays.
     #[arg(long, value_name = "CODEC", default_value_t = Setting::Auto)]
     compression: Setting,
@@ -267,6 +272,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
     let replication = ReplicationConfig {
         interval: args.interval,
         compression: args.compression,
+        sync_on_flush: args.sync_on_flush,
     };
     let configured = MachineConfig {
         images,

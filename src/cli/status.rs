@@ -15,7 +15,7 @@ use crate::{
         control,
         status::{
             CopyStatus, DiskStatus, LastTest, LatencyStatus, MachineStatus, NodeStatus,
-            RecoveryStatus, RpoStatus, TestResult, TestStatus,
+            RecoveryStatus, RpoStatus, SyncStatus, TestResult, TestStatus,
         },
     },
 };
@@ -139,6 +139,11 @@ fn rows(machine: &MachineStatus) -> Vec<(&'static str, String)> {
     );
     rows.extend(recovery_rows(machine));
     rows.extend(machine.copy.map(|copy| ("initial copy", copy_row(&copy))));
+    rows.extend(
+        machine
+            .sync_on_flush
+            .map(|sync| ("sync-on-flush", sync_row(sync))),
+    );
     let ms = |value: Option<u64>| value.map_or_else(|| "-".into(), |ms| format!("{ms} ms"));
     let RpoStatus {
         now_ms,
@@ -241,6 +246,15 @@ fn copy_row(copy: &CopyStatus) -> String {
     let eta = copy.eta_s.map_or_else(|| "-".into(), |s| format!("{s} s"));
     let (done, total, rate) = (Bytes(copy.done), Bytes(copy.total), Bytes(copy.rate));
     format!("{done} of {total} ({percent} %), {rate}/s, ETA {eta}")
+}
+
+fn sync_row(sync: SyncStatus) -> String {
+    let SyncStatus {
+        policy,
+        state,
+        waiting,
+    } = sync;
+    format!("{policy}: {state}, {waiting} flushes waiting")
 }
 
 fn latency_row(latency: &LatencyStatus) -> String {

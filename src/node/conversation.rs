@@ -8,11 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crossbeam_channel::{Receiver, select};
+use crossbeam_channel::{Receiver, never, select};
 
 use super::{
     driver::{Command, CutAnswer, Driver, Heard, chain},
     pipeline::{Pipeline, Raw},
+    sync_flush::Flushes,
 };
 use crate::{
     base::{
@@ -118,6 +119,9 @@ impl<'a> Conversation<'a> {
             if let Some(end) = self.hear(idle) {
                 return Ok(end);
             }
+            if self.flushes(Flushes::want_cut) == Some(true) {
+                self.sender.want_cut();
+            }
             let clock = &self.driver.host.clock;
             // The time before the counters: a write in between must not be declared part of what the replica has.
             let (now, wall) = (clock.monotonic(), clock.wall());
@@ -184,6 +188,7 @@ impl<'a> Conversation<'a> {
     /// The closing epoch was merged into the open one: its log goes on, and whoever waits for its cut gets a later one.
     fn superseded(&mut self) {
         self.cut = None;
+        self.flushes(Flushes::merged);
         self.waiting.append(&mut self.answering);
         if !self.waiting.is_empty() {
             self.sender.want_cut();
@@ -193,7 +198,11 @@ impl<'a> Conversation<'a> {
 
     fn hear(&mut self, idle: bool) -> Option<End> {
         let wait = if idle { LOOK_EVERY } else { Duration::ZERO };
+        let flushes = self.driver.flushes.as_ref();
+        let flushes = flushes.map_or_else(never, |flushes| flushes.asked().clone());
         select! {
+            // Nothing but a reason to look; what is wanted is asked for before time passes.
+            recv(flushes) -> _ => {}
             recv(self.ears) -> heard => match heard {
                 Ok(Heard::Message(message)) => self.sender.message(message),
                 Ok(Heard::Lost(why)) => return Some(End::Lost(why)),
@@ -222,6 +231,11 @@ impl<'a> Conversation<'a> {
             Action::Acknowledge(lineage) => self.acknowledge(lineage),
             Action::Stop(reason) => Err(End::Refused(reason)),
         }
+    }
+
+    /// Tells or asks the guest's flushes, if they wait for the replica.
+    fn flushes<T>(&self, tell: impl FnOnce(&Flushes) -> T) -> Option<T> {
+        self.driver.flushes.as_deref().map(tell)
     }
 
     fn say(&mut self, message: &ToReplica) -> Result<(), End> {
@@ -273,6 +287,7 @@ impl<'a> Conversation<'a> {
             machine,
             &*self.driver.host.clock,
         );
+        self.flushes(|flushes| flushes.linked(complete && agreement == Agreement::InStep));
         self.sender.agreed(agreement);
         Ok(())
     }
@@ -309,6 +324,7 @@ impl<'a> Conversation<'a> {
     }
 
     fn cut(&mut self) -> Result<(), End> {
+        self.flushes(Flushes::cutting);
         match self.driver.machine.cut() {
             Ok(cut) => {
                 self.cut = Some(cut);
@@ -317,6 +333,7 @@ impl<'a> Conversation<'a> {
                 Ok(())
             }
             Err(CutRefused::Closing(_)) => {
+                self.flushes(Flushes::merged);
                 self.sender.merged();
                 Ok(())
             }
@@ -421,10 +438,14 @@ impl<'a> Conversation<'a> {
             .staged(lineage)
             .map_err(|error| End::Lost(chain(&error)))?;
         let now = self.driver.host.clock.wall();
+        let cut = self.cut.take();
+        if cut.is_some() {
+            self.flushes(Flushes::durable);
+        }
         self.driver
             .progress
             .lock()
-            .durable(self.cut.take().map(|cut| cut.time), now);
+            .durable(cut.map(|cut| cut.time), now);
         for answer in self.answering.drain(..) {
             // Whoever asked may have gone away.
             let _ = answer.send(Ok(lineage));
@@ -448,6 +469,7 @@ impl<'a> Conversation<'a> {
             End::Lost(why) => (Reason::Aborted, why.clone()),
             End::Refused(why) => (Reason::Protocol, why.to_string()),
         };
+        self.flushes(|flushes| flushes.unlinked(&text));
         self.link.close(reason, &text);
         self.driver.host.runtime.block_on(self.link.drained());
         for answer in self.waiting.drain(..).chain(self.answering.drain(..)) {

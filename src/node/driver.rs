@@ -18,6 +18,7 @@ use super::{
     conversation::{Conversation, End},
     pipeline::Pipeline,
     progress::{Phase, Progress},
+    sync_flush::Flushes,
 };
 use crate::{
     base::{
@@ -92,7 +93,7 @@ impl Replication {
         machine: Arc<Machine>,
         subject: Subject,
         target: Target,
-        progress: Arc<Mutex<Progress>>,
+        (progress, flushes): (Arc<Mutex<Progress>>, Option<Arc<Flushes>>),
         host: Host,
     ) -> std::io::Result<Self> {
         let (commands, receiver) = unbounded();
@@ -105,6 +106,7 @@ impl Replication {
                     subject,
                     target,
                     progress,
+                    flushes,
                     host,
                     commands: receiver,
                     stopping,
@@ -169,6 +171,8 @@ pub(super) struct Driver {
     pub(super) subject: Subject,
     target: Target,
     pub(super) progress: Arc<Mutex<Progress>>,
+    /// The guest's flushes, if they wait for the replica.
+    pub(super) flushes: Option<Arc<Flushes>>,
     pub(super) host: Host,
     pub(super) commands: Receiver<Command>,
     stopping: watch::Receiver<bool>,

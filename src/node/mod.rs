@@ -8,7 +8,7 @@
 //!   call       short questions about roles                            test_failover   several exposures
 //!   exposure   a recovery point as writable disks in a mount          progress    what the status knows of a link
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
-//!   control    the socket that `status` and operators use
+//!   control    the socket that `status` and operators use           sync_flush   flushes that wait for the replica
 //! ```
 //! Async code is confined to links and sockets. What owns state (a replication, a receiving session, a merge) is one
 //! thread with one loop: select, handle, act.
@@ -29,6 +29,7 @@ mod progress;
 mod served;
 mod session;
 pub mod status;
+pub mod sync_flush;
 mod test_failover;
 mod tracking;
 mod writers;

@@ -13,8 +13,9 @@ use super::{
     control::{Operate, OperateError},
     driver::{Host, Replication, Subject, Target},
     images::{ImageError, OpenImage, stamp},
-    progress::{Phase, Progress},
+    progress::Progress,
     status::{DiskStatus, LatencyStatus, MachineStatus, NodeStatus, RpoStatus, TrafficStatus},
+    sync_flush::{Flushes, SyncDisk, SyncOnFlush},
     tracking::{Tracked, Tracking},
 };
 use crate::{
@@ -200,13 +201,23 @@ pub struct Primary {
     /// Whose stamp is taken at the end, for each disk.
     stamped: Mutex<Vec<Stamped>>,
     tracked: Option<Tracked>,
+    /// The guest's flushes, if they wait for the replica.
+    flushes: Option<Arc<Flushes>>,
     mount: Mount,
     replication: Mutex<Option<Running>>,
     progress: Arc<Mutex<Progress>>,
 }
 
-/// What is to be done to a machine before its disks are shown.
-type Begin<'a> = &'a dyn Fn(&Machine) -> Result<(), String>;
+/// A machine whose writes are tracked, before its disks are shown.
+pub(super) struct Beginning<'a> {
+    pub(super) tracking: Tracking<'a>,
+    /// What is to be done to the machine before anybody can write.
+    pub(super) begin: &'a dyn Fn(&Machine) -> Result<(), String>,
+    /// Whether flushes wait for the replica.
+    pub(super) sync_on_flush: Option<SyncOnFlush>,
+    /// Where the generation began, if it began on this host.
+    pub(super) born: Option<Lineage>,
+}
 
 /// A replication that runs, and what the status tells of it.
 #[derive(Debug)]
@@ -234,19 +245,23 @@ impl Primary {
         name: Name,
         disks: Vec<Source>,
         show: &ShowConfig,
-        tracking: Option<(Tracking<'_>, Begin<'_>)>,
+        beginning: Option<Beginning<'_>>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, PrimaryError> {
-        let track = |(tracking, begin): (Tracking<'_>, Begin<'_>)| {
-            let tracked = Tracked::open(&name, tracking, &disks, &clock)?;
-            begin(&tracked.machine).map_err(|why| PrimaryError::Begin {
+        let track = |beginning: Beginning<'_>| {
+            let tracked = Tracked::open(&name, beginning.tracking, &disks, &clock)?;
+            (beginning.begin)(&tracked.machine).map_err(|why| PrimaryError::Begin {
                 machine: name.clone(),
                 why,
             })?;
-            Ok::<_, PrimaryError>(tracked)
+            let head = tracked.machine.lineage();
+            let flushes = |policy| Arc::new(Flushes::new(policy, head, beginning.born));
+            Ok::<_, PrimaryError>((tracked, beginning.sync_on_flush.map(flushes)))
         };
-        let tracked = tracking.map(track).transpose()?;
-        let mount = mount(show, &disks, tracked.as_ref())?;
+        let tracked = beginning.map(track).transpose()?;
+        let (tracked, flushes) =
+            tracked.map_or((None, None), |(tracked, flushes)| (Some(tracked), flushes));
+        let mount = mount(show, &disks, tracked.as_ref(), flushes.as_ref())?;
         let stamped = disks.iter().map(|disk| disk.stamped.0.clone()).collect();
         Ok(Self {
             name,
@@ -254,6 +269,7 @@ impl Primary {
             disks,
             stamped: Mutex::new(stamped),
             tracked,
+            flushes,
             mount,
             replication: Mutex::default(),
             progress: Arc::default(),
@@ -270,11 +286,16 @@ impl Primary {
         let Some(tracked) = &self.tracked else {
             return Ok(());
         };
-        self.end_replication();
+        let before = self.replication.lock().take();
+        drop(before);
+        let flushes = self.flushes.clone();
+        if let Some(flushes) = &flushes {
+            flushes.unlinked("connecting to the replica");
+        }
         let (peer, interval) = (target.callee.address.clone(), target.interval);
         let machine = Arc::clone(&tracked.machine);
-        let progress = Arc::clone(&self.progress);
-        let replication = Replication::start(machine, subject, target, progress, host)
+        let told = (Arc::clone(&self.progress), flushes);
+        let replication = Replication::start(machine, subject, target, told, host)
             .map_err(PrimaryError::Thread)?;
         *self.replication.lock() = Some(Running {
             replication,
@@ -284,10 +305,13 @@ impl Primary {
         Ok(())
     }
 
-    /// Ends the replication: the link is closed when this returns.
+    /// Ends the replication: the link is closed when this returns. From then on no flush waits for a replica.
     pub(super) fn end_replication(&self) {
         let running = self.replication.lock().take();
         drop(running);
+        if let Some(flushes) = &self.flushes {
+            flushes.alone();
+        }
     }
 
     /// The disks, as a replica has to know them.
@@ -305,10 +329,17 @@ impl Primary {
         *self.mount.ended().borrow()
     }
 
-    /// Decides whether the guest may write. When this returns, no write is under way that was not judged by it.
+    /// Decides whether the guest may write. When this returns, no write is under way that was not judged by it. A flush
+    /// that waits for the replica fails when writes are refused: it must not hold up whoever takes the machine away.
     pub(super) fn set_writable(&self, writability: Writability) {
+        if let (Some(flushes), Writability::Refused(_)) = (&self.flushes, writability) {
+            flushes.close("this host may no longer write the machine");
+        }
         for index in 0..self.disks.len() {
             self.mount.set_writable(FileIndex(index), writability);
+        }
+        if let (Some(flushes), Writability::Writable) = (&self.flushes, writability) {
+            flushes.open();
         }
     }
 
@@ -339,9 +370,10 @@ impl Primary {
     }
 
     /// Unmounts and closes. With [`Unmount::IfUnused`] a mount in use is an error, after which everything goes on: a
-    /// guest that takes its time to shut down is replicated to the end.
+    /// guest that takes its time to shut down is replicated to the end. With [`Unmount::Detach`] a flush that waits for
+    /// the replica fails.
     pub fn stop(&self, how: Unmount) -> Result<(), PrimaryError> {
-        self.mount.unmount(how)?;
+        self.unmount(how)?;
         self.end_replication();
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| PrimaryError::Close {
             machine: self.name.clone(),
@@ -360,6 +392,15 @@ impl Primary {
             disk.disk.close().map_err(|error| failed(Box::new(error)))?;
         }
         Ok(())
+    }
+
+    fn unmount(&self, how: Unmount) -> Result<(), UnmountError> {
+        let Some(flushes) = self.flushes.as_ref().filter(|_| how == Unmount::Detach) else {
+            return self.mount.unmount(how);
+        };
+        // What waits is waited for by the unmount.
+        flushes.close("the disks are being taken away");
+        self.mount.unmount(how).inspect_err(|_| flushes.open())
     }
 
     /// Cuts now and waits until the epoch is durable on the replica.
@@ -383,7 +424,7 @@ impl Primary {
         let running = self.replication.lock();
         let running = running.as_ref();
         let (state, stopped) = match (&self.tracked, running) {
-            (Some(tracked), Some(_)) => state_of(&progress.phase, has_point(tracked)),
+            (Some(tracked), Some(_)) => progress.phase.state(has_point(tracked)),
             _ => (ReplicationState::Disabled, None),
         };
         let tracked = self.tracked.as_ref();
@@ -396,7 +437,12 @@ impl Primary {
             interval: running.map_or(INTERVAL_DEFAULT, |running| running.interval),
             rpo: rpo.now_ms.map(Duration::from_millis),
         };
-        let (health, reasons) = signs.health();
+        let (mut health, mut reasons) = signs.health();
+        let sync = self.flushes.as_ref().map(|flushes| flushes.status());
+        if let Some((_, Some((worse, why)))) = &sync {
+            health = health.max(*worse);
+            reasons.push(why.clone());
+        }
         let mut traffic = tracked.map_or_else(TrafficStatus::default, |tracked| {
             traffic(&progress, tracked)
         });
@@ -417,6 +463,7 @@ impl Primary {
             tests: Vec::new(),
             last_test: None,
             rpo,
+            sync_on_flush: sync.map(|(status, _)| status),
             copy: progress.copy_status(self.clock.monotonic()),
             traffic,
             write_latency: Some(LatencyStatus::from(&latency)),
@@ -445,6 +492,15 @@ impl Primary {
             image: disk.image.display().to_string(),
             format: disk.format.to_string(),
             path: Some(self.path(disk).display().to_string()),
+        }
+    }
+}
+
+impl Drop for Primary {
+    fn drop(&mut self) {
+        // The mount goes with this, and waits for what is under way.
+        if let Some(flushes) = &self.flushes {
+            flushes.close("the disks are being taken away");
         }
     }
 }
@@ -500,6 +556,7 @@ fn mount(
     show: &ShowConfig,
     disks: &[Source],
     tracked: Option<&Tracked>,
+    flushes: Option<&Arc<Flushes>>,
 ) -> Result<Mount, PrimaryError> {
     let mut options = MountOptions::new(&show.at);
     options.access = show.visibility;
@@ -515,9 +572,14 @@ fn mount(
     let disks = disks.iter().enumerate().map(|(index, disk)| MountedDisk {
         folder: None,
         file_name: disk.name.clone(),
-        disk: match tracked {
-            Some(tracked) => Arc::clone(&tracked.machine.volumes()[index]) as Arc<dyn Disk>,
-            None => Arc::clone(&disk.disk),
+        disk: match (tracked, flushes) {
+            (Some(tracked), Some(flushes)) => Arc::new(SyncDisk {
+                volume: Arc::clone(&tracked.machine.volumes()[index]),
+                machine: Arc::clone(&tracked.machine),
+                flushes: Arc::clone(flushes),
+            }),
+            (Some(tracked), None) => Arc::clone(&tracked.machine.volumes()[index]) as Arc<dyn Disk>,
+            (None, _) => Arc::clone(&disk.disk),
         },
         writability,
     });
@@ -557,23 +619,4 @@ fn problem(state: &MachineState) -> Option<String> {
         .map(|why| format!("tracking ended, a resync is needed: {why}"));
     let problems: Vec<_> = stopped.chain(lost).collect();
     (!problems.is_empty()).then(|| problems.join("; "))
-}
-
-/// The state a person sees, and why replication does not go on where it does not.
-fn state_of(phase: &Phase, complete: bool) -> (ReplicationState, Option<String>) {
-    match phase {
-        Phase::Connecting if complete => (
-            ReplicationState::Suspended,
-            Some("connecting to the replica".into()),
-        ),
-        Phase::Connecting => (ReplicationState::ReadyForInitialReplication, None),
-        Phase::Copying => (ReplicationState::InitialReplicationInProgress, None),
-        Phase::Replicating => (ReplicationState::Replicating, None),
-        Phase::Unreachable(why) if complete => (ReplicationState::Suspended, Some(why.clone())),
-        Phase::Unreachable(why) => (
-            ReplicationState::ReadyForInitialReplication,
-            Some(why.clone()),
-        ),
-        Phase::Refused(why) => (ReplicationState::Error, Some(why.clone())),
-    }
 }

@@ -8,6 +8,7 @@ use crate::{
         clock::{Clock, Timestamp},
         units::BLOCK_BYTES,
     },
+    coord::state::ReplicationState,
     protocol::sender::Agreement,
     volume::Machine,
 };
@@ -25,6 +26,28 @@ pub(super) enum Phase {
     Unreachable(String),
     /// The replica refused, and why; somebody has to act.
     Refused(String),
+}
+
+impl Phase {
+    /// The state a person sees, and why replication does not go on where it does not. `complete`: the replica has
+    /// acknowledged a recovery point.
+    pub(super) fn state(&self, complete: bool) -> (ReplicationState, Option<String>) {
+        match self {
+            Self::Connecting if complete => (
+                ReplicationState::Suspended,
+                Some("connecting to the replica".into()),
+            ),
+            Self::Connecting => (ReplicationState::ReadyForInitialReplication, None),
+            Self::Copying => (ReplicationState::InitialReplicationInProgress, None),
+            Self::Replicating => (ReplicationState::Replicating, None),
+            Self::Unreachable(why) if complete => (ReplicationState::Suspended, Some(why.clone())),
+            Self::Unreachable(why) => (
+                ReplicationState::ReadyForInitialReplication,
+                Some(why.clone()),
+            ),
+            Self::Refused(why) => (ReplicationState::Error, Some(why.clone())),
+        }
+    }
 }
 
 /// A running initial copy.

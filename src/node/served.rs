@@ -337,6 +337,7 @@ impl Served {
             tests,
             last_test,
             rpo,
+            sync_on_flush: None,
             copy: None,
             traffic: TrafficStatus {
                 raw: store.counters.image_written,

@@ -1,6 +1,6 @@
 //! What a node tells about itself: the JSON of `status --json`, and the figures behind it.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
@@ -19,6 +19,8 @@ use crate::{
     replica::Squeeze,
     shim::OperationLatency,
 };
+
+use super::sync_flush::SyncOnFlush;
 
 /// One node and its machines.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -72,6 +74,9 @@ pub struct MachineStatus {
     pub last_test: Option<LastTest>,
     /// Age of the last durable point and how it was.
     pub rpo: RpoStatus,
+    /// Primary: how the guest's flushes stand to the replica, if they are to wait for it.
+    #[serde(default)]
+    pub sync_on_flush: Option<SyncStatus>,
     /// Initial copy or resync in progress.
     pub copy: Option<CopyStatus>,
     /// Bytes and counts since the node started.
@@ -180,6 +185,42 @@ pub struct RpoStatus {
     pub p50_ms: Option<u64>,
     /// 99th percentile of the same.
     pub p99_ms: Option<u64>,
+}
+
+/// Sync-on-flush of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SyncStatus {
+    /// What becomes of a flush while the replica cannot be reached.
+    pub policy: SyncOnFlush,
+    /// Whether what the guest flushed is on the replica.
+    pub state: SyncState,
+    /// Flushes and forced writes that wait for the replica now.
+    pub waiting: usize,
+}
+
+/// Whether what the guest flushed is on the replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SyncState {
+    /// All of it.
+    InSync,
+    /// The link stands, and what was missed is being sent.
+    CatchingUp,
+    /// The replica cannot be reached, or does not answer in time.
+    Away,
+    /// No replica holds a point of this generation: there is nothing to be in sync with, and no flush waits.
+    Alone,
+}
+
+impl fmt::Display for SyncState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::InSync => "in sync",
+            Self::CatchingUp => "catching up",
+            Self::Away => "replica away",
+            Self::Alone => "nothing to be in sync with",
+        })
+    }
 }
 
 /// A running initial copy.

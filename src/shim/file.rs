@@ -126,8 +126,13 @@ impl File {
         *self.writability.read()
     }
 
-    /// Waits for writes under way and decides about all later ones.
+    /// Waits for writes under way and decides about all later ones. What stays allowed waits for nothing: a forced write
+    /// that waits for a replica must not hold up those that follow it.
     pub(super) fn set_writable(&self, writability: Writability) {
+        let allowed = Writability::Writable;
+        if writability == allowed && self.writability() == allowed {
+            return;
+        }
         let before = std::mem::replace(&mut *self.writability.write(), writability);
         if before != writability {
             tracing::info!(file = %self.label, ?writability, "writability changed");

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration}
 use crate::{
     base::ids::Name,
     delta::policy::Setting,
-    node::{images::ImageConfig, primary::ShowConfig, served::Keeping},
+    node::{images::ImageConfig, primary::ShowConfig, served::Keeping, sync_flush::SyncOnFlush},
 };
 
 /// A host.
@@ -57,6 +57,8 @@ pub struct ReplicationConfig {
     pub interval: Duration,
     /// Compression on the link.
     pub compression: Setting,
+    /// Whether the guest's flushes wait for the replica, and what becomes of them while it cannot be reached.
+    pub sync_on_flush: Option<SyncOnFlush>,
 }
 
 impl Default for ReplicationConfig {
@@ -64,6 +66,7 @@ impl Default for ReplicationConfig {
         Self {
             interval: Duration::from_secs(1),
             compression: Setting::Auto,
+            sync_on_flush: None,
         }
     }
 }

@@ -18,6 +18,7 @@
 //! at       = "/mnt/web"
 //! peer     = "host-b"
 //! interval = "1s"
+//! sync-on-flush = "strict"              # or "available"; without it no flush waits for the replica
 //! ```
 //! Relative paths are relative to the file. An unknown key is an error: a setting that is not obeyed must not look as if
 //! it were.
@@ -46,6 +47,7 @@ use crate::{
     node::{
         images::{ImageConfig, ImageError},
         primary::ShowConfig,
+        sync_flush::SyncOnFlush,
     },
     replica::Retention,
     shim::{Owner, THREADS_DEFAULT, Visibility},
@@ -96,6 +98,7 @@ struct HostTable {
     interval: Option<Duration>,
     #[serde(default, deserialize_with = "text")]
     compression: Option<Setting>,
+    sync_on_flush: Option<SyncOnFlush>,
     #[serde(default)]
     replicas: ReplicasTable,
     #[serde(default)]
@@ -142,6 +145,7 @@ struct MachineTable {
     interval: Option<Duration>,
     #[serde(default, deserialize_with = "text")]
     compression: Option<Setting>,
+    sync_on_flush: Option<SyncOnFlush>,
 }
 
 /// Reads the configuration at `path`.
@@ -182,6 +186,7 @@ impl HostTable {
                 .interval
                 .unwrap_or_else(|| ReplicationConfig::default().interval),
             compression: self.compression.unwrap_or(Setting::Auto),
+            sync_on_flush: self.sync_on_flush,
         };
         let peers = self.peers.into_iter();
         let peers = peers
@@ -261,6 +266,10 @@ impl MachineTable {
         if self.images.is_empty() {
             return Err(("images".into(), "a machine has at least one disk".into()));
         }
+        if self.sync_on_flush.is_some() && self.peer.is_none() {
+            let why = "there is no replica to be in sync with: name the peer";
+            return Err(("sync-on-flush".into(), why.into()));
+        }
         let parents = self.parents.map(|parents| from.join(parents));
         let image = |image: PathBuf| {
             let config = ImageConfig::new(from.join(image), self.format)?;
@@ -284,6 +293,7 @@ impl MachineTable {
             replication: ReplicationConfig {
                 interval: self.interval.unwrap_or(host.interval),
                 compression: self.compression.unwrap_or(host.compression),
+                sync_on_flush: self.sync_on_flush.or(host.sync_on_flush),
             },
         })
     }
@@ -339,6 +349,7 @@ mod tests {
         peer = "b"
         owner = "107:36"
         compression = "lz4"
+        sync-on-flush = "available"
     "#;
 
     fn parsed(text: &str) -> Result<HostConfig, String> {
@@ -354,6 +365,8 @@ mod tests {
         assert_eq!(web.images[1].format, Format::Raw);
         assert_eq!(web.replication.interval, Duration::from_millis(500));
         assert_eq!(web.replication.compression, Setting::Lz4);
+        assert_eq!(web.replication.sync_on_flush, Some(SyncOnFlush::Available));
+        assert_eq!(host.replication.sync_on_flush, None);
         let owner = web.show.owner.unwrap();
         assert_eq!((owner.user, owner.group), (107, 36));
         assert_eq!(host.keeping.retention.newest, 24);
@@ -372,6 +385,12 @@ mod tests {
             ("500ms", "5 parsecs", "has no unit"),
             ("keep = 24", "keep = 4000000000", "replicas.keep"),
             ("os.vhdx", "os", "machines.web.images"),
+            (
+                "\"available\"",
+                "\"always\"",
+                "expected `strict` or `available`",
+            ),
+            ("peer = \"b\"", "", "web.sync-on-flush: there is no replica"),
             (
                 "[machines.web]",
                 "[machines.\"../web\"]",

@@ -70,6 +70,7 @@ impl Member {
             let ReplicationConfig {
                 interval,
                 compression,
+                ..
             } = self.replication();
             let subject = Subject {
                 id: record.id,
@@ -95,6 +96,8 @@ impl Member {
                 compression,
             };
             serving.primary.replicate(subject, target, host)?;
+        } else {
+            serving.primary.end_replication();
         }
         let folding = serving.fold(Weak::clone(&self.me));
         folding.map_err(|error| PrimaryError::Thread(error).into())

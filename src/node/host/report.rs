@@ -165,6 +165,7 @@ impl Member {
             tests: Vec::new(),
             last_test: None,
             rpo: RpoStatus::default(),
+            sync_on_flush: None,
             copy: None,
             traffic: TrafficStatus::default(),
             write_latency: None,

@@ -35,7 +35,7 @@ use crate::{
         driver::chain,
         exposure::{layer_file, layers_over, open_layers},
         images::ImageConfig,
-        primary::{Primary, ShowConfig, Source, Stamped, open_images},
+        primary::{Beginning, Primary, ShowConfig, Source, Stamped, open_images},
         served::Served,
         tracking::Tracking,
     },
@@ -125,7 +125,13 @@ impl Serving {
                 .continue_from(layers.point, &later)
                 .map_err(|error| chain(&error))
         };
-        let primary = Primary::start(name, disks, &show, Some((tracking, &begin)), clock)?;
+        let beginning = Beginning {
+            tracking,
+            begin: &begin,
+            sync_on_flush: member.replication().sync_on_flush,
+            born: record.role.born,
+        };
+        let primary = Primary::start(name, disks, &show, Some(beginning), clock)?;
         Ok(Self {
             primary,
             below: Mutex::new(below),
