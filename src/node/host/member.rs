@@ -357,10 +357,10 @@ impl Member {
 
     /// Whether somebody has to look after the machine now and then.
     pub(super) fn needs_care(&self) -> bool {
-        let waits = matches!(
-            self.record.lock().role.part,
-            Part::SteppedDown { .. } | Part::Fenced { .. }
-        );
+        let role = self.record.lock().role;
+        // A primary that learned only when it started that a failover was cancelled waits for consent, too.
+        let waits = role.claim.is_some()
+            || matches!(role.part, Part::SteppedDown { .. } | Part::Fenced { .. });
         !self.stopped.load(Ordering::Acquire) && (waits || self.trouble.lock().is_some())
     }
 
@@ -390,6 +390,7 @@ impl Member {
                     }
                 }
                 Part::SteppedDown { .. } | Part::Fenced { .. } => self.ask(ASK_WITHIN),
+                _ if before.claim.is_some() => self.ask(ASK_WITHIN),
                 _ => {}
             }
         }
