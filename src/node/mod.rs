@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   host       machines in their parts, and the peers that call       admission   what a link is for, and whether it may
-//!   primary    disks -> machine (tracked) -> mount                    served      a replica: received into, kept, tested
+//!   primary    disks (sources) -> machine (tracked) -> mount          served      a replica: received into, kept, tested
 //!   driver     the replication thread: dial, talk, dial again         session     Receiver + replica store + link
 //!   conversation   one link: Sender + maps + log                      writers     writes of an initial copy, beside it
 //!   call       short questions about roles                            test_failover   several exposures
@@ -28,6 +28,7 @@ pub mod primary;
 mod progress;
 mod served;
 mod session;
+mod sources;
 pub mod status;
 pub mod sync_flush;
 mod test_failover;

@@ -12,8 +12,9 @@ pub use super::images::ImageConfig;
 use super::{
     control::{Operate, OperateError},
     driver::{Host, Replication, Subject, Target},
-    images::{ImageError, OpenImage, stamp},
+    images::ImageError,
     progress::Progress,
+    sources::{Source, Stamped, open_images, spec},
     status::{DiskStatus, LatencyStatus, MachineStatus, NodeStatus, RpoStatus, TrafficStatus},
     sync_flush::{Flushes, SyncDisk, SyncOnFlush},
     tracking::{Tracked, Tracking},
@@ -25,14 +26,14 @@ use crate::{
         units::{BLOCK_BYTES, DiskIndex, Epoch},
     },
     coord::state::{ReplicationState, Role, Signs},
-    disk::{Access, Disk, image::Format},
+    disk::{Access, Disk},
     protocol::message::DiskSpec,
     shim::{
         self, FileIndex, Mount, MountError, MountOptions, MountedDisk, Owner, Refusal, Unmount,
         UnmountError, User, Visibility, Writability,
     },
     storage::ledger::LedgerError,
-    volume::{self, ImageStamp, Machine, MachineState},
+    volume::{self, Machine, MachineState},
 };
 
 /// The interval that health is judged by where none is configured.
@@ -75,59 +76,6 @@ impl ShowConfig {
             visibility: Visibility::Owner,
             owner: None,
             threads: shim::THREADS_DEFAULT,
-        }
-    }
-}
-
-/// A disk to serve.
-#[derive(Debug)]
-pub(super) struct Source {
-    pub(super) name: Name,
-    pub(super) disk: Arc<dyn Disk>,
-    pub(super) format: Format,
-    pub(super) image: PathBuf,
-    /// What tells whether somebody else wrote the disk, and what it told before the disk was opened.
-    pub(super) stamped: (Stamped, ImageStamp),
-    /// Keeps the lock on the image.
-    pub(super) _keep: Option<OpenImage>,
-}
-
-/// The files that tell whether somebody else wrote a disk.
-#[derive(Clone, Debug)]
-pub(super) struct Stamped {
-    /// Whose identity counts: the image's, also while a layer lies over it, so that the death of the process at any time of
-    /// a fold is not taken for another image.
-    pub(super) image: PathBuf,
-    /// Whose length and time count: those of the file that every write goes to first.
-    pub(super) written: PathBuf,
-}
-
-impl Stamped {
-    /// A disk that is an image and nothing else.
-    pub(super) fn image(image: PathBuf) -> Self {
-        Self {
-            written: image.clone(),
-            image,
-        }
-    }
-
-    pub(super) fn take(&self) -> io::Result<ImageStamp> {
-        Ok(ImageStamp {
-            inode: stamp(&self.image)?.inode,
-            ..stamp(&self.written)?
-        })
-    }
-}
-
-impl From<OpenImage> for Source {
-    fn from(image: OpenImage) -> Self {
-        Self {
-            name: image.config.name.clone(),
-            disk: Arc::clone(&image.disk),
-            format: image.config.format,
-            image: image.config.path.clone(),
-            stamped: (Stamped::image(image.config.path.clone()), image.stamp),
-            _keep: Some(image),
         }
     }
 }
@@ -522,33 +470,6 @@ impl Operate for Primary {
         } else {
             Err(OperateError::NoSuchMachine(machine.clone()))
         }
-    }
-}
-
-/// Opens images, no two of which may have one name.
-pub(super) fn open_images(
-    images: &[ImageConfig],
-    access: Access,
-    ids: &Arc<dyn Ids>,
-) -> Result<Vec<Source>, PrimaryError> {
-    for (index, image) in images.iter().enumerate() {
-        if images[..index].iter().any(|other| other.name == image.name) {
-            return Err(PrimaryError::DuplicateDisk(image.name.clone()));
-        }
-    }
-    let open = |image| Ok(OpenImage::open(image, access, ids)?.into());
-    images.iter().map(open).collect()
-}
-
-/// A disk as its replica has to know it.
-pub(super) fn spec(disk: &Source) -> DiskSpec {
-    let geometry = disk.disk.geometry();
-    DiskSpec {
-        name: disk.name.clone(),
-        size: geometry.size,
-        logical_sector: geometry.logical_sector,
-        physical_sector: geometry.physical_sector,
-        format: disk.format.to_string(),
     }
 }
 

@@ -5,10 +5,7 @@ use std::{fs, io, path::Path, sync::Arc, thread, time::Duration};
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
-use super::{
-    driver::chain,
-    primary::{PrimaryError, Source},
-};
+use super::{driver::chain, primary::PrimaryError, sources::Source};
 use crate::{
     base::{
         clock::Clock,

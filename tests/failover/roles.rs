@@ -30,7 +30,7 @@ pub(super) struct Pair {
 }
 
 /// Files of the machine's two disks where it runs.
-type Files = [PathBuf; 2];
+pub(super) type Files = [PathBuf; 2];
 
 impl Pair {
     pub(super) fn new() -> Self {

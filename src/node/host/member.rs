@@ -20,7 +20,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::{
     Shared,
     config::ReplicationConfig,
-    record::{Layers, Places, Record},
+    record::{Places, Record},
     serving::Serving,
 };
 use crate::{
@@ -32,8 +32,9 @@ use crate::{
         control::OperateError,
         driver::chain,
         images::ImageConfig,
-        primary::{PrimaryError, ShowConfig, open_images, spec},
+        primary::{PrimaryError, ShowConfig},
         served::Served,
+        sources::{open_images, spec},
     },
     protocol::message::{Hello, Refusal, Version},
     shim::Unmount,
@@ -140,16 +141,6 @@ impl Member {
             *record = next;
         }
         Ok(())
-    }
-
-    /// The images hold exactly the point below the layers, and belong to no replica any more.
-    pub(super) fn settled(&self, layers: Layers) -> Result<(), LedgerError> {
-        self.change(|record| {
-            record.layers = Some(Layers {
-                settled: true,
-                ..layers
-            });
-        })
     }
 
     /// Lets an event happen to the role, and changes the record with it; durable before this returns.
@@ -370,10 +361,10 @@ impl Member {
 
     /// Whether somebody has to look after the machine now and then.
     pub(super) fn needs_care(&self) -> bool {
-        let waits = matches!(
-            self.record.lock().role.part,
-            Part::SteppedDown { .. } | Part::Fenced { .. }
-        );
+        let role = self.record.lock().role;
+        // A primary that learned only when it started that a failover was cancelled waits for consent, too.
+        let waits = role.claim.is_some()
+            || matches!(role.part, Part::SteppedDown { .. } | Part::Fenced { .. });
         !self.stopped.load(Ordering::Acquire) && (waits || self.trouble.lock().is_some())
     }
 
@@ -403,6 +394,7 @@ impl Member {
                     }
                 }
                 Part::SteppedDown { .. } | Part::Fenced { .. } => self.ask(ASK_WITHIN),
+                _ if before.claim.is_some() => self.ask(ASK_WITHIN),
                 _ => {}
             }
         }

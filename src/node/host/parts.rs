@@ -19,8 +19,9 @@ use crate::{
     node::{
         driver::{self, Subject, Target, chain},
         images::{self, ImageConfig},
-        primary::{PrimaryError, open_images, spec},
+        primary::PrimaryError,
         served::{Opening, Served, disk_spec},
+        sources::{open_images, spec},
     },
     replica::{Head, ImageStatus},
     shim::{Refusal, Unmount, Writability},

@@ -15,8 +15,8 @@ use crate::{
         control::OperateError,
         driver::chain,
         images,
-        primary::open_images,
         served::Served,
+        sources::open_images,
         tracking::{self, Tracking},
     },
     protocol::message::{Hello, Refusal},
@@ -108,6 +108,12 @@ impl Member {
         let mut stamps =
             |disk: crate::base::units::DiskIndex| images::stamp(&disks[disk.index()].image);
         machine.close(&mut stamps).map_err(|error| failed(&error))?;
+        let bytes: u64 = differing
+            .iter()
+            .flat_map(|(_, runs)| runs)
+            .map(|run| run.len)
+            .sum();
+        tracing::info!(machine = %self.name(), bytes, "tells the new primary where the images here may differ");
         Ok(differing)
     }
 

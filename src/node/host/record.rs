@@ -50,6 +50,16 @@ pub(super) struct Layers {
     pub(super) settled: bool,
 }
 
+impl Layers {
+    /// The same, once the images are theirs alone.
+    pub(super) fn settled(self) -> Self {
+        Self {
+            settled: true,
+            ..self
+        }
+    }
+}
+
 /// An [`Adoption`] that has to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct AdoptionRecord {

@@ -9,7 +9,9 @@
 //!     -> record: no layers
 //!   images
 //! ```
-//! Each arrow is durable before the next begins, and every start goes on from the last one.
+//! Each arrow is durable before the next begins, and every start goes on from the last one. A replica that is gone although
+//! the record has layers that are not settled was retired: the start records what the death left out.
+//! `tests/failover/deaths.rs` kills the process there.
 
 use std::{
     path::{Path, PathBuf},
@@ -35,8 +37,9 @@ use crate::{
         driver::chain,
         exposure::{layer_file, layers_over, open_layers},
         images::ImageConfig,
-        primary::{Beginning, Primary, ShowConfig, Source, Stamped, open_images},
+        primary::{Beginning, Primary, ShowConfig},
         served::Served,
+        sources::{Source, Stamped, open_images},
         tracking::Tracking,
     },
     replica::Head,
@@ -73,34 +76,24 @@ impl Serving {
         record: &Record,
         below: Option<Arc<Served>>,
     ) -> Result<Self, StartError> {
-        let mut show = member.show();
-        // One that is opened only to be folded shows what it has, and takes nothing.
+        let (mut show, images) = (member.show(), member.images(record));
+        // A fenced host whose layers are folded before its images become a replica's shows them, and takes nothing.
         show.fenced = !record.role.serves(Lease::Unneeded);
-        let images = member.images(record);
-        let (disks, below, layers) = match record.layers {
-            None => {
+        let (layers, below) = match record.layers {
+            Some(layers) if !layers.settled => {
+                let below = below.map_or_else(|| member.open_replica(record), Ok)?;
+                unless_retired(member, below, layers)?
+            }
+            layers => (layers, None),
+        };
+        let (disks, layers) = match (layers, &below) {
+            (None, _) => {
                 member.remove_layers();
                 let disks = open_images(&images, show.access, &member.shared().ids)?;
-                (disks, None, Vec::new())
+                (disks, Vec::new())
             }
-            Some(layers) if layers.settled => {
-                let (disks, layers) = over_images(member, &images, &layers)?;
-                (disks, None, layers)
-            }
-            Some(layers) => {
-                let below = below.map_or_else(|| member.open_replica(record), Ok)?;
-                if below.store.head() == Head::Empty {
-                    // It gave its images away, and the record did not come to say so.
-                    below.close().map_err(StartError::other)?;
-                    drop(below);
-                    member.settled(layers).map_err(StartError::other)?;
-                    let (disks, layers) = over_images(member, &images, &layers)?;
-                    (disks, None, layers)
-                } else {
-                    let (disks, layered) = over_point(member, record, &below, &layers)?;
-                    (disks, Some(below), layered)
-                }
-            }
+            (Some(layers), None) => over_images(member, &images, &layers)?,
+            (Some(layers), Some(below)) => over_point(member, record, below, &layers)?,
         };
         let places = member.places().tracking();
         let tracking = Tracking {
@@ -214,7 +207,11 @@ impl Serving {
             };
             settle(member, &below, &layers)?;
             let retired = below.store.retire().map_err(|error| chain(&error))?;
-            member.settled(layers).map_err(|error| chain(&error))?;
+            member
+                .change(|record| {
+                    record.layers = Some(layers.settled());
+                })
+                .map_err(|error| chain(&error))?;
             for ((_, layer), (_, disk)) in self.layers.iter().zip(retired) {
                 layer.fold_into(disk).map_err(|error| chain(&error))?;
             }
@@ -282,12 +279,28 @@ impl Serving {
     }
 }
 
+/// The replica below, and the layers over one of its points. A death between retiring the replica and recording that
+/// leaves none: its images hold exactly the point, and the record says so from here on.
+fn unless_retired(
+    member: &Member,
+    below: Arc<Served>,
+    layers: Layers,
+) -> Result<(Option<Layers>, Option<Arc<Served>>), StartError> {
+    if below.store.head() != Head::Empty {
+        return Ok((Some(layers), Some(below)));
+    }
+    // Its locks on the images go with it.
+    below.close().map_err(StartError::other)?;
+    drop(below);
+    let settled = layers.settled();
+    tracing::info!(machine = %member.name(), epoch = %layers.point.epoch, "the replica was retired already, the fold goes on over its images");
+    let recorded = member.change(|record| record.layers = Some(settled));
+    recorded.map_err(StartError::other)?;
+    Ok((Some(settled), None))
+}
+
 /// Brings the images to the point and nothing else.
 fn settle(member: &Member, below: &Served, layers: &Layers) -> Result<(), String> {
-    if below.store.head() == Head::Empty {
-        // Retired already, and the record did not come to say so.
-        return Ok(());
-    }
     if below.has_tests() {
         return Err(format!(
             "test failovers are running: end them with `understudy cancel {}`",
