@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod demo;
 pub mod failover;
+mod hosting;
 pub mod image;
 pub mod mount;
 pub mod output;

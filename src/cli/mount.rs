@@ -7,7 +7,10 @@ use std::{
 
 use anyhow::Context;
 
-use super::output::{Output, Progress};
+use super::{
+    hosting,
+    output::{Output, Progress},
+};
 use crate::{
     base::ids::Name,
     coord::state::ReplicationState,
@@ -16,10 +19,9 @@ use crate::{
     net,
     node::{
         self,
-        control::{ControlSocket, Operate},
+        control::Operate,
         host::{
-            Host, HostConfig, HostError, Keeping, MachineConfig, PeerConfig, ReplicationConfig,
-            parse_interval,
+            Host, HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig, parse_interval,
         },
         primary::{ImageConfig, Primary, PrimaryError, ShowConfig},
         sync_flush::SyncOnFlush,
@@ -100,9 +102,7 @@ pub struct MountArgs {
 /// Serves until SIGTERM, SIGINT or an unmount.
 pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
     let mut stop = node::stop_signals()?;
-    let socket = ControlSocket::bind(args.control.as_deref())
-        .await
-        .context("cannot open the control socket")?;
+    let socket = hosting::control_socket(args.control.as_deref()).await?;
     match config(args)? {
         What::Untracked {
             machine,
@@ -112,7 +112,7 @@ pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
             let primary =
                 tokio::task::spawn_blocking(move || Primary::show(machine, &images, &show));
             let primary = Arc::new(primary.await??);
-            say_paths(&primary.paths(), out);
+            hosting::say_paths(&primary.paths(), out);
             let server = tokio::spawn(socket.serve(Arc::clone(&primary) as Arc<dyn Operate>));
             tokio::select! {
                 () = stop.next() => {}
@@ -136,56 +136,25 @@ pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
             let _ = server.await;
         }
         What::Host { machine, config } => {
-            let host = tokio::task::spawn_blocking(move || Host::start(config));
-            let host = host.await??;
-            say_paths(&host.paths(), out);
-            if let Some(address) = host.address() {
-                out.note(&format!("accepting peers on {address}"));
-            }
-            let server = tokio::spawn(socket.serve(Arc::clone(&host) as Arc<dyn Operate>));
+            let host = hosting::start(config).await?;
+            hosting::say_paths(&host.paths(), out);
+            hosting::say_address(&host, "peers", out);
             let progress = out.progress("initial copy");
             let shown = tokio::spawn(show_copy(Arc::clone(&host), machine, progress));
-            tokio::select! {
-                () = stop.next() => {}
-                () = host.ended() => out.note(TAKEN_AWAY),
-                failed = host.run() => failed?,
-            }
+            let taken = Arc::clone(&host);
+            let over = async {
+                taken.ended().await;
+                out.note(TAKEN_AWAY);
+            };
+            let served = hosting::serve(host, socket, &mut stop, over, out).await;
             shown.abort();
-            host_shut_down(&host, &mut stop, out).await?;
-            server.abort();
-            let _ = server.await;
+            served?;
         }
     }
     Ok(())
 }
 
 const TAKEN_AWAY: &str = "the mount was taken away: stopping";
-
-pub(super) fn say_paths(paths: &[PathBuf], out: &Output) {
-    for path in paths {
-        out.note(&format!("serving {}", path.display()));
-    }
-}
-
-/// Stops a host, waiting for whoever uses its mounts.
-pub(super) async fn host_shut_down(
-    host: &Arc<Host>,
-    stop: &mut node::StopSignals,
-    out: &Output,
-) -> Result<(), HostError> {
-    let stopping = |how| {
-        let host = Arc::clone(host);
-        async move { host.stop_machines(how).await }
-    };
-    // Links are accepted and machines are looked after until the end.
-    let running = Arc::clone(host);
-    let running = tokio::spawn(async move { running.run().await });
-    let stopped = node::shut_down(stop, |text| out.note(text), stopping, HostError::busy).await;
-    running.abort();
-    let _ = running.await;
-    host.close().await;
-    stopped
-}
 
 /// Shows the initial copy while it runs.
 async fn show_copy(host: Arc<Host>, machine: Name, mut progress: Progress) {

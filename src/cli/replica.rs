@@ -1,10 +1,8 @@
 //! `understudy replica`: a node that receives machines.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
-use anyhow::Context;
-
-use super::{mount::host_shut_down, output::Output};
+use super::{hosting, output::Output};
 use crate::{
     base::{
         ids::Name,
@@ -15,8 +13,7 @@ use crate::{
     net,
     node::{
         self,
-        control::{ControlSocket, Operate},
-        host::{Host, HostConfig, Keeping, PeerConfig, ReplicationConfig},
+        host::{HostConfig, Keeping, PeerConfig, ReplicationConfig},
     },
     replica::Retention,
 };
@@ -67,23 +64,10 @@ fn up_to(most: u32) -> clap::builder::RangedI64ValueParser<u32> {
 /// Serves until SIGTERM or SIGINT.
 pub async fn run(args: ReplicaArgs, out: &Output) -> anyhow::Result<()> {
     let mut stop = node::stop_signals()?;
-    let socket = ControlSocket::bind(args.control.as_deref())
-        .await
-        .context("cannot open the control socket")?;
-    let host = tokio::task::spawn_blocking(move || Host::start(config(args)));
-    let host = host.await??;
-    if let Some(address) = host.address() {
-        out.note(&format!("accepting primaries on {address}"));
-    }
-    let server = tokio::spawn(socket.serve(Arc::clone(&host) as Arc<dyn Operate>));
-    tokio::select! {
-        () = stop.next() => {}
-        failed = host.run() => failed?,
-    }
-    host_shut_down(&host, &mut stop, out).await?;
-    server.abort();
-    let _ = server.await;
-    Ok(())
+    let socket = hosting::control_socket(args.control.as_deref()).await?;
+    let host = hosting::start(config(args)).await?;
+    hosting::say_address(&host, "primaries", out);
+    hosting::serve(host, socket, &mut stop, std::future::pending(), out).await
 }
 
 fn config(args: ReplicaArgs) -> HostConfig {

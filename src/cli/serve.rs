@@ -1,18 +1,9 @@
 //! `understudy serve`: a host from a configuration file: machines that run here, replicas of others, both at once.
 
-use std::{path::PathBuf, sync::Arc};
+use std::path::PathBuf;
 
-use anyhow::Context;
-
-use super::{
-    mount::{host_shut_down, say_paths},
-    output::Output,
-};
-use crate::node::{
-    self,
-    control::{ControlSocket, Operate},
-    host::{self, Host},
-};
+use super::{hosting, output::Output};
+use crate::node::{self, host};
 
 /// Options of `serve`.
 #[derive(Clone, Debug, clap::Args)]
@@ -36,22 +27,9 @@ pub async fn run(args: ServeArgs, out: &Output) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut stop = node::stop_signals()?;
-    let socket = ControlSocket::bind(args.control.as_deref())
-        .await
-        .context("cannot open the control socket")?;
-    let host = tokio::task::spawn_blocking(move || Host::start(config));
-    let host = host.await??;
-    say_paths(&host.paths(), out);
-    if let Some(address) = host.address() {
-        out.note(&format!("accepting peers on {address}"));
-    }
-    let server = tokio::spawn(socket.serve(Arc::clone(&host) as Arc<dyn Operate>));
-    tokio::select! {
-        () = stop.next() => {}
-        failed = host.run() => failed?,
-    }
-    host_shut_down(&host, &mut stop, out).await?;
-    server.abort();
-    let _ = server.await;
-    Ok(())
+    let socket = hosting::control_socket(args.control.as_deref()).await?;
+    let host = hosting::start(config).await?;
+    hosting::say_paths(&host.paths(), out);
+    hosting::say_address(&host, "peers", out);
+    hosting::serve(host, socket, &mut stop, std::future::pending(), out).await
 }

@@ -99,17 +99,22 @@ fn unexpected() -> CallError {
     CallError::Broken("the answer belongs to another question".into())
 }
 
+/// One question, its answer, and the end.
+async fn ask(callee: &Callee, question: &ToReplica) -> Result<ToPrimary, CallError> {
+    let mut call = Call::open(callee, question).await?;
+    let answer = call.answer().await;
+    call.end().await;
+    answer
+}
+
 /// Claims a machine that nobody may feed yet; what the peer answers.
 pub(super) async fn claim(callee: &Callee, hello: Hello) -> Result<Answer, CallError> {
-    let mut call = Call::open(callee, &ToReplica::Hello(hello)).await?;
-    let answer = match call.answer().await {
+    match ask(callee, &ToReplica::Hello(hello)).await {
         Ok(ToPrimary::Welcome { follows, .. }) => Ok(Answer::Follows(follows)),
         Err(CallError::Refused(Refusal::Role { answer })) => Ok(answer),
         Ok(_) => Err(unexpected()),
         Err(error) => Err(error),
-    };
-    call.end().await;
-    answer
+    }
 }
 
 /// Asks the peer to take over at `head`; the generation in which it does.
@@ -125,14 +130,10 @@ pub(super) async fn hand_over(
         from,
         head,
     };
-    let mut call = Call::open(callee, &question).await?;
-    let answer = match call.answer().await {
-        Ok(ToPrimary::TookOver { generation }) => Ok(generation),
-        Ok(_) => Err(unexpected()),
-        Err(error) => Err(error),
-    };
-    call.end().await;
-    answer
+    match ask(callee, &question).await? {
+        ToPrimary::TookOver { generation } => Ok(generation),
+        _ => Err(unexpected()),
+    }
 }
 
 /// Takes the blocks in which the former primary may differ, and lets it follow.

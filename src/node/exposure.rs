@@ -74,7 +74,8 @@ pub(super) enum HideError {
     Flush(#[from] DiskError),
 }
 
-fn list(users: &[crate::shim::User]) -> String {
+/// Names them.
+pub(super) fn list(users: &[crate::shim::User]) -> String {
     if users.is_empty() {
         return "somebody this process cannot see".into();
     }
@@ -103,10 +104,7 @@ impl Exposure {
             let path = path.to_owned();
             move |source| ExposeError::Place { path, source }
         };
-        crate::shim::recover_stale(at)
-            .or_else(absent)
-            .map_err(failed(at))?;
-        fs::create_dir_all(at).map_err(failed(at))?;
+        make_mount_point(at).map_err(failed(at))?;
         let opened = open_layers(view, names, layers)?;
         let disks = opened.iter().map(|(name, layer)| MountedDisk {
             folder: Some(machine.clone()),
@@ -200,13 +198,14 @@ pub(super) fn layer_file(disk: &Name) -> String {
     format!("{disk}.layer")
 }
 
-/// A mount that is not there is not stale.
-fn absent(error: io::Error) -> io::Result<bool> {
-    if error.kind() == io::ErrorKind::NotFound {
-        Ok(false)
-    } else {
-        Err(error)
+/// Makes a folder to mount at, if need be, and detaches what a dead process left there.
+pub(super) fn make_mount_point(at: &Path) -> io::Result<()> {
+    // A mount that is not there is not stale.
+    match crate::shim::recover_stale(at) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
     }
+    fs::create_dir_all(at)
 }
 
 /// Names the present boot of the host.

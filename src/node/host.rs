@@ -34,10 +34,13 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 pub(super) use self::member::Member;
-use self::record::{PREFIX, Record};
 pub use self::{
     config::{HostConfig, MachineConfig, PeerConfig, ReplicationConfig, parse_interval},
     file::{ConfigError, read},
+};
+use self::{
+    member::StartError,
+    record::{PREFIX, Record},
 };
 pub use super::served::Keeping;
 use super::{
@@ -74,6 +77,8 @@ const RESERVED: [&str; 2] = ["lock", LEDGER_FILE];
 const LEDGER_FILE: &str = "node.redb";
 /// How often a machine is looked after that is not what it should be: fenced, stepped down, in trouble.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is looked whether a mount was taken away.
+const ENDED_EVERY: Duration = Duration::from_millis(200);
 
 /// Why a host cannot start or stop.
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +121,16 @@ pub enum HostError {
 }
 
 impl HostError {
+    fn of(machine: &Name, error: StartError) -> Self {
+        match error {
+            StartError::Primary(error) => error.into(),
+            StartError::Other(why) => Self::Machine {
+                name: machine.clone(),
+                why,
+            },
+        }
+    }
+
     /// The mount that somebody still uses, if that is the trouble.
     pub fn busy(&self) -> Option<&UnmountError> {
         match self {
@@ -231,10 +246,7 @@ impl Host {
                 Err(error) if shared.config.tolerant => {
                     tracing::error!(machine = %name, "not served: {}", chain(&error));
                 }
-                Err(member::StartError::Primary(error)) => return Err(error.into()),
-                Err(member::StartError::Other(why)) => {
-                    return Err(HostError::Machine { name, why });
-                }
+                Err(error) => return Err(HostError::of(&name, error)),
             }
         }
         Ok(())
@@ -312,7 +324,7 @@ impl Host {
             if serving.iter().any(|serving| serving.was_taken_away()) {
                 return;
             }
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            tokio::time::sleep(ENDED_EVERY).await;
         }
     }
 
@@ -379,13 +391,8 @@ impl Host {
         let host = Arc::clone(self);
         let stopped = tokio::task::spawn_blocking(move || {
             for member in host.all() {
-                member.stop(how).map_err(|error| match error {
-                    member::StartError::Primary(error) => error.into(),
-                    member::StartError::Other(why) => HostError::Machine {
-                        name: member.name().clone(),
-                        why,
-                    },
-                })?;
+                let stopped = member.stop(how);
+                stopped.map_err(|error| HostError::of(member.name(), error))?;
             }
             Ok::<_, HostError>(())
         });

@@ -47,20 +47,6 @@ pub enum Answer {
     Lower(Generation),
 }
 
-impl Answer {
-    /// The generation that the peer obeys, or is active in.
-    pub fn generation(&self) -> Option<Generation> {
-        match *self {
-            Self::Follows(theirs)
-            | Self::Diverged(theirs)
-            | Self::Higher { theirs, .. }
-            | Self::Split { theirs }
-            | Self::Lower(theirs) => Some(theirs),
-            Self::NotReversed => None,
-        }
-    }
-}
-
 impl fmt::Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -106,9 +106,6 @@ pub enum Refusal {
         /// Which disk, and how.
         detail: String,
     },
-    /// Another connection serves this machine at the moment.
-    #[error("another primary is connected for this machine")]
-    Busy,
     /// The replica cannot work: its disk is full or failed.
     #[error("the replica cannot take changes: {detail}")]
     Failed {

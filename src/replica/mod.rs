@@ -55,6 +55,7 @@ pub use rescue::Rescue;
 pub use retention::Retention;
 pub use status::{
     Counters, DiskSpec, Head, ImageStatus, Point, ReplicaOptions, ReplicaStatus, Squeeze,
+    image_name,
 };
 pub use store::MachineReplica;
 pub use upkeep::Upkeep;

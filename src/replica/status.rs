@@ -49,7 +49,8 @@ impl DiskSpec {
     }
 }
 
-pub(super) fn image_name(disk: &Name, format: Format) -> String {
+/// What the image of a disk is called in its machine's folder.
+pub fn image_name(disk: &Name, format: Format) -> String {
     format!("{disk}.{format}")
 }
 

@@ -41,7 +41,7 @@ use crate::{
     storage::ledger::LedgerError,
 };
 
-/// How long a host that was the primary asks for its peer before it serves on its own.
+/// How long a host that calls its peer waits; one that was the primary serves on its own then.
 const ASK_WITHIN: Duration = Duration::from_secs(3);
 /// Pause between two calls of a host that waits for its peer.
 const CALL_EVERY: Duration = Duration::from_secs(3);
@@ -260,20 +260,19 @@ impl Member {
         let record = self.record();
         let fresh = record.role.generation.number == 1 && !self.places.tracking().exists();
         if record.role.part == Part::Primary && !fresh {
-            self.ask(ASK_WITHIN);
+            self.ask();
         }
         self.arrange()
     }
 
     /// Asks the peer what it thinks of this host's claim, and obeys. A peer that does not answer in time is not waited for.
-    fn ask(&self, within: Duration) {
+    pub(super) fn ask(&self) {
         let (Some(callee), Some(hello)) = (self.callee(), self.hello()) else {
             return;
         };
-        let asked = self
-            .shared
-            .runtime
-            .block_on(async { tokio::time::timeout(within, call::claim(&callee, hello)).await });
+        let asked = self.shared.runtime.block_on(async {
+            tokio::time::timeout(ASK_WITHIN, call::claim(&callee, hello)).await
+        });
         match asked {
             Ok(Ok(answer)) => {
                 if let Err(error) = self.hear(answer) {
@@ -393,8 +392,8 @@ impl Member {
                         tracing::warn!(machine = %self.name, "{error}");
                     }
                 }
-                Part::SteppedDown { .. } | Part::Fenced { .. } => self.ask(ASK_WITHIN),
-                _ if before.claim.is_some() => self.ask(ASK_WITHIN),
+                Part::SteppedDown { .. } | Part::Fenced { .. } => self.ask(),
+                _ if before.claim.is_some() => self.ask(),
                 _ => {}
             }
         }
@@ -402,11 +401,6 @@ impl Member {
             // What is wrong is kept and shown.
             let _ = self.arrange();
         }
-    }
-
-    /// Calls the peer at once and obeys its answer.
-    pub(super) fn ask_now(&self) {
-        self.ask(ASK_WITHIN);
     }
 
     /// Asks the peer to take over from here, once more or for the first time.

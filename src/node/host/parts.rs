@@ -13,9 +13,9 @@ use super::{
     serving::Serving,
 };
 use crate::{
-    base::ids::{MachineId, Name},
+    base::ids::MachineId,
     coord::role::{Active, Part},
-    disk::{Access, image::Format},
+    disk::Access,
     node::{
         driver::{self, Subject, Target, chain},
         images::{self, ImageConfig},
@@ -23,7 +23,7 @@ use crate::{
         served::{Opening, Served, disk_spec},
         sources::{open_images, spec},
     },
-    replica::{Head, ImageStatus},
+    replica::{Head, ImageStatus, image_name},
     shim::{Refusal, Unmount, Writability},
     storage::{Folder, placed::PlacedFolder},
     track::state::StateDir,
@@ -198,7 +198,7 @@ impl Member {
             None => folder,
             Some(machine) => {
                 let place = |image: &ImageConfig| {
-                    (image_file(&image.name, image.format), image.path.clone())
+                    (image_name(&image.name, image.format), image.path.clone())
                 };
                 let places: BTreeMap<_, _> = machine.images.iter().map(place).collect();
                 Arc::new(PlacedFolder::new(folder, places))
@@ -234,9 +234,4 @@ impl Member {
         };
         images.into_iter().map(record).collect()
     }
-}
-
-/// Name of an image in the folder of a replica.
-fn image_file(disk: &Name, format: Format) -> String {
-    format!("{disk}.{format}")
 }

@@ -7,14 +7,13 @@ use crate::{
     base::{
         clock::Timestamp,
         ids::{Generation, Lineage, Name},
-        units::Extent,
+        units::{DiskIndex, Extent},
     },
-    coord::role::{Event, Part},
+    coord::role::{Answer, Event, Part},
     disk::Access,
     node::{
         control::OperateError,
         driver::chain,
-        images,
         served::Served,
         sources::open_images,
         tracking::{self, Tracking},
@@ -41,15 +40,17 @@ impl Member {
         let step = self.turn_to(&Event::Claimed(hello.claim), |_| {});
         let step = step.map_err(refusal)?;
         drop(over);
-        let trouble = if step.next == before && self.following().is_some() {
-            None
-        } else {
+        // A claim that changes nothing leaves what runs alone, but for a replica that is not open yet.
+        let closed = matches!(step.next.part, Part::Replica { .. }) && self.following().is_none();
+        let trouble = if step.next != before || closed {
             self.arrange().err()
+        } else {
+            None
         };
         let answer = step.answer.ok_or_else(|| Refusal::Failed {
             detail: "a claim was not answered".into(),
         })?;
-        let crate::coord::role::Answer::Follows(generation) = answer else {
+        let Answer::Follows(generation) = answer else {
             return Err(Refusal::Role { answer });
         };
         if let Some(trouble) = trouble {
@@ -105,8 +106,7 @@ impl Member {
         for (disk, run) in machine.divergence() {
             differing[disk.index()].1.push(run);
         }
-        let mut stamps =
-            |disk: crate::base::units::DiskIndex| images::stamp(&disks[disk.index()].image);
+        let mut stamps = |disk: DiskIndex| disks[disk.index()].stamped.0.take();
         machine.close(&mut stamps).map_err(|error| failed(&error))?;
         let bytes: u64 = differing
             .iter()

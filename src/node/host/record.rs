@@ -45,7 +45,6 @@ pub(super) struct ImageRecord {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Layers {
     pub(super) point: Lineage,
-    pub(super) cut: Timestamp,
     /// The images hold exactly the point, belong to no replica any more, and the layers are being folded into them.
     pub(super) settled: bool,
 }

@@ -11,10 +11,7 @@ use super::{
     serving::Serving,
 };
 use crate::{
-    base::{
-        clock::Timestamp,
-        ids::{Generation, Lineage},
-    },
+    base::ids::{Generation, Lineage},
     coord::role::{Event, Part},
     node::{
         control::{
@@ -22,12 +19,14 @@ use crate::{
             OperateError, ReverseRequest, TestRequest,
         },
         driver::chain,
+        exposure::list,
         primary::Primary,
         served::Served,
         status::TestStatus,
         test_failover::choose,
     },
-    shim::{Refusal, Unmount, User, Writability},
+    replica::Head,
+    shim::{Refusal, Unmount, Writability},
 };
 
 /// Cuts after which a machine that nobody can write must be at rest.
@@ -91,7 +90,10 @@ impl Member {
         }
         let primary = &serving.primary;
         if let Some(users) = primary.writers() {
-            return not_now(in_use(&users));
+            return not_now(format!(
+                "is open for writing by {}: shut the guest down first",
+                list(&users)
+            ));
         }
         primary.set_writable(Writability::Refused(Refusal::ReadOnly));
         let closed = self.last_point(primary).and_then(|head| {
@@ -169,7 +171,7 @@ impl Member {
             fresh: self.shared().ids.uuid(),
         };
         self.turn_to(&event, |record| {
-            layer_over(record, &served, point.lineage, point.cut);
+            layer_over(record, &served, point.lineage);
         })?;
         drop(over);
         self.arrange()?;
@@ -201,10 +203,9 @@ impl Member {
         let served = self.replica()?;
         let over = served.end_session("the primary hands over");
         let ours = match served.store.head() {
-            crate::replica::Head::Complete(lineage) => Some(lineage),
+            Head::Complete(lineage) => Some(lineage),
             _ => None,
         };
-        let cut = served.store.points().last().map(|point| point.cut);
         let event = Event::HandedOver {
             from,
             head,
@@ -212,7 +213,7 @@ impl Member {
             fresh: self.shared().ids.uuid(),
         };
         let step = self.turn_to(&event, |record| {
-            layer_over(record, &served, head, cut.unwrap_or_default());
+            layer_over(record, &served, head);
         })?;
         drop(over);
         // The machine is this host's from here on, whatever comes: what cannot be arranged is shown and tried again.
@@ -255,7 +256,7 @@ impl Member {
                     fresh: self.shared().ids.uuid(),
                 };
                 self.turn_to(&event, |_| {})?;
-                self.ask_now();
+                self.ask();
                 self.arrange()?;
                 let text = match self.record().role.part {
                     Part::Primary => "taken back: this host is the primary again",
@@ -358,22 +359,11 @@ fn how(force: bool) -> Unmount {
     }
 }
 
-fn in_use(users: &[User]) -> String {
-    let names: Vec<_> = users.iter().map(ToString::to_string).collect();
-    let who = if names.is_empty() {
-        "somebody this process cannot see".into()
-    } else {
-        names.join(", ")
-    };
-    format!("is open for writing by {who}: shut the guest down first")
-}
-
 /// The disks are shown on layers over `point` from now on.
-fn layer_over(record: &mut Record, served: &Served, point: Lineage, cut: Timestamp) {
+fn layer_over(record: &mut Record, served: &Served, point: Lineage) {
     record.images = Member::image_records(served);
     record.layers = Some(Layers {
         point,
-        cut,
         settled: false,
     });
 }

@@ -35,16 +35,16 @@ use crate::{
     disk::{Access, Disk, layered::LayeredDisk},
     node::{
         driver::chain,
-        exposure::{layer_file, layers_over, open_layers},
+        exposure::{layer_file, layers_over, make_mount_point, open_layers},
         images::ImageConfig,
-        primary::{Beginning, Primary, ShowConfig},
+        primary::{Beginning, Primary},
         served::Served,
         sources::{Source, Stamped, open_images},
         tracking::Tracking,
     },
     replica::Head,
     shim::Unmount,
-    volume::ImageStamp,
+    volume::{ImageStamp, Machine},
 };
 
 /// Pause before a fold that failed, or that test failovers hold up, is tried again.
@@ -93,7 +93,7 @@ impl Serving {
                 (disks, Vec::new())
             }
             (Some(layers), None) => over_images(member, &images, &layers)?,
-            (Some(layers), Some(below)) => over_point(member, record, below, &layers)?,
+            (Some(layers), Some(below)) => over_point(member, record, &images, (below, &layers))?,
         };
         let places = member.places().tracking();
         let tracking = Tracking {
@@ -102,10 +102,13 @@ impl Serving {
             ledger: &member.shared().ledger,
         };
         let clock = Arc::clone(&member.shared().clock);
-        make_mount_point(member, &show)?;
+        // One that an operator named has to be there.
+        if show.at == member.places().disks() {
+            make_mount_point(&show.at).map_err(StartError::other)?;
+        }
         let name = member.name().clone();
         // Before anybody can write: what the peer has beyond the point is owed, and so is all that is written from here.
-        let begin = |machine: &crate::volume::Machine| {
+        let begin = |machine: &Machine| {
             let (Some(below), Some(layers)) = (&below, &record.layers) else {
                 return Ok(());
             };
@@ -317,8 +320,8 @@ type Opened = (Vec<Source>, Vec<(Name, Arc<LayeredDisk>)>);
 fn over_point(
     member: &Member,
     record: &Record,
-    below: &Served,
-    layers: &Layers,
+    images: &[ImageConfig],
+    (below, layers): (&Served, &Layers),
 ) -> Result<Opened, StartError> {
     let view = below
         .store
@@ -337,7 +340,6 @@ fn over_point(
         .collect();
     let folder = member.places().layers();
     let opened = open_layers(view, &names, &folder).map_err(StartError::other)?;
-    let images = member.images(record);
     let source = |(name, layer): &(Name, Arc<LayeredDisk>)| {
         let image = images.iter().find(|image| image.name == *name);
         let image = image.ok_or_else(|| {
@@ -389,18 +391,4 @@ fn stamped(image: &Path, layer: PathBuf) -> Result<(Stamped, ImageStamp), StartE
     };
     let stamp = stamped.take().map_err(StartError::other)?;
     Ok((stamped, stamp))
-}
-
-/// The folder that a promoted machine is mounted at is made; one that an operator named has to be there.
-fn make_mount_point(member: &Member, show: &ShowConfig) -> Result<(), StartError> {
-    if show.at != member.places().disks() {
-        return Ok(());
-    }
-    // One that a crash left is not there for `create_dir_all`.
-    match crate::shim::recover_stale(&show.at) {
-        Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(StartError::other(error)),
-    }
-    std::fs::create_dir_all(&show.at).map_err(StartError::other)
 }
