@@ -5,6 +5,7 @@
 mod bytes;
 mod cuts;
 mod elsewhere;
+mod growth;
 mod handover;
 mod observed;
 mod points;

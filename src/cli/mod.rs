@@ -14,6 +14,7 @@ pub mod output;
 pub mod pki;
 pub mod points;
 pub mod replica;
+pub mod resize;
 pub mod serve;
 pub mod status;
 
@@ -61,6 +62,8 @@ enum Verb {
     Cancel(failover::CancelArgs),
     /// On a host that was the primary before a failover: let it follow the new one.
     Reverse(failover::ReverseArgs),
+    /// Make a disk of a machine larger while its guest uses it; its replica follows.
+    Resize(resize::ResizeArgs),
     /// Create, examine, check, convert and resize image files.
     Image(image::ImageArgs),
     /// Measure throughput and latency of files and mounts, side by side.
@@ -113,6 +116,7 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Commit(args) => runtime()?.block_on(failover::commit(&args, out)),
         Verb::Cancel(args) => runtime()?.block_on(failover::cancel(&args, out)),
         Verb::Reverse(args) => runtime()?.block_on(failover::reverse(&args, out)),
+        Verb::Resize(args) => runtime()?.block_on(resize::run(&args, out)),
     }
 }
 

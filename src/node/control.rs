@@ -10,6 +10,7 @@
 //! | `POST /v1/machines/{name}/commit` | a [`FailoverReport`] |
 //! | `POST /v1/machines/{name}/cancel` with a [`CancelRequest`] | a [`CancelReport`] of what was taken back or cleaned up |
 //! | `POST /v1/machines/{name}/reverse` with a [`ReverseRequest`] | a [`FailoverReport`] |
+//! | `POST /v1/machines/{name}/resize` with a [`ResizeRequest`] | a [`ResizeReport`] |
 //!
 //! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder.
 //! Errors are `{"error": "..."}` with status 404 (no such machine), 409 (not in this state), 422 (not understood) or 500.
@@ -80,6 +81,11 @@ pub trait Operate: Send + Sync + 'static {
         Err(OperateError::NoSuchMachine(machine.clone()))
     }
 
+    /// Makes a disk of a machine larger while it is in use.
+    fn resize(&self, machine: &Name, _: &ResizeRequest) -> Result<ResizeReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
     /// Takes back what is not final: an uncommitted failover, a hand-over, or else test failovers, of which what was
     /// written in them is removed.
     fn cancel(&self, machine: &Name, _: CancelRequest) -> Result<CancelReport, OperateError> {
@@ -141,6 +147,25 @@ pub struct ReverseRequest {
     /// Also if a disk is still in use here, whose user gets errors from then on.
     #[serde(default)]
     pub force: bool,
+}
+
+/// A larger disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeRequest {
+    /// Which.
+    pub disk: Name,
+    /// The bytes it shall have.
+    pub size: u64,
+}
+
+/// A disk that has grown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResizeReport {
+    /// The bytes it had.
+    pub before: u64,
+    /// The bytes it has.
+    pub size: u64,
 }
 
 /// What to take back, or which test failovers to end.
@@ -257,6 +282,7 @@ impl ControlSocket {
             .route("/v1/machines/{name}/commit", post(commit))
             .route("/v1/machines/{name}/cancel", post(cancel))
             .route("/v1/machines/{name}/reverse", post(reverse))
+            .route("/v1/machines/{name}/resize", post(resize))
             .with_state(node);
         axum::serve(listener, router).await
     }
@@ -316,6 +342,14 @@ async fn reverse(
     Json(request): Json<ReverseRequest>,
 ) -> Response {
     answer(move || node.reverse(&machine(&name)?, request)).await
+}
+
+async fn resize(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<ResizeRequest>,
+) -> Response {
+    answer(move || node.resize(&machine(&name)?, &request)).await
 }
 
 fn machine(name: &str) -> Result<Name, OperateError> {
@@ -417,6 +451,15 @@ pub async fn ask_reverse(
     request: ReverseRequest,
 ) -> Result<FailoverReport, ClientError> {
     ask(socket, "POST", &path_of(machine, "reverse"), &request).await
+}
+
+/// Asks the node on `socket` to make a disk of `machine` larger; answers when its guest can use it.
+pub async fn ask_resize(
+    socket: &Path,
+    machine: &Name,
+    request: &ResizeRequest,
+) -> Result<ResizeReport, ClientError> {
+    ask(socket, "POST", &path_of(machine, "resize"), request).await
 }
 
 /// Asks the node on `socket` to take back a failover of `machine`, or to end test failovers; answers when that is done.

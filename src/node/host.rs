@@ -6,12 +6,14 @@
 //!   member    one machine: from part to part   parts     what runs in each of them
 //!   serving   a machine that is written here   report    what a machine tells
 //!   roles     what operators ask for           peers     what the other host asks for
+//!   grow      a larger disk
 //! ```
 //! The store's folder holds `node.redb`, the host's records, and a folder for each machine. A machine that is not
 //! configured begins with the first greeting of a host that is allowed to; from then on it belongs to that host.
 
 mod config;
 mod file;
+mod grow;
 mod member;
 mod parts;
 mod peers;
@@ -47,7 +49,7 @@ use super::{
     admission,
     control::{
         CancelReport, CancelRequest, FailoverReport, FailoverRequest, Operate, OperateError,
-        ReverseRequest, TestRequest,
+        ResizeReport, ResizeRequest, ReverseRequest, TestRequest,
     },
     driver::chain,
     lock_folder,
@@ -459,6 +461,14 @@ impl Operate for Host {
         request: ReverseRequest,
     ) -> Result<FailoverReport, OperateError> {
         self.asked(machine)?.reverse(request)
+    }
+
+    fn resize(
+        &self,
+        machine: &Name,
+        request: &ResizeRequest,
+    ) -> Result<ResizeReport, OperateError> {
+        self.asked(machine)?.resize(request)
     }
 }
 

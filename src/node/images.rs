@@ -132,7 +132,7 @@ pub fn suffix_format(path: &Path) -> Option<Format> {
     }
 }
 
-/// An open image; the lock on its file lasts as long as this value.
+/// An open image; its file is locked as long as anybody has the lock.
 #[derive(Debug)]
 pub struct OpenImage {
     /// What was asked for.
@@ -141,8 +141,8 @@ pub struct OpenImage {
     pub disk: Arc<dyn Disk>,
     /// The file as it was before it was opened.
     pub stamp: ImageStamp,
-    /// Keeps the lock.
-    _lock: File,
+    /// The lock, unless somebody else keeps it.
+    pub(super) lock: Option<Arc<File>>,
 }
 
 impl OpenImage {
@@ -152,12 +152,22 @@ impl OpenImage {
         access: Access,
         ids: &Arc<dyn Ids>,
     ) -> Result<Self, ImageError> {
+        let lock = lock(&config.path, access)?;
+        Self::open_under(Some(Arc::new(lock)), config, access, ids)
+    }
+
+    /// Opens an image that is locked already.
+    pub(super) fn open_under(
+        lock: Option<Arc<File>>,
+        config: &ImageConfig,
+        access: Access,
+        ids: &Arc<dyn Ids>,
+    ) -> Result<Self, ImageError> {
         let path = &config.path;
         let failed = |source| ImageError::File {
             path: path.clone(),
             source,
         };
-        let lock = lock(path, access)?;
         let stamp = stamp(path).map_err(failed)?;
         let storage = FileStorage::open(path, access).map_err(failed)?;
         let opening = config.opening(access, ids)?;
@@ -172,7 +182,7 @@ impl OpenImage {
             config: config.clone(),
             disk,
             stamp,
-            _lock: lock,
+            lock,
         })
     }
 }

@@ -4,9 +4,13 @@
 //! the replica: a guest never waits for a replica. Stop: unmount (no write can come any more), end the
 //! replication, close the machine (flush, record that it was clean), and only then let go of the locks.
 
+mod grow;
+
+pub(super) use grow::GrowError;
+
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 pub use super::images::ImageConfig;
 use super::{
@@ -145,15 +149,22 @@ pub enum PrimaryError {
 pub struct Primary {
     name: Name,
     clock: Arc<dyn Clock>,
-    disks: Vec<Source>,
+    /// Others once a disk has grown.
+    opened: RwLock<Arc<Opened>>,
     /// Whose stamp is taken at the end, for each disk.
     stamped: Mutex<Vec<Stamped>>,
-    tracked: Option<Tracked>,
     /// The guest's flushes, if they wait for the replica.
     flushes: Option<Arc<Flushes>>,
     mount: Mount,
     replication: Mutex<Option<Running>>,
     progress: Arc<Mutex<Progress>>,
+}
+
+/// The open disks, and what tracks them.
+#[derive(Debug)]
+struct Opened {
+    disks: Vec<Source>,
+    tracked: Option<Tracked>,
 }
 
 /// A machine whose writes are tracked, before its disks are shown.
@@ -209,14 +220,14 @@ impl Primary {
         let tracked = beginning.map(track).transpose()?;
         let (tracked, flushes) =
             tracked.map_or((None, None), |(tracked, flushes)| (Some(tracked), flushes));
-        let mount = mount(show, &disks, tracked.as_ref(), flushes.as_ref())?;
         let stamped = disks.iter().map(|disk| disk.stamped.0.clone()).collect();
+        let opened = Opened { disks, tracked };
+        let mount = mount(show, &opened, flushes.as_ref())?;
         Ok(Self {
             name,
             clock,
-            disks,
+            opened: RwLock::new(Arc::new(opened)),
             stamped: Mutex::new(stamped),
-            tracked,
             flushes,
             mount,
             replication: Mutex::default(),
@@ -231,7 +242,7 @@ impl Primary {
         target: Target,
         host: Host,
     ) -> Result<(), PrimaryError> {
-        let Some(tracked) = &self.tracked else {
+        let Some(machine) = self.machine() else {
             return Ok(());
         };
         let before = self.replication.lock().take();
@@ -241,7 +252,6 @@ impl Primary {
             flushes.unlinked("connecting to the replica");
         }
         let (peer, interval) = (target.callee.address.clone(), target.interval);
-        let machine = Arc::clone(&tracked.machine);
         let told = (Arc::clone(&self.progress), flushes);
         let replication = Replication::start(machine, subject, target, told, host)
             .map_err(PrimaryError::Thread)?;
@@ -262,14 +272,20 @@ impl Primary {
         }
     }
 
+    fn opened(&self) -> Arc<Opened> {
+        Arc::clone(&self.opened.read())
+    }
+
     /// The disks, as a replica has to know them.
     pub(super) fn specs(&self) -> Vec<DiskSpec> {
-        self.disks.iter().map(spec).collect()
+        self.opened().disks.iter().map(spec).collect()
     }
 
     /// What tracks the machine.
-    pub(super) fn machine(&self) -> Option<&Arc<Machine>> {
-        self.tracked.as_ref().map(|tracked| &tracked.machine)
+    pub(super) fn machine(&self) -> Option<Arc<Machine>> {
+        let opened = self.opened();
+        let tracked = opened.tracked.as_ref()?;
+        Some(Arc::clone(&tracked.machine))
     }
 
     /// Whether the mount is gone.
@@ -283,7 +299,7 @@ impl Primary {
         if let (Some(flushes), Writability::Refused(_)) = (&self.flushes, writability) {
             flushes.close("this host may no longer write the machine");
         }
-        for index in 0..self.disks.len() {
+        for index in 0..self.opened().disks.len() {
             self.mount.set_writable(FileIndex(index), writability);
         }
         if let (Some(flushes), Writability::Writable) = (&self.flushes, writability) {
@@ -293,7 +309,7 @@ impl Primary {
 
     /// Whoever has a disk open for writing, as far as this process can see; nothing if nobody has.
     pub(super) fn writers(&self) -> Option<Vec<User>> {
-        let writers: usize = (0..self.disks.len())
+        let writers: usize = (0..self.opened().disks.len())
             .map(|index| self.mount.open_writers(FileIndex(index)))
             .sum();
         (writers > 0).then(|| shim::users_of(self.mount.dir()))
@@ -301,13 +317,14 @@ impl Primary {
 
     /// From now on disk `index` is its image and nothing else.
     pub(super) fn is_plain(&self, index: usize) {
-        let image = self.disks[index].image.clone();
+        let image = self.opened().disks[index].image.clone();
         self.stamped.lock()[index] = Stamped::image(image);
     }
 
     /// The raw files in the mount.
     pub fn paths(&self) -> Vec<PathBuf> {
-        self.disks.iter().map(|disk| self.path(disk)).collect()
+        let opened = self.opened();
+        opened.disks.iter().map(|disk| self.path(disk)).collect()
     }
 
     /// Waits until the mount is gone, whoever took it away.
@@ -323,23 +340,32 @@ impl Primary {
     pub fn stop(&self, how: Unmount) -> Result<(), PrimaryError> {
         self.unmount(how)?;
         self.end_replication();
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| PrimaryError::Close {
-            machine: self.name.clone(),
-            source,
-        };
-        if let Some(tracked) = &self.tracked {
-            tracked.rest();
-            let stamped = self.stamped.lock().clone();
-            let mut stamps = |disk: DiskIndex| stamped[disk.index()].take();
-            return tracked
-                .machine
-                .close(&mut stamps)
-                .map_err(|error| failed(Box::new(error)));
+        let opened = self.opened();
+        if let Some(tracked) = &opened.tracked {
+            return self.close(tracked);
         }
-        for disk in &self.disks {
-            disk.disk.close().map_err(|error| failed(Box::new(error)))?;
+        for disk in &opened.disks {
+            disk.disk
+                .close()
+                .map_err(|error| self.unclosed(Box::new(error)))?;
         }
         Ok(())
+    }
+
+    /// Closes the disks and their tracking: no request is under way and no replication runs.
+    fn close(&self, tracked: &Tracked) -> Result<(), PrimaryError> {
+        tracked.rest();
+        let stamped = self.stamped.lock().clone();
+        let mut stamps = |disk: DiskIndex| stamped[disk.index()].take();
+        let closed = tracked.machine.close(&mut stamps);
+        closed.map_err(|error| self.unclosed(Box::new(error)))
+    }
+
+    fn unclosed(&self, source: Box<dyn std::error::Error + Send + Sync>) -> PrimaryError {
+        PrimaryError::Close {
+            machine: self.name.clone(),
+            source,
+        }
     }
 
     fn unmount(&self, how: Unmount) -> Result<(), UnmountError> {
@@ -371,11 +397,12 @@ impl Primary {
         let latency = self.mount.latencies().write;
         let running = self.replication.lock();
         let running = running.as_ref();
-        let (state, stopped) = match (&self.tracked, running) {
+        let opened = self.opened();
+        let (state, stopped) = match (&opened.tracked, running) {
             (Some(tracked), Some(_)) => progress.phase.state(has_point(tracked)),
             _ => (ReplicationState::Disabled, None),
         };
-        let tracked = self.tracked.as_ref();
+        let tracked = opened.tracked.as_ref();
         let rpo = tracked.map_or_else(RpoStatus::default, |tracked| self.rpo(&progress, tracked));
         let signs = Signs {
             state,
@@ -415,7 +442,7 @@ impl Primary {
             copy: progress.copy_status(self.clock.monotonic()),
             traffic,
             write_latency: Some(LatencyStatus::from(&latency)),
-            disks: self
+            disks: opened
                 .disks
                 .iter()
                 .map(|disk| self.disk_status(disk))
@@ -473,10 +500,26 @@ impl Operate for Primary {
     }
 }
 
+/// What the guest writes to, for each disk.
+fn shown(opened: &Opened, flushes: Option<&Arc<Flushes>>) -> Vec<Arc<dyn Disk>> {
+    let disks = opened.disks.iter().enumerate();
+    let shown = disks.map(|(index, disk)| -> Arc<dyn Disk> {
+        match (&opened.tracked, flushes) {
+            (Some(tracked), Some(flushes)) => Arc::new(SyncDisk {
+                volume: Arc::clone(&tracked.machine.volumes()[index]),
+                machine: Arc::clone(&tracked.machine),
+                flushes: Arc::clone(flushes),
+            }),
+            (Some(tracked), None) => Arc::clone(&tracked.machine.volumes()[index]) as _,
+            (None, _) => Arc::clone(&disk.disk),
+        }
+    });
+    shown.collect()
+}
+
 fn mount(
     show: &ShowConfig,
-    disks: &[Source],
-    tracked: Option<&Tracked>,
+    opened: &Opened,
     flushes: Option<&Arc<Flushes>>,
 ) -> Result<Mount, PrimaryError> {
     let mut options = MountOptions::new(&show.at);
@@ -490,18 +533,11 @@ fn mount(
     } else {
         Writability::Writable
     };
-    let disks = disks.iter().enumerate().map(|(index, disk)| MountedDisk {
+    let disks = opened.disks.iter().zip(shown(opened, flushes));
+    let disks = disks.map(|(disk, shown)| MountedDisk {
         folder: None,
         file_name: disk.name.clone(),
-        disk: match (tracked, flushes) {
-            (Some(tracked), Some(flushes)) => Arc::new(SyncDisk {
-                volume: Arc::clone(&tracked.machine.volumes()[index]),
-                machine: Arc::clone(&tracked.machine),
-                flushes: Arc::clone(flushes),
-            }),
-            (Some(tracked), None) => Arc::clone(&tracked.machine.volumes()[index]) as Arc<dyn Disk>,
-            (None, _) => Arc::clone(&disk.disk),
-        },
+        disk: shown,
         writability,
     });
     Ok(shim::mount(&options, disks.collect())?)

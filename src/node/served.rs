@@ -265,12 +265,16 @@ impl Served {
         !self.tests.status().is_empty()
     }
 
-    /// Says which disks will be received; the images are made if there are none.
+    /// Says which disks will be received; the images are made if there are none, and grow if the disks did.
     pub(super) fn prepare(&self, disks: &[message::DiskSpec]) -> Result<(), Refusal> {
         let specs = disks.iter().map(disk_spec).collect::<Result<Vec<_>, _>>()?;
         let prepared = self.store.prepare(&specs);
-        prepared.map_err(|error| Refusal::Disks {
-            detail: chain(&error),
+        prepared.map_err(|error| {
+            let detail = chain(&error);
+            match error {
+                ReplicaError::Receiving | ReplicaError::PointInUse(_) => Refusal::NotNow { detail },
+                _ => Refusal::Disks { detail },
+            }
         })
     }
 }

@@ -1,6 +1,6 @@
 //! The disks that a machine is served from, and what tells whether somebody else wrote them.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{fs::File, io, path::PathBuf, sync::Arc};
 
 use super::{
     images::{ImageConfig, OpenImage, stamp},
@@ -22,8 +22,8 @@ pub(super) struct Source {
     pub(super) image: PathBuf,
     /// What tells whether somebody else wrote the disk, and what it told before the disk was opened.
     pub(super) stamped: (Stamped, ImageStamp),
-    /// Keeps the lock on the image.
-    pub(super) _keep: Option<OpenImage>,
+    /// The lock on the image, unless somebody else keeps it: the replica that the image belonged to before.
+    pub(super) lock: Option<Arc<File>>,
 }
 
 /// The files that tell whether somebody else wrote a disk.
@@ -61,7 +61,7 @@ impl From<OpenImage> for Source {
             format: image.config.format,
             image: image.config.path.clone(),
             stamped: (Stamped::image(image.config.path.clone()), image.stamp),
-            _keep: Some(image),
+            lock: image.lock,
         }
     }
 }

@@ -149,6 +149,7 @@ impl MachineReplica {
             head: Some(adoption.lineage),
             generation: Some(adoption.generation),
             discarding: false,
+            growing: false,
             rescue: (!adoption.exact).then_some(Rescue {
                 lineage: adoption.lineage,
                 cut: adoption.cut,
@@ -211,11 +212,13 @@ impl Shared {
         let done = Record {
             head: Some(lineage),
             discarding: false,
+            growing: false,
             rescue: None,
             ..record
         };
         let back = Record {
             discarding: true,
+            growing: false,
             ..done.clone()
         };
         self.record(state, back)?;

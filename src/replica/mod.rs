@@ -28,6 +28,7 @@
 
 mod error;
 mod fold;
+mod grow;
 mod handover;
 mod index;
 mod ingest;

@@ -28,6 +28,9 @@ pub(super) struct Record {
     pub(super) generation: Option<Generation>,
     /// Logs beyond the head are being removed, not to be taken up again.
     pub(super) discarding: bool,
+    /// The images may be larger than the disks: growing them was begun.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) growing: bool,
     /// The images stay as they were adopted; what they hold besides the point below is kept for somebody to look at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) rescue: Option<Rescue>,
@@ -79,14 +82,23 @@ impl Record {
 
     /// Whether the disk table of a log is that of this replica.
     pub(super) fn has_disks(&self, table: &[DiskEntry]) -> bool {
+        let mut pairs = self.disks.iter().zip(table);
+        self.had_disks(table) && pairs.all(|(disk, entry)| disk.geometry.size == entry.size)
+    }
+
+    /// Whether the disk table of a log is, or was before its disks grew, that of this replica.
+    pub(super) fn had_disks(&self, table: &[DiskEntry]) -> bool {
         table.len() == self.disks.len()
             && self.disks.iter().zip(table).all(|(disk, entry)| {
-                let geometry = Geometry {
-                    size: entry.size,
-                    logical_sector: entry.logical_sector,
-                    physical_sector: entry.physical_sector,
-                };
-                disk.name == entry.name && disk.geometry == geometry
+                let Geometry {
+                    size,
+                    logical_sector,
+                    physical_sector,
+                } = disk.geometry;
+                disk.name == entry.name
+                    && logical_sector == entry.logical_sector
+                    && physical_sector == entry.physical_sector
+                    && size >= entry.size
             })
     }
 }

@@ -101,7 +101,7 @@ impl Shared {
                 .open(name, Open::Read)
                 .map_err(ReplicaError::io("open", name))?;
             let log = LogFile::open(storage, name)?;
-            let ours = log.header().machine == self.id && record.has_disks(&log.header().disks);
+            let ours = log.header().machine == self.id && record.had_disks(&log.header().disks);
             if ours && log.epoch() == epoch {
                 found.push(Arc::new(log));
             } else {

@@ -253,7 +253,7 @@ impl Shared {
                 }
             })?;
             let (expected, found) = (disk.geometry.size, image.geometry().size);
-            if expected == found {
+            if expected == found || (record.growing && expected < found) {
                 Ok(image)
             } else {
                 Err(ReplicaError::Size {

@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     base::{ids::Name, limits::DISKS_PER_MACHINE_MAX},
-    disk::image::{self, Format},
+    disk::{
+        Geometry,
+        image::{self, Format},
+    },
     storage::Open,
 };
 
@@ -39,14 +42,20 @@ impl MachineReplica {
         self.shared.points(&state)
     }
 
-    /// Makes the base images at first contact; afterwards checks that the disks are still the same. Formats of later
+    /// Makes the base images at first contact; afterwards checks that the disks are still the same, and grows the images
+    /// of those that are larger now, which is refused while a view is open or a log is being received. Formats of later
     /// calls are not compared: the images keep theirs.
     pub fn prepare(&self, disks: &[DiskSpec]) -> Result<(), ReplicaError> {
         check_specs(disks)?;
         let shared = &*self.shared;
         let mut state = shared.state()?;
         if let Some(record) = &state.record {
-            return compare(&record.disks, disks);
+            let announced = same_disks(&record.disks, disks)?;
+            if announced == record.disks {
+                return Ok(());
+            }
+            drop(state);
+            return self.grow(announced);
         }
         let creating = Record {
             disks: disks
@@ -57,6 +66,7 @@ impl MachineReplica {
             head: None,
             generation: None,
             discarding: false,
+            growing: false,
             rescue: None,
         };
         for disk in &creating.disks {
@@ -191,7 +201,11 @@ pub(super) fn to_record(disk: &DiskSpec, format: Option<Format>) -> DiskRecord {
     }
 }
 
-fn compare(known: &[DiskRecord], announced: &[DiskSpec]) -> Result<(), ReplicaError> {
+/// The disks that are known, in the sizes that are announced.
+fn same_disks(
+    known: &[DiskRecord],
+    announced: &[DiskSpec],
+) -> Result<Vec<DiskRecord>, ReplicaError> {
     if known.len() != announced.len() {
         return Err(ReplicaError::Changed(format!(
             "the replica has {} disks, the primary {}",
@@ -199,7 +213,7 @@ fn compare(known: &[DiskRecord], announced: &[DiskSpec]) -> Result<(), ReplicaEr
             announced.len()
         )));
     }
-    for (known, announced) in known.iter().zip(announced) {
+    let same = |(known, announced): (&DiskRecord, &DiskSpec)| {
         if known.name != announced.name {
             return Err(ReplicaError::Changed(format!(
                 "disk {:?} is called {:?} on the primary",
@@ -207,14 +221,23 @@ fn compare(known: &[DiskRecord], announced: &[DiskSpec]) -> Result<(), ReplicaEr
                 announced.name.as_str()
             )));
         }
-        if known.geometry != announced.geometry {
-            return Err(ReplicaError::Changed(format!(
+        let grown = Geometry {
+            size: known.geometry.size.max(announced.geometry.size),
+            ..known.geometry
+        };
+        if grown == announced.geometry {
+            Ok(DiskRecord {
+                geometry: grown,
+                ..known.clone()
+            })
+        } else {
+            Err(ReplicaError::Changed(format!(
                 "disk {:?} has {:?} here and {:?} on the primary",
                 known.name.as_str(),
                 known.geometry,
                 announced.geometry
-            )));
+            )))
         }
-    }
-    Ok(())
+    };
+    known.iter().zip(announced).map(same).collect()
 }

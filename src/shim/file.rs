@@ -27,7 +27,7 @@ use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, OFlag},
 };
-use parking_lot::{RwLock, RwLockReadGuard};
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::latency::{Operation, Recorders};
 use crate::{
@@ -84,7 +84,9 @@ pub(super) enum Opened {
 pub(super) struct File {
     /// `folder/name.raw`, for messages.
     label: String,
-    geometry: Geometry,
+    /// Bytes. Changes only with the disk, under its lock held alone.
+    size: AtomicU64,
+    logical_sector: u32,
     /// Gone once the file was withdrawn.
     disk: RwLock<Option<Arc<dyn Disk>>>,
     writability: RwLock<Writability>,
@@ -99,9 +101,15 @@ pub(super) struct File {
 
 impl File {
     pub(super) fn new(label: String, disk: Arc<dyn Disk>, writability: Writability) -> Self {
+        let Geometry {
+            size,
+            logical_sector,
+            ..
+        } = disk.geometry();
         Self {
             label,
-            geometry: disk.geometry(),
+            size: AtomicU64::new(size),
+            logical_sector,
             disk: RwLock::new(Some(disk)),
             writability: RwLock::new(writability),
             readers: AtomicUsize::new(0),
@@ -112,9 +120,9 @@ impl File {
         }
     }
 
-    /// Bytes of the file: those of the disk, for ever.
+    /// Bytes of the file: those of the disk.
     pub(super) fn size(&self) -> u64 {
-        self.geometry.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// When a write last changed the disk; the time of mounting if none did.
@@ -142,6 +150,12 @@ impl File {
     /// Waits for all requests under way and lets go of the disk; later requests fail with `EIO`.
     pub(super) fn withdraw(&self) {
         self.disk.write().take();
+    }
+
+    /// Waits until `until` for all requests under way; later ones wait until the guard is dropped.
+    pub(super) fn hold(&self, until: Instant) -> Option<HeldFile<'_>> {
+        let disk = self.disk.try_write_until(until)?;
+        Some(HeldFile { file: self, disk })
     }
 
     /// Handles open for writing. A handle counts until the kernel releases it, shortly after its last close.
@@ -323,7 +337,7 @@ impl File {
     }
 
     fn check_alignment(&self, offset: u64, len: u64, flags: OFlag) -> Result<(), Errno> {
-        let sector = u64::from(self.geometry.logical_sector);
+        let sector = u64::from(self.logical_sector);
         if flags.contains(OFlag::O_DIRECT) && !(offset | len).is_multiple_of(sector) {
             return Err(Errno::EINVAL);
         }
@@ -356,6 +370,29 @@ impl File {
                 Err(errno)
             }
         }
+    }
+}
+
+/// A file whose requests wait.
+pub(super) struct HeldFile<'a> {
+    file: &'a File,
+    disk: RwLockWriteGuard<'a, Option<Arc<dyn Disk>>>,
+}
+
+impl HeldFile<'_> {
+    /// Whether it still shows a disk.
+    pub(super) fn is_shown(&self) -> bool {
+        self.disk.is_some()
+    }
+
+    /// Lets the requests go on with `disk`, which has the same sectors.
+    pub(super) fn release_with(mut self, disk: Arc<dyn Disk>) {
+        let size = disk.geometry().size;
+        let before = self.file.size.swap(size, Ordering::AcqRel);
+        if before != size {
+            tracing::info!(file = %self.file.label, before, size, "resized");
+        }
+        *self.disk = Some(disk);
     }
 }
 

@@ -32,7 +32,7 @@ mod users;
 pub use file::{Refusal, Writability};
 pub use latency::{Latencies, OperationLatency};
 pub use mount::{
-    FileIndex, Mount, MountError, MountOptions, MountedDisk, Owner, THREADS_DEFAULT, Unmount,
+    FileIndex, Held, Mount, MountError, MountOptions, MountedDisk, Owner, THREADS_DEFAULT, Unmount,
     UnmountError, Visibility, mount, recover_stale,
 };
 pub use users::{User, users_of};

@@ -17,6 +17,7 @@ use std::{
     str::FromStr,
     sync::Arc,
     thread,
+    time::{Duration, Instant},
 };
 
 use crossbeam_channel::{Receiver, bounded};
@@ -29,7 +30,7 @@ use nix::{
 use tokio::sync::watch;
 
 use super::{
-    file::{File, Writability},
+    file::{File, HeldFile, Writability},
     files::Files,
     fuse::Glue,
     latency::Latencies,
@@ -304,6 +305,15 @@ impl Mount {
         self.files.files()[disk.0].set_writable(writability);
     }
 
+    /// Lets all requests wait, on all disks, until what is returned is dropped or given other disks. Nothing if requests
+    /// that are under way do not end `within` that time: those of a disk that failed, or that wait for a replica.
+    pub fn hold(&self, within: Duration) -> Option<Held<'_>> {
+        let until = Instant::now() + within;
+        let files = self.files.files().iter();
+        let held: Vec<_> = files.map(|file| file.hold(until)).collect::<Option<_>>()?;
+        held.iter().all(HeldFile::is_shown).then_some(Held(held))
+    }
+
     /// Becomes `true` once nobody can reach the disks any more: after an unmount, by this process or by a person.
     pub fn ended(&self) -> watch::Receiver<bool> {
         self.ended.clone()
@@ -325,6 +335,25 @@ impl Mount {
         }
         self.files.withdraw();
         Ok(())
+    }
+}
+
+/// Files whose requests wait: no disk is in use.
+pub struct Held<'a>(Vec<HeldFile<'a>>);
+
+impl fmt::Debug for Held<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Held").field(&self.0.len()).finish()
+    }
+}
+
+impl Held<'_> {
+    /// Lets the requests go on with other disks, in the order of those given to [`mount()`]. A size that differs is seen
+    /// by whoever asks for it within a second, which is how long the kernel believes the old one.
+    pub fn release_with(self, disks: Vec<Arc<dyn Disk>>) {
+        for (file, disk) in self.0.into_iter().zip(disks) {
+            file.release_with(disk);
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! [`Volume`] is what a guest writes to; [`Machine`] is what the sender of a replica talks to: it cuts epochs, takes what
 //! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), [`swap`] (what changes when roles do),
 //! [`answers`] (what it says), `core` (the shared state and its locks), [`disk`] (the write path), [`take`] (what the
-//! sender reads), `open` (what a restart finds), [`record`] (what the node's store remembers).
+//! sender reads), `open` (what a restart finds), `grow` (disks that grew meanwhile), [`record`] (what the node's store remembers).
 //!
 //! # One epoch's journey
 //! ```text
@@ -22,6 +22,7 @@
 pub mod answers;
 mod core;
 pub mod disk;
+mod grow;
 pub mod machine;
 mod open;
 pub mod record;
@@ -36,6 +37,7 @@ pub use self::{
         ReplicaHead, Standing,
     },
     disk::Volume,
+    grow::grew,
     machine::Machine,
     open::{DiskSource, MachineOptions, OpenError},
     record::{ImageStamp, ResyncReason},

@@ -7,6 +7,7 @@
 //! | another boot (power cut), or a flush failed       | both maps and all blocks of hot regions               |
 //! | maps missing or foreign, intent log unreadable    | the whole disk                                        |
 //! | image changed while closed                        | the whole disk                                        |
+//! | disk grown, and nothing else                      | as it was: what is new reads as zeros on both sides   |
 //! | tracking was lost                                 | all disks                                             |
 //! | other disks than before                           | all disks, and the lineage is gone                    |
 //!
@@ -31,6 +32,7 @@ use tracing::{info, warn};
 
 use super::{
     core::{Closing, ClosingKind, Control, Core, Epochs, Tracked},
+    grow,
     record::{DiskRecord, ImageStamp, Record, ResyncReason, Trust},
     take::Cursors,
 };
@@ -132,6 +134,17 @@ struct Past {
     known: bool,
     /// Whether hot regions count: the power was cut, or an image could not be flushed.
     power_cut: bool,
+}
+
+impl Past {
+    /// The disk as the last mount knew it: smaller, if it has grown.
+    fn before(&self, owner: Owner) -> Owner {
+        let disk = self.record.disks.get(owner.disk.index());
+        let size = disk
+            .filter(|_| self.known)
+            .map_or(owner.size, |disk| disk.size);
+        Owner { size, ..owner }
+    }
 }
 
 pub(super) fn open_core(
@@ -297,21 +310,17 @@ fn open_disk(
     let mounts = [mount, mount + 1];
     let (maps, mut reason) =
         open_maps(state, owner, past, mounts).map_err(failed("open the maps"))?;
-    let intent = IntentLog::find(state, owner, mounts).map_err(failed("open the intent log"))?;
+    let before = past.before(owner);
+    let intent = IntentLog::find(state, before, mounts).map_err(failed("open the intent log"))?;
     let (all, other) = (maps[0].bits(), maps[1].bits());
-    let intent = match intent {
-        Some((intent, regions)) if past.known => {
-            if past.power_cut {
-                mark_regions(all, &regions, owner.size);
-            }
-            Some(intent)
+    let intent = intent.filter(|_| past.known);
+    if past.power_cut {
+        match &intent {
+            Some((_, regions)) => mark_regions(all, regions, owner.size),
+            None => reason = reason.or(Some(ResyncReason::IntentLost(index))),
         }
-        _ => None,
-    };
-    if intent.is_none() && past.power_cut {
-        reason = reason.or(Some(ResyncReason::IntentLost(index)));
     }
-    if past.known && image_changed(past, index, source.stamp) {
+    if past.known && image_changed(past, owner, source.stamp) {
         reason = reason.or(Some(ResyncReason::ImageChanged(index)));
     }
     let reason = reason.filter(|_| past.known);
@@ -327,8 +336,8 @@ fn open_disk(
         source: error,
     })?;
     let intent = match intent {
-        Some(mut intent) => intent.checkpoint(&[]).map(|()| intent),
-        None => IntentLog::create(state, owner, mount + 1),
+        Some((mut intent, _)) if before == owner => intent.checkpoint(&[]).map(|()| intent),
+        _ => IntentLog::create(state, owner, mount + 1),
     };
     let intent = intent.map_err(failed("empty the intent log"))?;
     let adopted = maps.iter().try_for_each(|map| map.adopt(mount + 1));
@@ -358,6 +367,14 @@ fn open_maps(
     past: &Past,
     mounts: [u64; 2],
 ) -> io::Result<([Map; 2], Option<ResyncReason>)> {
+    let before = past.before(owner);
+    if before != owner {
+        let grown = grow::maps(state, before, owner, mounts)?;
+        return Ok(match grown {
+            (maps, true) => (maps, None),
+            (maps, false) => (maps, Some(ResyncReason::MapsLost(owner.disk))),
+        });
+    }
     let mut reason = None;
     let mut open = |slot| match Map::find(state, owner, slot, mounts)? {
         Some(map) if past.known => Ok::<_, io::Error>(map),
@@ -378,15 +395,16 @@ fn mark_regions(bits: &Bits, regions: &BTreeSet<u64>, size: u64) {
     }
 }
 
-/// Whether somebody changed the image while it was closed. After a crash its length and times are our own doing.
-fn image_changed(past: &Past, index: DiskIndex, stamp: ImageStamp) -> bool {
-    let Some(disk) = past.record.disks.get(index.index()) else {
+/// Whether somebody changed the image while it was closed. After a crash its length and times are our own doing, but a
+/// disk is grown only after a clean end.
+fn image_changed(past: &Past, owner: Owner, stamp: ImageStamp) -> bool {
+    let Some(disk) = past.record.disks.get(owner.disk.index()) else {
         return true;
     };
     if past.record.trust == Trust::Clean {
         disk.stamp != stamp
     } else {
-        disk.stamp.inode != stamp.inode
+        disk.stamp.inode != stamp.inode || disk.size != owner.size
     }
 }
 
@@ -526,6 +544,75 @@ mod tests {
             Some(HEAD),
             "the replica stays a base to add to"
         );
+    }
+
+    impl Host {
+        /// Grows the image by 4 MiB; whether the machine's record says that it was this program.
+        fn grow(&mut self, by_us: bool) {
+            self.image.set_len(8 * MIB).unwrap();
+            self.stamp = ImageStamp {
+                bytes: 8 * MIB,
+                ..stamp(8)
+            };
+            if by_us {
+                let store = Arc::clone(&self.store) as Arc<dyn Storage>;
+                let ledger = Ledger::open(store).unwrap();
+                let machine = MachineId(uuid::Uuid::from_u128(3));
+                grow::grew(&ledger, machine, &Name::new("disk").unwrap(), self.stamp).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_disk_that_we_grew_owes_what_it_owed_before() {
+        let mut host = Host::closed(memory());
+        host.grow(true);
+        let machine = host.open("disk");
+        check(&machine, None, 1);
+        assert_eq!(machine.lineage(), Some(HEAD));
+        let volume = &machine.volumes()[0];
+        volume.write_at(8 * MIB - 1, &[1], Fua::No).unwrap();
+        drop(machine);
+        // From here on maps and intent log are those of a larger disk, in a crash as well.
+        let machine = host.open("disk");
+        check(&machine, None, 2);
+        machine.volumes()[0]
+            .write_at(7 * MIB, &[1], Fua::No)
+            .unwrap();
+        drop(machine);
+        host.boot = "two";
+        check(&host.open("disk"), None, 1 + 256);
+    }
+
+    #[test]
+    fn a_disk_that_somebody_grew_is_sent_as_a_whole() {
+        let changed = Some(ResyncReason::ImageChanged(DiskIndex(0)));
+        let mut host = Host::closed(memory());
+        host.grow(false);
+        let machine = host.open("disk");
+        check(&machine, changed, 2 * BLOCKS);
+        assert_eq!(machine.lineage(), Some(HEAD));
+
+        // After a crash the file's length and time tell nothing, but a disk of another size was not left by us.
+        let mut host = Host::closed(memory());
+        drop(host.open("disk"));
+        host.grow(true);
+        check(&host.open("disk"), changed, 2 * BLOCKS);
+    }
+
+    /// The power fails when the longer maps have their names, but the record is that of the smaller disk.
+    #[test]
+    fn longer_maps_are_not_believed_before_the_record_knows_of_them() {
+        let mut host = Host::closed(memory());
+        host.grow(true);
+        let before = host.store.bytes();
+        drop(host.open("disk"));
+        let host = Host {
+            store: MemoryStorage::with_bytes(&before),
+            ..host
+        };
+        let lost = Some(ResyncReason::MapsLost(DiskIndex(0)));
+        check(&host.open("disk"), lost, 2 * BLOCKS);
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub enum ResyncReason {
     IntentLost(DiskIndex),
     /// The replica is complete at a point this machine knows nothing of.
     HistoriesDiffer,
-    /// Names, sizes or order of the disks are not the ones that were replicated: a new initial copy is needed.
+    /// Names or order of the disks are not the ones that were replicated, or one is smaller: a new initial copy is needed.
     DisksChanged,
     /// The node's store could not be written or read while the machine ran, so that tracking ended.
     TrackingLost,
@@ -101,12 +101,10 @@ impl Record {
         format!("machine/{machine}")
     }
 
-    /// Whether `other` describes the same disks, whatever happened to their images.
-    pub(super) fn same_disks(&self, other: &[DiskRecord]) -> bool {
-        let identity = |disk: &DiskRecord| (disk.name.clone(), disk.size);
-        self.disks
-            .iter()
-            .map(identity)
-            .eq(other.iter().map(identity))
+    /// Whether `later` describes the same disks, whatever happened to their images. They may have grown.
+    pub(super) fn same_disks(&self, later: &[DiskRecord]) -> bool {
+        let mut pairs = self.disks.iter().zip(later);
+        self.disks.len() == later.len()
+            && pairs.all(|(disk, later)| disk.name == later.name && disk.size <= later.size)
     }
 }

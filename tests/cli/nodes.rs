@@ -183,14 +183,14 @@ fn disks_that_changed_are_refused() {
     let lineage = primary.cut();
     replica.merged();
     primary.stop();
-    // A disk more, and a disk that grew: said clearly, and the replica stays what it was.
+    // A disk more, and a disk that shrank: said clearly, and the replica stays what it was.
     for change in [&[&first, &second][..], &[&first]] {
         if change.len() == 1 {
             fs::OpenOptions::new()
                 .write(true)
                 .open(&first)
                 .unwrap()
-                .set_len(32 << 20)
+                .set_len(8 << 20)
                 .unwrap();
         }
         let images: Vec<_> = change.iter().map(|path| path.as_path()).collect();

@@ -135,7 +135,7 @@ pub(super) fn planned(node: &Node) -> FailoverReport {
     verb(node, &["failover", MACHINE, "--planned"])
 }
 
-fn refused(node: &Node, args: &[&str], why: &str) {
+pub(super) fn refused(node: &Node, args: &[&str], why: &str) {
     let (code, _, err) = call(node, args);
     assert_eq!(code, 3, "{args:?}: {err}");
     assert!(err.contains(why), "{args:?}: {err}");

@@ -151,9 +151,9 @@ fn disks_that_changed_are_refused_clearly() {
     fewer.pop();
     let mut renamed = specs();
     renamed[0].name = Name::new("system").unwrap();
-    let mut grown = specs();
-    grown[1].geometry.size += 4096;
-    for changed in [fewer, renamed, grown] {
+    let mut shrunk = specs();
+    shrunk[1].geometry.size -= 4096;
+    for changed in [fewer, renamed, shrunk] {
         let error = replica.prepare(&changed).unwrap_err();
         assert!(matches!(error, ReplicaError::Changed(_)), "{error}");
     }

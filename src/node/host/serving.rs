@@ -351,7 +351,7 @@ fn over_point(
             format: image.format,
             image: image.path.clone(),
             stamped: stamped(&image.path, folder.join(layer_file(name)))?,
-            _keep: None,
+            lock: None,
         })
     };
     let sources = opened
