@@ -21,10 +21,10 @@ use crate::{
 #[derive(Clone, Debug, clap::Args)]
 pub struct Asked {
     /// The machine.
-    machine: Name,
+    pub(super) machine: Name,
     /// Print JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     /// Ask the node on this control socket instead of looking for the machine on this host.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
@@ -209,7 +209,7 @@ fn print(asked: &Asked, report: &FailoverReport, out: &Output) -> anyhow::Result
 }
 
 /// The control socket of the one node of this host that has the machine, in whatever part; or the given one.
-async fn socket_of(asked: &Asked) -> anyhow::Result<PathBuf> {
+pub(super) async fn socket_of(asked: &Asked) -> anyhow::Result<PathBuf> {
     if let Some(socket) = &asked.control {
         return Ok(socket.clone());
     }

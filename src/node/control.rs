@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `GET /v1/status` | [`NodeStatus`] |
 //! | `POST /v1/machines/{name}/cut` | the [`Lineage`] of a cut made now, once it is durable on the replica |
+//! | `POST /v1/machines/{name}/resync` | `null`, once a resync is durably begun; `status` tells how it goes |
 //! | `GET /v1/machines/{name}/points` | a [`PointStatus`] for each recovery point, oldest first |
 //! | `POST /v1/machines/{name}/tests` with a [`TestRequest`] | the [`TestStatus`] of a test failover that was started |
 //! | `POST /v1/machines/{name}/failover` with a [`FailoverRequest`] | a [`FailoverReport`] |
@@ -54,6 +55,11 @@ pub trait Operate: Send + Sync + 'static {
 
     /// Cuts a machine now and waits until the epoch is durable on its replica.
     fn cut(&self, machine: &Name) -> Result<Lineage, OperateError>;
+
+    /// Begins to compare everything a machine holds with its replica, and to send what differs.
+    fn resync(&self, machine: &Name) -> Result<(), OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
 
     /// The recovery points of a machine's replica, oldest first.
     fn points(&self, machine: &Name) -> Result<Vec<PointStatus>, OperateError> {
@@ -251,6 +257,7 @@ impl ControlSocket {
         let router = Router::new()
             .route("/v1/status", get(status))
             .route("/v1/machines/{name}/cut", post(cut))
+            .route("/v1/machines/{name}/resync", post(resync))
             .route("/v1/machines/{name}/points", get(points))
             .route("/v1/machines/{name}/tests", post(start_test))
             .route("/v1/machines/{name}/failover", post(failover))
@@ -276,6 +283,10 @@ async fn status(State(node): Node) -> Response {
 
 async fn cut(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
     answer(move || node.cut(&machine(&name)?)).await
+}
+
+async fn resync(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
+    answer(move || node.resync(&machine(&name)?)).await
 }
 
 async fn points(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
@@ -380,6 +391,11 @@ pub async fn ask_status(socket: &Path) -> Result<NodeStatus, ClientError> {
 /// Asks the node on `socket` to cut `machine`; answers when the epoch is durable on the replica.
 pub async fn ask_cut(socket: &Path, machine: &Name) -> Result<Lineage, ClientError> {
     ask(socket, "POST", &path_of(machine, "cut"), &()).await
+}
+
+/// Asks the node on `socket` to bring the replica of `machine` back in step; answers when that is durably begun.
+pub async fn ask_resync(socket: &Path, machine: &Name) -> Result<(), ClientError> {
+    ask(socket, "POST", &path_of(machine, "resync"), &()).await
 }
 
 /// Asks the node on `socket` for the recovery points of `machine`, oldest first.

@@ -11,7 +11,7 @@ use std::{
 use crossbeam_channel::{Receiver, never, select};
 
 use super::{
-    driver::{Command, CutAnswer, Driver, Heard, chain},
+    driver::{Command, CutAnswer, Driver, Heard, ResyncAnswer, chain},
     pipeline::{Pipeline, Raw},
     sync_flush::Flushes,
 };
@@ -24,8 +24,9 @@ use crate::{
     delta::{DiskEntry, EncodedFrame, Encoder, Header, LogKind},
     net::{self, Link, LinkError, LogSender, Reason},
     protocol::{
+        compare::{Differing, Question},
         message::{self, ToReplica},
-        sender::{Action, Agreement, Log, Pace, Sender, Side, StopReason},
+        sender::{Action, Agreement, Log, Pace, Seen, Sender, Side, StopReason},
     },
     volume::{self, CopyScope, Cut, CutRefused, PieceContent, Reconcile, ReplicaHead, Taken},
 };
@@ -69,6 +70,10 @@ pub(super) struct Conversation<'a> {
     waiting: Vec<CutAnswer>,
     /// Commands whose cut was made and is not durable yet.
     answering: Vec<CutAnswer>,
+    /// Commands that wait until no epoch is closing.
+    demanding: Vec<ResyncAnswer>,
+    /// What the questions on the way are about, the oldest first.
+    asked: VecDeque<Vec<(DiskIndex, Extent)>>,
     /// Bytes and time of saturated sending since the last measurement.
     measured: (u64, Duration),
 }
@@ -85,7 +90,7 @@ impl<'a> Conversation<'a> {
     ) -> Self {
         let sender = Sender::new(pace);
         let (log, cut, measured) = (None, None, (0, Duration::ZERO));
-        let (waiting, answering) = (Vec::new(), Vec::new());
+        let (waiting, answering, demanding) = (Vec::new(), Vec::new(), Vec::new());
         Self {
             driver,
             sender,
@@ -97,6 +102,8 @@ impl<'a> Conversation<'a> {
             cut,
             waiting,
             answering,
+            demanding,
+            asked: VecDeque::new(),
             measured,
         }
     }
@@ -115,6 +122,10 @@ impl<'a> Conversation<'a> {
             while let Some(action) = self.sender.poll() {
                 self.act(action)?;
             }
+            // What was staged is acknowledged by now.
+            if self.sender.is_open() {
+                self.begin_demanded();
+            }
             let idle = !self.advance()?;
             if let Some(end) = self.hear(idle) {
                 return Ok(end);
@@ -125,8 +136,12 @@ impl<'a> Conversation<'a> {
             let clock = &self.driver.host.clock;
             // The time before the counters: a write in between must not be declared part of what the replica has.
             let (now, wall) = (clock.monotonic(), clock.wall());
-            let changed = self.driver.machine.counters().open_blocks > 0;
-            self.sender.tick(now, wall, changed);
+            let counters = self.driver.machine.counters();
+            let seen = Seen {
+                changed: counters.open_blocks > 0,
+                suspects: counters.suspect_blocks > 0,
+            };
+            self.sender.tick(now, wall, seen);
         }
     }
 
@@ -136,6 +151,9 @@ impl<'a> Conversation<'a> {
         let owed = self.driver.machine.counters().owed_open_blocks * BLOCK_BYTES;
         if let Some(side) = self.sender.side(owed).filter(|_| self.pipeline.has_room()) {
             busy = self.take(side)?;
+        }
+        if self.sender.may_ask() {
+            busy |= self.ask()?;
         }
         // Frames are sent as soon as they are packed. The oldest one is waited for where there is nothing else to do, or
         // no room for more.
@@ -185,6 +203,56 @@ impl<'a> Conversation<'a> {
         Ok(true)
     }
 
+    /// Asks about the next suspects; whether there were any.
+    fn ask(&mut self) -> Result<bool, End> {
+        let machine = &self.driver.machine;
+        let Some(at) = machine.lineage() else {
+            return Ok(false);
+        };
+        let samples = machine.ask().map_err(|error| End::Lost(chain(&error)))?;
+        if samples.is_empty() {
+            return Ok(false);
+        }
+        let about = samples.iter().map(|sample| (sample.disk, sample.run()));
+        self.asked.push_back(about.collect());
+        let read = samples.iter().filter(|sample| sample.hashes.is_some());
+        let read = read.map(|sample| sample.len).sum();
+        let number = self.sender.ask();
+        let question = Question {
+            number,
+            at,
+            samples,
+        };
+        let bytes = self.say(&ToReplica::Compare(question))?;
+        self.driver.progress.lock().asked(read, bytes);
+        Ok(true)
+    }
+
+    /// The oldest question is answered.
+    fn answered(&mut self, differing: &Differing) -> Result<(), End> {
+        let about = self.asked.pop_front();
+        let about = about.expect("the sender counts questions and answers");
+        let sifted = self.driver.machine.answered(&about, differing);
+        let sifted = sifted.ok_or(End::Refused(StopReason::Protocol(
+            "an answer about other blocks than were asked about",
+        )))?;
+        let bytes = about.iter().map(|(_, run)| run.len).sum();
+        self.driver.progress.lock().compared(bytes, sifted);
+        Ok(())
+    }
+
+    /// Begins the resync that was asked for. An epoch is cut at its end, also if nothing differs: it ends the resync.
+    fn begin_demanded(&mut self) {
+        for answer in std::mem::take(&mut self.demanding) {
+            let begun = self.driver.begin_demanded();
+            if begun.is_ok() {
+                self.sender.want_cut();
+            }
+            // Whoever asked may have gone away.
+            let _ = answer.send(begun);
+        }
+    }
+
     /// The closing epoch was merged into the open one: its log goes on, and whoever waits for its cut gets a later one.
     fn superseded(&mut self) {
         self.cut = None;
@@ -213,6 +281,7 @@ impl<'a> Conversation<'a> {
                     self.waiting.push(answer);
                     self.sender.want_cut();
                 }
+                Ok(Command::Resync(answer)) => self.demanding.push(answer),
                 Ok(Command::Stop) | Err(_) => return Some(End::Stop),
             },
             default(wait) => {}
@@ -222,12 +291,13 @@ impl<'a> Conversation<'a> {
 
     fn act(&mut self, action: Action) -> Result<(), End> {
         match action {
-            Action::Say(message) => self.say(&message),
+            Action::Say(message) => self.say(&message).map(|_| ()),
             Action::Compare(head) => self.compare(head),
             Action::OpenLog(log) => self.open(log),
             Action::Cut => self.cut(),
             Action::Seal => self.seal(),
             Action::Copied(frames) => self.copied(frames),
+            Action::Answered(differing) => self.answered(&differing),
             Action::Acknowledge(lineage) => self.acknowledge(lineage),
             Action::Stop(reason) => Err(End::Refused(reason)),
         }
@@ -238,9 +308,12 @@ impl<'a> Conversation<'a> {
         self.driver.flushes.as_deref().map(tell)
     }
 
-    fn say(&mut self, message: &ToReplica) -> Result<(), End> {
-        let bytes = message::encode(message).into();
-        done(self.driver.until_stopped(self.mouth.send(bytes)))
+    /// Says it; how many bytes that took.
+    fn say(&mut self, message: &ToReplica) -> Result<u64, End> {
+        let bytes = message::encode(message);
+        let len = to_u64(bytes.len());
+        done(self.driver.until_stopped(self.mouth.send(bytes.into())))?;
+        Ok(len)
     }
 
     fn compare(&mut self, head: message::Head) -> Result<(), End> {
@@ -289,6 +362,10 @@ impl<'a> Conversation<'a> {
         );
         self.flushes(|flushes| flushes.linked(complete && agreement == Agreement::InStep));
         self.sender.agreed(agreement);
+        if machine.state().resync.is_some() {
+            // Also if nothing is left to compare: the resync ends with an epoch.
+            self.sender.want_cut();
+        }
         Ok(())
     }
 
@@ -332,7 +409,7 @@ impl<'a> Conversation<'a> {
                 self.sender.was_cut(self.driver.host.clock.monotonic());
                 Ok(())
             }
-            Err(CutRefused::Closing(_)) => {
+            Err(CutRefused::Closing(_) | CutRefused::Suspects(_)) => {
                 self.flushes(Flushes::merged);
                 self.sender.merged();
                 Ok(())
@@ -437,7 +514,6 @@ impl<'a> Conversation<'a> {
             .machine
             .staged(lineage)
             .map_err(|error| End::Lost(chain(&error)))?;
-        let now = self.driver.host.clock.wall();
         let cut = self.cut.take();
         if cut.is_some() {
             self.flushes(Flushes::durable);
@@ -445,7 +521,7 @@ impl<'a> Conversation<'a> {
         self.driver
             .progress
             .lock()
-            .durable(cut.map(|cut| cut.time), now);
+            .durable(cut.map(|cut| cut.time), &*self.driver.host.clock);
         for answer in self.answering.drain(..) {
             // Whoever asked may have gone away.
             let _ = answer.send(Ok(lineage));
@@ -474,6 +550,9 @@ impl<'a> Conversation<'a> {
         self.driver.host.runtime.block_on(self.link.drained());
         for answer in self.waiting.drain(..).chain(self.answering.drain(..)) {
             let _ = answer.send(Err(format!("the link to the replica was lost: {text}")));
+        }
+        for answer in self.demanding.drain(..) {
+            let _ = answer.send(self.driver.begin_demanded());
         }
     }
 }

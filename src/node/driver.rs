@@ -66,9 +66,13 @@ pub(super) struct Subject {
 /// Waits for an answer to one command.
 pub(super) type CutAnswer = ChannelSender<Result<Lineage, String>>;
 
+/// Waits for a resync to begin.
+pub(super) type ResyncAnswer = ChannelSender<Result<(), String>>;
+
 /// What the node asks of the thread.
 pub(super) enum Command {
     Cut(CutAnswer),
+    Resync(ResyncAnswer),
     Stop,
 }
 
@@ -121,21 +125,33 @@ impl Replication {
     }
 
     /// Asks for a cut now; the answer comes when the epoch is durable on the replica.
-    pub(super) fn request_cut(&self) -> PendingCut {
+    pub(super) fn request_cut(&self) -> Pending<Lineage> {
+        self.request(Command::Cut)
+    }
+
+    /// Asks for a resync; the answer comes when it is durably begun, be there a link or not.
+    pub(super) fn request_resync(&self) -> Pending<()> {
+        self.request(Command::Resync)
+    }
+
+    fn request<T>(
+        &self,
+        command: impl FnOnce(ChannelSender<Result<T, String>>) -> Command,
+    ) -> Pending<T> {
         let (answer, answered) = crossbeam_channel::bounded(1);
         // If the thread has ended the answer is dropped, which the caller sees when it waits.
-        let _ = self.commands.send(Command::Cut(answer));
-        PendingCut(answered)
+        let _ = self.commands.send(command(answer));
+        Pending(answered)
     }
 }
 
-/// A cut that was asked for.
+/// Something that was asked for.
 #[derive(Debug)]
-pub(super) struct PendingCut(Receiver<Result<Lineage, String>>);
+pub(super) struct Pending<T>(Receiver<Result<T, String>>);
 
-impl PendingCut {
-    /// Waits until the epoch is durable on the replica.
-    pub(super) fn wait(self) -> Result<Lineage, String> {
+impl<T> Pending<T> {
+    /// Waits until it is done.
+    pub(super) fn wait(self) -> Result<T, String> {
         self.0
             .recv()
             .unwrap_or_else(|_| Err("replication has stopped".into()))
@@ -232,6 +248,16 @@ impl Driver {
         }
     }
 
+    /// Begins the resync that an operator asked for. Not while an epoch is closing.
+    pub(super) fn begin_demanded(&self) -> Result<(), String> {
+        let begun = self.machine.demand_resync();
+        begun.map_err(|error| chain(&error))?;
+        self.progress
+            .lock()
+            .resync(&self.machine, &*self.host.clock);
+        Ok(())
+    }
+
     /// The peer does not follow. Whether that is mended already: it was the primary before, and may follow now.
     fn unwelcome(&self, answer: Answer) -> Result<(), String> {
         let Subject {
@@ -274,6 +300,9 @@ impl Driver {
                 recv(self.commands) -> command => match command {
                     Ok(Command::Cut(answer)) => {
                         let _ = answer.send(Err(format!("the replica cannot be reached: {why}")));
+                    }
+                    Ok(Command::Resync(answer)) => {
+                        let _ = answer.send(self.begin_demanded());
                     }
                     Ok(Command::Stop) | Err(_) => return true,
                 },

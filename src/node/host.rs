@@ -429,6 +429,13 @@ impl Operate for Host {
         }
     }
 
+    fn resync(&self, machine: &Name) -> Result<(), OperateError> {
+        match self.asked(machine)?.serving() {
+            Some(serving) => serving.primary.resync_now(),
+            None => Err(OperateError::NoSuchMachine(machine.clone())),
+        }
+    }
+
     fn points(&self, machine: &Name) -> Result<Vec<PointStatus>, OperateError> {
         Ok(self.asked(machine)?.replica()?.points())
     }

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 pub use super::images::ImageConfig;
 use super::{
     control::{Operate, OperateError},
-    driver::{Host, Replication, Subject, Target},
+    driver::{Host, Pending, Replication, Subject, Target},
     images::ImageError,
     progress::Progress,
     sources::{Source, Stamped, open_images, spec},
@@ -353,10 +353,17 @@ impl Primary {
 
     /// Cuts now and waits until the epoch is durable on the replica.
     pub(super) fn cut_now(&self) -> Result<Lineage, OperateError> {
+        self.request(Replication::request_cut)
+    }
+
+    /// Begins to compare everything with the replica.
+    pub(super) fn resync_now(&self) -> Result<(), OperateError> {
+        self.request(Replication::request_resync)
+    }
+
+    fn request<T>(&self, what: impl FnOnce(&Replication) -> Pending<T>) -> Result<T, OperateError> {
         let running = self.replication.lock();
-        let pending = running
-            .as_ref()
-            .map(|running| running.replication.request_cut());
+        let pending = running.as_ref().map(|running| what(&running.replication));
         // The lock is free again: a cut may take as long as the link does, and the node must be able to stop.
         drop(running);
         let pending = pending.ok_or_else(|| {
@@ -372,7 +379,14 @@ impl Primary {
         let running = self.replication.lock();
         let running = running.as_ref();
         let (state, stopped) = match (&self.tracked, running) {
-            (Some(tracked), Some(_)) => progress.phase.state(has_point(tracked)),
+            (Some(tracked), Some(_)) => match progress.phase.state(has_point(tracked)) {
+                (ReplicationState::Replicating, why)
+                    if tracked.machine.state().resync.is_some() =>
+                {
+                    (ReplicationState::Resynchronizing, why)
+                }
+                other => other,
+            },
             _ => (ReplicationState::Disabled, None),
         };
         let tracked = self.tracked.as_ref();
@@ -413,6 +427,10 @@ impl Primary {
             rpo,
             sync_on_flush: sync.map(|(status, _)| status),
             copy: progress.copy_status(self.clock.monotonic()),
+            resync: tracked.and_then(|tracked| {
+                let suspect = tracked.machine.counters().suspect_blocks * BLOCK_BYTES;
+                progress.resync_status(self.clock.monotonic(), suspect)
+            }),
             traffic,
             write_latency: Some(LatencyStatus::from(&latency)),
             disks: self
@@ -467,6 +485,14 @@ impl Operate for Primary {
     fn cut(&self, machine: &Name) -> Result<Lineage, OperateError> {
         if *machine == self.name {
             self.cut_now()
+        } else {
+            Err(OperateError::NoSuchMachine(machine.clone()))
+        }
+    }
+
+    fn resync(&self, machine: &Name) -> Result<(), OperateError> {
+        if *machine == self.name {
+            self.resync_now()
         } else {
             Err(OperateError::NoSuchMachine(machine.clone()))
         }

@@ -277,8 +277,7 @@ impl Served {
 
 impl Served {
     pub(super) fn status(&self) -> MachineStatus {
-        let store = self.store.status();
-        let points = self.store.points();
+        let (store, points) = (self.store.status(), self.store.points());
         let (tests, last_test) = (self.tests.status(), self.tests.last());
         let progress = self.progress.lock();
         let state = match store.head {
@@ -339,6 +338,7 @@ impl Served {
             rpo,
             sync_on_flush: None,
             copy: None,
+            resync: None,
             traffic: TrafficStatus {
                 raw: store.counters.image_written,
                 sent: store.counters.received,

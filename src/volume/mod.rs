@@ -3,7 +3,7 @@
 //! [`Volume`] is what a guest writes to; [`Machine`] is what the sender of a replica talks to: it cuts epochs, takes what
 //! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), [`swap`] (what changes when roles do),
 //! [`answers`] (what it says), `core` (the shared state and its locks), [`disk`] (the write path), [`take`] (what the
-//! sender reads), `open` (what a restart finds), [`record`] (what the node's store remembers).
+//! sender reads), [`sift`] (what need not be sent), `open` (what a restart finds), [`record`] (what the node's store remembers).
 //!
 //! # One epoch's journey
 //! ```text
@@ -25,6 +25,7 @@ pub mod disk;
 pub mod machine;
 mod open;
 pub mod record;
+pub mod sift;
 pub mod swap;
 pub mod take;
 
@@ -39,6 +40,7 @@ pub use self::{
     machine::Machine,
     open::{DiskSource, MachineOptions, OpenError},
     record::{ImageStamp, ResyncReason},
+    sift::Sifted,
     swap::forget,
     take::{Piece, PieceContent, TakeError, Taken},
 };

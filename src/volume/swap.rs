@@ -20,7 +20,7 @@
 //!
 //! # Crash contract
 //! Marks that no guest write made have no hot region that would speak for them after a power cut: the open map is synced
-//! before [`Machine::owe`] returns, and before [`Machine::continue_from`] writes the record. A crash before the record
+//! before [`Machine::suspect`] returns, and before [`Machine::continue_from`] writes the record. A crash before the record
 //! leaves marks that cost a resend; the call is repeated. [`forget`] removes the record first: what files a crash leaves
 //! then are those of no machine, and an open makes them anew.
 #![forbid(unsafe_code)]
@@ -87,26 +87,13 @@ impl Machine {
         epochs.open = point.epoch.next();
         epochs.breaks += 1;
         for disk in &self.core.disks {
+            disk.suspects.clear();
             disk.owed(open).add(disk.map(open));
         }
         drop(epochs);
         *takes = Cursors::default();
         drop(takes);
         info!(machine = %self.name(), epoch = %point.epoch, "a point of another host is continued");
-        Ok(())
-    }
-
-    /// `runs` may differ from what the peer holds: they are owed to the open epoch, in whole blocks. Durable when this
-    /// returns. On an error nothing is marked, unless the maps themselves failed. The guest may write meanwhile.
-    ///
-    /// An epoch that is closing is merged: without these runs it would make a point of the peer that this machine was
-    /// never in (promise P2). Its log goes on, as after every merge. Epoch 0 makes no such point and goes on beside. Best
-    /// called before anything is taken for the peer: a trailer that was sent cannot be called back.
-    pub fn owe(&self, runs: &[(DiskIndex, Extent)]) -> Result<(), MachineError> {
-        let mut control = self.control()?;
-        let marks = self.blocks_of(runs)?;
-        self.mark_durably(&mut control, &marks)?;
-        self.owe_marked(&marks);
         Ok(())
     }
 
@@ -148,7 +135,7 @@ impl Machine {
     }
 
     /// The blocks of `runs`, if all of them lie on the machine's disks.
-    fn blocks_of(
+    pub(super) fn blocks_of(
         &self,
         runs: &[(DiskIndex, Extent)],
     ) -> Result<Vec<(DiskIndex, Range<u64>)>, MachineError> {
@@ -173,7 +160,7 @@ impl Machine {
     }
 
     /// Marks blocks in the open map, durably; its slot, which only holders of the control lock change.
-    fn mark_durably(
+    pub(super) fn mark_durably(
         &self,
         control: &mut Control,
         marks: &[(DiskIndex, Range<u64>)],
@@ -191,7 +178,7 @@ impl Machine {
     }
 
     /// Makes blocks that are marked in the open map owed, and the point they would be missing from impossible.
-    fn owe_marked(&self, marks: &[(DiskIndex, Range<u64>)]) {
+    pub(super) fn owe_marked(&self, marks: &[(DiskIndex, Range<u64>)]) {
         if marks.is_empty() {
             return;
         }
