@@ -7,3 +7,4 @@ mod flushes;
 mod guest;
 mod resync;
 mod troubles;
+mod verify;

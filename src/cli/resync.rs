@@ -1,16 +1,16 @@
 //! `understudy resync`: compare a machine with its replica by hashes and send what differs, while the guest runs.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use anyhow::Context;
 
 use super::{
     failover::{Asked, socket_of},
-    output::Output,
+    output::{Output, Progress},
     points::told,
 };
 use crate::{
-    base::units::Bytes,
+    base::{ids::Name, units::Bytes},
     coord::state::ReplicationState,
     node::{
         control,
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Time between two looks at how far it is.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// Options of `resync`.
 #[derive(Clone, Debug, clap::Args)]
@@ -42,30 +42,69 @@ pub async fn run(args: &ResyncArgs, out: &Output) -> anyhow::Result<()> {
         ));
         return Ok(());
     }
-    let mut progress = out.progress("compared");
-    let mut waits = false;
-    let done = loop {
-        let node = control::ask_status(&socket).await?;
-        let mut machines = node.machines.into_iter();
-        let status = machines.find(|known| known.name == *machine);
-        let status = status.context("the machine is not there any more")?;
-        if !waits && is_held_up(&status) {
-            waits = true;
-            out.note(&format!("waits: {}", status.reasons.join("; ")));
-        }
-        let resync = status.resync.context("the resync was given up")?;
-        progress.set(resync.compared.min(resync.total), resync.total);
-        if !resync.running {
-            break resync;
-        }
-        tokio::time::sleep(LOOK_EVERY).await;
-    };
-    progress.finish();
+    let done = follow(&socket, machine, out).await?;
     if args.asked.json {
         return out.json(&done);
     }
     out.line(&format!("{machine}: {}", summary(&done)));
     Ok(())
+}
+
+/// Shows how a resync goes until it is over.
+pub(super) async fn follow(
+    socket: &Path,
+    machine: &Name,
+    out: &Output,
+) -> anyhow::Result<ResyncStatus> {
+    let mut watch = Watch::new("compared", out);
+    loop {
+        let status = watch.look(socket, machine, out).await?;
+        let resync = status.resync.context("the resync was given up")?;
+        watch.set(resync.compared, resync.total);
+        if !resync.running {
+            watch.progress.finish();
+            return Ok(resync);
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Long work on a machine, looked at again and again.
+pub(super) struct Watch {
+    pub(super) progress: Progress,
+    /// Whether it was told that the work stands still.
+    told: bool,
+}
+
+impl Watch {
+    pub(super) fn new(what: &str, out: &Output) -> Self {
+        Self {
+            progress: out.progress(what),
+            told: false,
+        }
+    }
+
+    /// The machine now; says once if nothing can go on.
+    pub(super) async fn look(
+        &mut self,
+        socket: &Path,
+        machine: &Name,
+        out: &Output,
+    ) -> anyhow::Result<MachineStatus> {
+        let node = control::ask_status(socket).await?;
+        let mut machines = node.machines.into_iter();
+        let status = machines.find(|known| known.name == *machine);
+        let status = status.context("the machine is not there any more")?;
+        if !self.told && is_held_up(&status) {
+            self.told = true;
+            out.note(&format!("waits: {}", status.reasons.join("; ")));
+        }
+        Ok(status)
+    }
+
+    pub(super) fn set(&mut self, done: u64, total: u64) {
+        self.progress.set(done.min(total), total);
+    }
 }
 
 fn is_held_up(status: &MachineStatus) -> bool {

@@ -16,6 +16,7 @@ use crate::{
         status::{
             CopyStatus, DiskStatus, LastTest, LatencyStatus, MachineStatus, NodeStatus,
             RecoveryStatus, ResyncStatus, RpoStatus, SyncStatus, TestResult, TestStatus,
+            VerifyStatus,
         },
     },
 };
@@ -248,11 +249,30 @@ fn copy_row(copy: &CopyStatus) -> String {
     format!("{done} of {total} ({percent} %), {rate}/s, ETA {eta}")
 }
 
-/// How far the initial copy and a resync are.
+/// How far the initial copy, a resync and a verification are.
 fn catching_up_rows(machine: &MachineStatus) -> impl Iterator<Item = (&'static str, String)> {
     let copy = machine.copy.iter();
     let copy = copy.map(|copy| ("initial copy", copy_row(copy)));
+    let verify = machine.verify.iter();
+    let verify = verify.map(|verify| ("verification", verify_row(verify)));
     copy.chain(machine.resync.iter().flat_map(resync_rows))
+        .chain(verify)
+}
+
+fn verify_row(verify: &VerifyStatus) -> String {
+    let (compared, total) = (Bytes(verify.compared), Bytes(verify.total));
+    let differing = Bytes(verify.differing);
+    match (&verify.problem, verify.running) {
+        (Some(problem), _) => format!("given up: {problem}"),
+        (None, true) => {
+            let eta = verify
+                .eta_s
+                .map_or_else(|| "-".into(), |s| format!("{s} s"));
+            let rate = Bytes(verify.rate);
+            format!("{compared} of {total} compared, {differing} differ, {rate}/s, ETA {eta}")
+        }
+        (None, false) => format!("done: {compared} compared, {differing} differ"),
+    }
 }
 
 /// Why there is or was a resync, and how far it is.

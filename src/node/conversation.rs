@@ -10,8 +10,11 @@ use std::{
 
 use crossbeam_channel::{Receiver, never, select};
 
+mod compare;
+
+use self::compare::About;
 use super::{
-    driver::{Command, CutAnswer, Driver, Heard, ResyncAnswer, chain},
+    driver::{BeginAnswer, Command, CutAnswer, Driver, Heard, chain},
     pipeline::{Pipeline, Raw},
     sync_flush::Flushes,
 };
@@ -24,7 +27,6 @@ use crate::{
     delta::{DiskEntry, EncodedFrame, Encoder, Header, LogKind},
     net::{self, Link, LinkError, LogSender, Reason},
     protocol::{
-        compare::{Differing, Question},
         message::{self, ToReplica},
         sender::{Action, Agreement, Log, Pace, Seen, Sender, Side, StopReason},
     },
@@ -71,9 +73,9 @@ pub(super) struct Conversation<'a> {
     /// Commands whose cut was made and is not durable yet.
     answering: Vec<CutAnswer>,
     /// Commands that wait until no epoch is closing.
-    demanding: Vec<ResyncAnswer>,
+    demanding: Vec<BeginAnswer>,
     /// What the questions on the way are about, the oldest first.
-    asked: VecDeque<Vec<(DiskIndex, Extent)>>,
+    asked: VecDeque<About>,
     /// Bytes and time of saturated sending since the last measurement.
     measured: (u64, Duration),
 }
@@ -153,7 +155,7 @@ impl<'a> Conversation<'a> {
             busy = self.take(side)?;
         }
         if self.sender.may_ask() {
-            busy |= self.ask()?;
+            busy |= self.ask()? || self.verify()?;
         }
         // Frames are sent as soon as they are packed. The oldest one is waited for where there is nothing else to do, or
         // no room for more.
@@ -203,56 +205,6 @@ impl<'a> Conversation<'a> {
         Ok(true)
     }
 
-    /// Asks about the next suspects; whether there were any.
-    fn ask(&mut self) -> Result<bool, End> {
-        let machine = &self.driver.machine;
-        let Some(at) = machine.lineage() else {
-            return Ok(false);
-        };
-        let samples = machine.ask().map_err(|error| End::Lost(chain(&error)))?;
-        if samples.is_empty() {
-            return Ok(false);
-        }
-        let about = samples.iter().map(|sample| (sample.disk, sample.run()));
-        self.asked.push_back(about.collect());
-        let read = samples.iter().filter(|sample| sample.hashes.is_some());
-        let read = read.map(|sample| sample.len).sum();
-        let number = self.sender.ask();
-        let question = Question {
-            number,
-            at,
-            samples,
-        };
-        let bytes = self.say(&ToReplica::Compare(question))?;
-        self.driver.progress.lock().asked(read, bytes);
-        Ok(true)
-    }
-
-    /// The oldest question is answered.
-    fn answered(&mut self, differing: &Differing) -> Result<(), End> {
-        let about = self.asked.pop_front();
-        let about = about.expect("the sender counts questions and answers");
-        let sifted = self.driver.machine.answered(&about, differing);
-        let sifted = sifted.ok_or(End::Refused(StopReason::Protocol(
-            "an answer about other blocks than were asked about",
-        )))?;
-        let bytes = about.iter().map(|(_, run)| run.len).sum();
-        self.driver.progress.lock().compared(bytes, sifted);
-        Ok(())
-    }
-
-    /// Begins the resync that was asked for. An epoch is cut at its end, also if nothing differs: it ends the resync.
-    fn begin_demanded(&mut self) {
-        for answer in std::mem::take(&mut self.demanding) {
-            let begun = self.driver.begin_demanded();
-            if begun.is_ok() {
-                self.sender.want_cut();
-            }
-            // Whoever asked may have gone away.
-            let _ = answer.send(begun);
-        }
-    }
-
     /// The closing epoch was merged into the open one: its log goes on, and whoever waits for its cut gets a later one.
     fn superseded(&mut self) {
         self.cut = None;
@@ -282,6 +234,10 @@ impl<'a> Conversation<'a> {
                     self.sender.want_cut();
                 }
                 Ok(Command::Resync(answer)) => self.demanding.push(answer),
+                Ok(Command::Verify(request, answer)) => {
+                    // Whoever asked may have gone away.
+                    let _ = answer.send(self.driver.begin_verify(request));
+                }
                 Ok(Command::Stop) | Err(_) => return Some(End::Stop),
             },
             default(wait) => {}
@@ -297,7 +253,7 @@ impl<'a> Conversation<'a> {
             Action::Cut => self.cut(),
             Action::Seal => self.seal(),
             Action::Copied(frames) => self.copied(frames),
-            Action::Answered(differing) => self.answered(&differing),
+            Action::Answered(differing) => self.answered(differing.as_ref()),
             Action::Acknowledge(lineage) => self.acknowledge(lineage),
             Action::Stop(reason) => Err(End::Refused(reason)),
         }
@@ -540,6 +496,7 @@ impl<'a> Conversation<'a> {
         }
         self.sender.disconnected();
         self.driver.machine.disconnected();
+        self.unanswered();
         let (reason, text) = match end {
             End::Stop => (Reason::Stopping, "the primary is being stopped".to_owned()),
             End::Lost(why) => (Reason::Aborted, why.clone()),

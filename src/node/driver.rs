@@ -15,10 +15,12 @@ use tokio::{runtime::Handle, sync::watch};
 
 use super::{
     call::{Callee, bring_back},
+    control::VerifyRequest,
     conversation::{Conversation, End},
     pipeline::Pipeline,
     progress::{Phase, Progress},
     sync_flush::Flushes,
+    verify::Verifying,
 };
 use crate::{
     base::{
@@ -66,13 +68,14 @@ pub(super) struct Subject {
 /// Waits for an answer to one command.
 pub(super) type CutAnswer = ChannelSender<Result<Lineage, String>>;
 
-/// Waits for a resync to begin.
-pub(super) type ResyncAnswer = ChannelSender<Result<(), String>>;
+/// Waits for a resync or a verification to begin.
+pub(super) type BeginAnswer = ChannelSender<Result<(), String>>;
 
 /// What the node asks of the thread.
 pub(super) enum Command {
     Cut(CutAnswer),
-    Resync(ResyncAnswer),
+    Resync(BeginAnswer),
+    Verify(VerifyRequest, BeginAnswer),
     Stop,
 }
 
@@ -132,6 +135,11 @@ impl Replication {
     /// Asks for a resync; the answer comes when it is durably begun, be there a link or not.
     pub(super) fn request_resync(&self) -> Pending<()> {
         self.request(Command::Resync)
+    }
+
+    /// Asks for a verification; the answer comes when it is begun, be there a link or not.
+    pub(super) fn request_verify(&self, request: VerifyRequest) -> Pending<()> {
+        self.request(|answer| Command::Verify(request, answer))
     }
 
     fn request<T>(
@@ -258,6 +266,19 @@ impl Driver {
         Ok(())
     }
 
+    /// Begins a verification. It goes on whenever there is a link.
+    pub(super) fn begin_verify(&self, request: VerifyRequest) -> Result<(), String> {
+        let mut progress = self.progress.lock();
+        if progress.verify.as_ref().is_some_and(Verifying::is_running) {
+            return Err("a verification is under way already".into());
+        }
+        let blocks = self.machine.verification();
+        let blocks = blocks.map_err(|error| chain(&error))?;
+        let now = self.host.clock.monotonic();
+        progress.verify = Some(Verifying::new(blocks, request, now));
+        Ok(())
+    }
+
     /// The peer does not follow. Whether that is mended already: it was the primary before, and may follow now.
     fn unwelcome(&self, answer: Answer) -> Result<(), String> {
         let Subject {
@@ -303,6 +324,9 @@ impl Driver {
                     }
                     Ok(Command::Resync(answer)) => {
                         let _ = answer.send(self.begin_demanded());
+                    }
+                    Ok(Command::Verify(request, answer)) => {
+                        let _ = answer.send(self.begin_verify(request));
                     }
                     Ok(Command::Stop) | Err(_) => return true,
                 },

@@ -47,7 +47,7 @@ use super::{
     admission,
     control::{
         CancelReport, CancelRequest, FailoverReport, FailoverRequest, Operate, OperateError,
-        ReverseRequest, TestRequest,
+        ReverseRequest, TestRequest, VerifyRequest,
     },
     driver::chain,
     lock_folder,
@@ -432,6 +432,13 @@ impl Operate for Host {
     fn resync(&self, machine: &Name) -> Result<(), OperateError> {
         match self.asked(machine)?.serving() {
             Some(serving) => serving.primary.resync_now(),
+            None => Err(OperateError::NoSuchMachine(machine.clone())),
+        }
+    }
+
+    fn verify(&self, machine: &Name, request: VerifyRequest) -> Result<(), OperateError> {
+        match self.asked(machine)?.serving() {
+            Some(serving) => serving.primary.verify_now(request),
             None => Err(OperateError::NoSuchMachine(machine.clone())),
         }
     }

@@ -33,6 +33,7 @@ pub mod status;
 pub mod sync_flush;
 mod test_failover;
 mod tracking;
+mod verify;
 mod writers;
 
 use std::{

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 pub use super::images::ImageConfig;
 use super::{
-    control::{Operate, OperateError},
+    control::{Operate, OperateError, VerifyRequest},
     driver::{Host, Pending, Replication, Subject, Target},
     images::ImageError,
     progress::Progress,
@@ -361,6 +361,11 @@ impl Primary {
         self.request(Replication::request_resync)
     }
 
+    /// Begins to compare the replica's points with the disks.
+    pub(super) fn verify_now(&self, request: VerifyRequest) -> Result<(), OperateError> {
+        self.request(|replication| replication.request_verify(request))
+    }
+
     fn request<T>(&self, what: impl FnOnce(&Replication) -> Pending<T>) -> Result<T, OperateError> {
         let running = self.replication.lock();
         let pending = running.as_ref().map(|running| what(&running.replication));
@@ -431,6 +436,10 @@ impl Primary {
                 let suspect = tracked.machine.counters().suspect_blocks * BLOCK_BYTES;
                 progress.resync_status(self.clock.monotonic(), suspect)
             }),
+            verify: tracked.and_then(|tracked| {
+                let verify = progress.verify.as_ref()?;
+                Some(verify.status(&tracked.machine, self.clock.monotonic()))
+            }),
             traffic,
             write_latency: Some(LatencyStatus::from(&latency)),
             disks: self
@@ -493,6 +502,14 @@ impl Operate for Primary {
     fn resync(&self, machine: &Name) -> Result<(), OperateError> {
         if *machine == self.name {
             self.resync_now()
+        } else {
+            Err(OperateError::NoSuchMachine(machine.clone()))
+        }
+    }
+
+    fn verify(&self, machine: &Name, request: VerifyRequest) -> Result<(), OperateError> {
+        if *machine == self.name {
+            self.verify_now(request)
         } else {
             Err(OperateError::NoSuchMachine(machine.clone()))
         }

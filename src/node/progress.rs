@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::status::{CopyStatus, ResyncStatus, RpoRecord};
+use super::{
+    status::{CopyStatus, ResyncStatus, RpoRecord},
+    verify::Verifying,
+};
 use crate::{
     base::{
         clock::{Clock, Timestamp},
@@ -80,6 +83,8 @@ pub(super) struct Progress {
     pub(super) rpo: RpoRecord,
     copy: Option<Copy>,
     resync: Option<Resync>,
+    /// The verification that runs, or the last one.
+    pub(super) verify: Option<Verifying>,
     /// Raw bytes of blocks sent.
     pub(super) raw: u64,
     /// Log bytes sent.
@@ -95,6 +100,7 @@ impl Default for Progress {
             rpo: RpoRecord::default(),
             copy: None,
             resync: None,
+            verify: None,
             raw: 0,
             sent: 0,
             epochs: 0,
@@ -219,7 +225,7 @@ impl Progress {
 }
 
 /// Bytes per second.
-fn rate(bytes: u64, elapsed: Duration) -> u64 {
+pub(super) fn rate(bytes: u64, elapsed: Duration) -> u64 {
     let elapsed = elapsed.as_millis().max(1);
     u64::try_from(u128::from(bytes) * 1000 / elapsed).unwrap_or(u64::MAX)
 }

@@ -27,7 +27,8 @@ use crate::{
     net::{Link, Reason},
     protocol::message::{self, Refusal},
     replica::{
-        self, Head, MachineReplica, Point, ReplicaError, ReplicaOptions, Retention, Squeeze,
+        self, Head, ImageStatus, MachineReplica, Point, ReplicaError, ReplicaOptions, Retention,
+        Squeeze,
     },
     storage::{Folder, ledger::Ledger},
 };
@@ -276,6 +277,16 @@ impl Served {
 }
 
 impl Served {
+    fn disk_status(&self, image: &ImageStatus) -> DiskStatus {
+        DiskStatus {
+            name: image.name.clone(),
+            size: image.geometry.size,
+            image: self.folder.join(&image.file).display().to_string(),
+            format: image.format.to_string(),
+            path: None,
+        }
+    }
+
     pub(super) fn status(&self) -> MachineStatus {
         let (store, points) = (self.store.status(), self.store.points());
         let (tests, last_test) = (self.tests.status(), self.tests.last());
@@ -307,13 +318,7 @@ impl Served {
             }
             (Some(_), judged) => judged,
         };
-        let disks = store.images.iter().map(|image| DiskStatus {
-            name: image.name.clone(),
-            size: image.geometry.size,
-            image: self.folder.join(&image.file).display().to_string(),
-            format: image.format.to_string(),
-            path: None,
-        });
+        let disks = store.images.iter().map(|image| self.disk_status(image));
         MachineStatus {
             name: self.name.clone(),
             id: Some(self.id),
@@ -339,6 +344,7 @@ impl Served {
             sync_on_flush: None,
             copy: None,
             resync: None,
+            verify: None,
             traffic: TrafficStatus {
                 raw: store.counters.image_written,
                 sent: store.counters.received,

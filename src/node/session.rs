@@ -21,7 +21,9 @@ use crate::{
         message::{self, Refusal, ToPrimary, ToReplica},
         receiver::Receiver,
     },
-    replica::{CompareError, Head, Ingest, IngestError, IngestEvent, PointView, SyncTask},
+    replica::{
+        CompareError, Head, Ingest, IngestError, IngestEvent, PointView, ReplicaError, SyncTask,
+    },
 };
 
 /// Pieces of a log that are read from the connection at once.
@@ -274,15 +276,18 @@ impl Session {
     }
 
     fn compare(&mut self, question: &Question) -> Result<(), CompareError> {
-        let view = match self.compared.take() {
-            Some(view) if view.point.lineage == question.at => view,
-            _ => self.served.store.view_at(question.at)?,
+        let held = self.compared.take();
+        let held = held.filter(|view| view.point.lineage == question.at);
+        self.compared = match held.map_or_else(|| self.served.store.view_at(question.at), Ok) {
+            Ok(view) => Some(view),
+            // A merge was quicker.
+            Err(ReplicaError::NoPoint(_)) => None,
+            Err(error) => return Err(error.into()),
         };
-        let differs = view.compare(question)?;
-        self.compared = Some(view);
+        let view = self.compared.as_ref();
         self.say(ToPrimary::Compared {
             number: question.number,
-            differs,
+            differs: view.map(|view| view.compare(question)).transpose()?,
         });
         Ok(())
     }

@@ -82,6 +82,9 @@ pub struct MachineStatus {
     /// Primary: the resync in progress, or the last one since the node started.
     #[serde(default)]
     pub resync: Option<ResyncStatus>,
+    /// Primary: the verification in progress, or the last one since the node started.
+    #[serde(default)]
+    pub verify: Option<VerifyStatus>,
     /// Bytes and counts since the node started.
     pub traffic: TrafficStatus,
     /// Latency of guest writes, primary only.
@@ -263,6 +266,46 @@ pub struct ResyncStatus {
     pub rate: u64,
     /// Seconds to go at that rate until everything is compared.
     pub eta_s: Option<u64>,
+}
+
+/// A verification: the replica's points are compared with the disks by hashes. Bytes are counted in whole blocks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyStatus {
+    /// Whether it is under way.
+    pub running: bool,
+    /// Whether what differs is sent again at its end.
+    pub repair: bool,
+    /// Bytes of all disks.
+    pub total: u64,
+    /// Bytes that were compared.
+    pub compared: u64,
+    /// Bytes that are to be compared; at its end those that were written in each epoch and could not be.
+    pub left: u64,
+    /// Bytes that were read here: what is known to be zeros is not read.
+    pub read: u64,
+    /// Bytes that differ.
+    pub differing: u64,
+    /// In how many places.
+    pub places: u64,
+    /// The first of them.
+    pub found: Vec<FoundStatus>,
+    /// Why it ended before it was done, if it did.
+    pub problem: Option<String>,
+    /// Bytes per second since it began.
+    pub rate: u64,
+    /// Seconds to go at that rate.
+    pub eta_s: Option<u64>,
+}
+
+/// A place where primary and replica differ.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundStatus {
+    /// The disk.
+    pub disk: Name,
+    /// Where the first block that differs begins, in bytes.
+    pub offset: u64,
+    /// Bytes of the blocks that differ.
+    pub len: u64,
 }
 
 /// What went over the wire.

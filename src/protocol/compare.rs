@@ -202,6 +202,27 @@ impl Differing {
         }
     }
 
+    /// Where the blocks are, if this is an answer about the blocks of these `runs`.
+    pub fn places(&self, runs: &[(DiskIndex, Extent)]) -> Option<Vec<(DiskIndex, Extent)>> {
+        let blocks = runs.iter().map(|(_, run)| run.len.div_ceil(BLOCK_BYTES));
+        let mut places = Vec::new();
+        for numbers in self.runs(blocks.sum())? {
+            let mut first = 0;
+            for (disk, run) in runs {
+                let here = first..first + run.len.div_ceil(BLOCK_BYTES);
+                first = here.end;
+                let from = numbers.start.max(here.start);
+                let to = numbers.end.min(here.end);
+                if from < to {
+                    let offset = run.offset + (from - here.start) * BLOCK_BYTES;
+                    let end = run.offset + (to - here.start) * BLOCK_BYTES;
+                    places.push((*disk, Extent::new(offset, end.min(run.end()) - offset)));
+                }
+            }
+        }
+        Some(places)
+    }
+
     /// The runs of numbers, if this is an answer about `blocks` blocks.
     pub fn runs(&self, blocks: u64) -> Option<impl Iterator<Item = Range<u64>>> {
         let mut after = 0;
@@ -306,9 +327,29 @@ mod tests {
         (0..BLOCKS_MAX).step_by(2).for_each(|n| differs.push(n));
         let answer = ToPrimary::Compared {
             number: u64::MAX,
-            differs,
+            differs: Some(differs),
         };
         assert_eq!(decode_to_primary(&encode(&answer)).unwrap(), answer);
+    }
+
+    #[test]
+    fn an_answer_names_places_across_runs() {
+        let runs = [
+            (DiskIndex(0), Extent::new(4096, 8192)),
+            (DiskIndex(1), Extent::new(0, 10_000)),
+        ];
+        let mut differs = Differing::default();
+        for number in [1, 2, 4] {
+            differs.push(number);
+        }
+        let places = [
+            (DiskIndex(0), Extent::new(8192, 4096)),
+            (DiskIndex(1), Extent::new(0, 4096)),
+            (DiskIndex(1), Extent::new(8192, 1808)),
+        ];
+        assert_eq!(differs.places(&runs).unwrap(), places);
+        differs.push(5);
+        assert_eq!(differs.places(&runs), None, "there are five blocks");
     }
 
     proptest! {

@@ -213,8 +213,8 @@ pub enum ToPrimary {
     Compared {
         /// The question's.
         number: u64,
-        /// Where it holds something else.
-        differs: Differing,
+        /// Where it holds something else; nothing if that point is not there any more.
+        differs: Option<Differing>,
     },
     /// The epoch is durable on the replica, and with it everything before.
     Staged {

@@ -72,8 +72,8 @@ pub enum Action {
     Seal,
     /// The first frames of the initial copy's log are durable there.
     Copied(u64),
-    /// The oldest question on the way is answered.
-    Answered(Differing),
+    /// The oldest question on the way is answered; with nothing if its point is gone.
+    Answered(Option<Differing>),
     /// The epoch is durable there: clear the closing maps.
     Acknowledge(Lineage),
     /// The conversation is over for this reason; connecting again will not help by itself.
@@ -313,7 +313,7 @@ impl Sender {
 
     /// Whether a question may be asked now.
     pub fn may_ask(&self) -> bool {
-        self.is_open() && self.asked - self.answered < QUESTIONS_MAX
+        self.is_replicating() && !self.is_copying() && self.asked - self.answered < QUESTIONS_MAX
     }
 
     /// A question is asked; its number.
@@ -548,18 +548,18 @@ mod tests {
         assert!(!sender.may_ask(), "a bounded number is on the way");
         let answer = |number| ToPrimary::Compared {
             number,
-            differs: Differing::default(),
+            differs: Some(Differing::default()),
         };
         sender.message(answer(1));
         assert_eq!(
             actions(&mut sender),
-            [Action::Answered(Differing::default())]
+            [Action::Answered(Some(Differing::default()))]
         );
         assert!(sender.may_ask());
         sender.tick(10 * SECOND, Timestamp(0), CHANGED);
         assert_eq!(actions(&mut sender), [Action::Cut], "all are sifted");
         sender.was_cut(10 * SECOND);
-        assert!(!sender.may_ask());
+        assert!(sender.may_ask(), "a verification goes on beside epochs");
         // Out of turn.
         sender.message(answer(3));
         assert!(matches!(actions(&mut sender)[..], [Action::Stop(_)]));
@@ -605,7 +605,7 @@ mod tests {
             (
                 ToPrimary::Compared {
                     number: 1,
-                    differs: Differing::default(),
+                    differs: None,
                 },
                 "the answer to a question that was not asked",
             ),

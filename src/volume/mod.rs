@@ -3,7 +3,7 @@
 //! [`Volume`] is what a guest writes to; [`Machine`] is what the sender of a replica talks to: it cuts epochs, takes what
 //! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), [`swap`] (what changes when roles do),
 //! [`answers`] (what it says), `core` (the shared state and its locks), [`disk`] (the write path), [`take`] (what the
-//! sender reads), [`sift`] (what need not be sent), `open` (what a restart finds), [`record`] (what the node's store remembers).
+//! sender reads), [`sift`] (what need not be sent), [`verify`] (whether all is well), `open` (what a restart finds), [`record`] (what the node's store remembers).
 //!
 //! # One epoch's journey
 //! ```text
@@ -28,6 +28,7 @@ pub mod record;
 pub mod sift;
 pub mod swap;
 pub mod take;
+pub mod verify;
 
 pub use crate::protocol::sender::Side;
 
@@ -43,4 +44,5 @@ pub use self::{
     sift::Sifted,
     swap::forget,
     take::{Piece, PieceContent, TakeError, Taken},
+    verify::{Verification, Verify},
 };

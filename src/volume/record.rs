@@ -52,6 +52,8 @@ pub enum ResyncReason {
     Reversed,
     /// An operator asked for it.
     Demanded,
+    /// A verification found blocks that differ, and is to repair them.
+    Repair,
 }
 
 impl fmt::Display for ResyncReason {
@@ -78,6 +80,7 @@ impl fmt::Display for ResyncReason {
             Self::TrackingLost => f.write_str("tracking had ended because it could not be written"),
             Self::Reversed => f.write_str("the replica was the primary before"),
             Self::Demanded => f.write_str("an operator asked for it"),
+            Self::Repair => f.write_str("a verification found differences that are to be repaired"),
         }
     }
 }

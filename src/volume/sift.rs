@@ -28,8 +28,6 @@
 //! region is in the intent log.
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
-
 use tracing::info;
 
 use super::{
@@ -257,7 +255,7 @@ impl Core {
         };
         let end = (first + regions) * BLOCKS_PER_REGION;
         let end = end.min(disk.blocks().end);
-        let _alone = disk.locks.exclusive(first..end.div_ceil(BLOCKS_PER_REGION));
+        let alone = disk.locks.exclusive(first..end.div_ceil(BLOCKS_PER_REGION));
         let Some(run) = disk.suspects.waiting().run(block..end) else {
             return Ok(None);
         };
@@ -276,31 +274,19 @@ impl Core {
             let _epochs = self.epochs.read();
             disk.suspects.take_back(left);
         }
-        let hashes = match content {
-            PieceContent::Zero => None,
-            PieceContent::Data(bytes) => Some(Hashes::of(&bytes)),
-        };
-        Ok(Some(Sample {
-            disk: disk.index,
-            offset: extent.offset,
-            len: extent.len,
-            hashes,
-        }))
+        // What was read is hashed while the guest goes on.
+        drop(alone);
+        Ok(Some(sample(disk.index, extent, &content)))
     }
 
     fn answered(&self, runs: &[(DiskIndex, Extent)], differing: &Differing) -> Option<Sifted> {
-        let blocks = runs.iter().map(|(_, run)| run.blocks());
-        let count = blocks.map(|blocks| blocks.end - blocks.start).sum();
-        let differing = differing.runs(count)?;
-        let differing: Vec<_> = differing
-            .flat_map(|numbers| places(runs, numbers))
-            .collect();
+        let differing = differing.places(runs)?;
         let mut sifted = Sifted::default();
         // Alone, so that a write marks its blocks before this or after it. No epoch was cut since the question.
         let epochs = self.epochs.write();
-        for (disk, blocks) in differing {
+        for (disk, run) in differing {
             let disk = self.disk(disk);
-            for meant in disk.suspects.answered(blocks) {
+            for meant in disk.suspects.answered(run.blocks()) {
                 sifted.differing += meant.end - meant.start;
                 disk.owed(epochs.slot).set(meant);
             }
@@ -317,18 +303,16 @@ impl Core {
     }
 }
 
-/// Where the blocks with these numbers are, counted through all `runs`.
-fn places(
-    runs: &[(DiskIndex, Extent)],
-    numbers: Range<u64>,
-) -> impl Iterator<Item = (DiskIndex, Range<u64>)> {
-    let mut first = 0;
-    runs.iter().filter_map(move |(disk, run)| {
-        let blocks = run.blocks();
-        let here = first..first + (blocks.end - blocks.start);
-        first = here.end;
-        let (from, to) = (numbers.start.max(here.start), numbers.end.min(here.end));
-        let at = |number: u64| blocks.start + (number - here.start);
-        (from < to).then(|| (*disk, at(from)..at(to)))
-    })
+/// A run of a question, with what it holds.
+pub(super) fn sample(disk: DiskIndex, run: Extent, content: &PieceContent) -> Sample {
+    let hashes = match content {
+        PieceContent::Zero => None,
+        PieceContent::Data(bytes) => Some(Hashes::of(bytes)),
+    };
+    Sample {
+        disk,
+        offset: run.offset,
+        len: run.len,
+        hashes,
+    }
 }

@@ -19,7 +19,7 @@ use crate::support::{
 const MIB: u64 = 1 << 20;
 
 /// A raw image full of bytes that are no zeros.
-fn full_image(hosts: &Hosts, mib: u64) -> PathBuf {
+pub(super) fn full_image(hosts: &Hosts, mib: u64) -> PathBuf {
     let image = hosts.image("disk.raw", mib);
     let file = File::options().write(true).open(&image).unwrap();
     for number in 0..mib {
@@ -32,7 +32,7 @@ fn full_image(hosts: &Hosts, mib: u64) -> PathBuf {
 }
 
 /// Changes one byte in each of these blocks.
-fn flip(image: &Path, blocks: &[u64]) {
+pub(super) fn flip(image: &Path, blocks: &[u64]) {
     let file = File::options().read(true).write(true).open(image).unwrap();
     for block in blocks {
         let mut byte = [0];
@@ -65,7 +65,7 @@ fn resynced(node: &Node) -> (MachineStatus, ResyncStatus) {
 }
 
 /// What two hosts compare against each other after everything was sent.
-fn end(hosts: &Hosts, image: &Path, primary: Node, replica: Node) {
+pub(super) fn end(hosts: &Hosts, image: &Path, primary: Node, replica: Node) {
     let lineage = primary.cut();
     assert_eq!(replica.merged().durable, Some(lineage));
     primary.stop();

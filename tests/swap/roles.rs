@@ -15,7 +15,10 @@ use understudy::{
     disk::{Disk, Fua, Space},
     protocol::compare::Differing,
     storage::Storage,
-    volume::{MachineError, Piece, Reconcile, ReplicaHead, ResyncReason, Side, Standing, Taken},
+    volume::{
+        MachineError, Piece, Reconcile, ReplicaHead, ResyncReason, Side, Standing, Taken,
+        Verification, Verify,
+    },
 };
 
 use super::host::{Host, Outcome, Runs, SIZES, compare, drain, point, runs_of};
@@ -58,6 +61,8 @@ enum Op {
     Ask,
     /// The oldest question is answered.
     Answer,
+    /// Some blocks are compared with the point that the machine names: they are equal, whatever happened.
+    Verify,
     /// Everything is asked and answered.
     Sift,
     /// An operator wants everything compared.
@@ -105,6 +110,9 @@ struct World {
     log: Vec<Piece>,
     /// Questions on the way, and what the replica will say.
     asked: VecDeque<(Runs, Differing)>,
+    verification: Option<Verification>,
+    /// Questions of verifications.
+    verified: usize,
     told: Runs,
     chain: u8,
     swaps: usize,
@@ -127,6 +135,8 @@ impl World {
             truth: (Epoch(0), disks),
             log: Vec::new(),
             asked: VecDeque::new(),
+            verification: None,
+            verified: 0,
             told: Vec::new(),
             chain: 0,
             swaps: 0,
@@ -223,6 +233,24 @@ impl World {
             let sifted = self.host().machine().answered(&runs, &differing);
             sifted.expect("an answer about as many blocks");
         }
+    }
+
+    fn verify(&mut self) -> Outcome {
+        let running = self.verification.take().map_or_else(
+            || self.host().machine().verification(),
+            Ok::<_, MachineError>,
+        );
+        let mut running = running?;
+        let next = self.host().machine().verify(&mut running)?;
+        if let Verify::Ask(at, samples) = &next
+            && let Some(point) = self.points.iter().find(|point| point.lineage == *at)
+        {
+            let differing = compare(samples, &point.disks);
+            assert_eq!(differing, Differing::default(), "a false alarm at {at:?}");
+            self.verified += 1;
+        }
+        self.verification = (next != Verify::Done).then_some(running);
+        Ok(())
     }
 
     /// Compares all suspects, so that a cut is possible.
@@ -331,6 +359,7 @@ impl World {
                 }
             }
             Op::Ask if meets => self.ask()?,
+            Op::Verify => self.verify()?,
             Op::Sift if meets => self.sift()?,
             Op::Answer if meets => self.answer(),
             Op::Demand => match self.host().machine().demand_resync() {
@@ -452,6 +481,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => Just(Op::Ask),
         3 => Just(Op::Answer),
         2 => Just(Op::Sift),
+        4 => Just(Op::Verify),
         1 => Just(Op::Demand),
         5 => reply.prop_map(Op::Finish),
         1 => Just(Op::Reconnect),
@@ -496,6 +526,7 @@ fn a_machine_goes_there_and_back_from_any_point() {
                 fill += 1;
                 ops.push(write(at * (1 << 20), fill));
                 ops.extend(staged());
+                ops.push(Op::Verify);
             }
             // One block in the open epoch, one in a closing epoch, and one that the primary writes when it is none.
             ops.push(write(40_960, fill));
@@ -523,4 +554,5 @@ fn a_machine_goes_there_and_back_from_any_point() {
     let mut world = World::new(1 << 20);
     world.run(&ops);
     assert_eq!(world.swaps, 24);
+    assert!(world.verified > 10, "{}", world.verified);
 }

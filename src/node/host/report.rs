@@ -168,6 +168,7 @@ impl Member {
             sync_on_flush: None,
             copy: None,
             resync: None,
+            verify: None,
             traffic: TrafficStatus::default(),
             write_latency: None,
             disks: disks.collect(),
