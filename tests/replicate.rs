@@ -6,5 +6,6 @@ mod flow;
 mod flushes;
 mod guest;
 mod resync;
+mod seed;
 mod troubles;
 mod verify;

@@ -52,6 +52,8 @@ pub(super) struct Served {
     pub(super) progress: SharedProgress,
     pub(super) clock: Arc<dyn Clock>,
     tests: TestFailovers,
+    /// Whether images that are there are what a new replica begins with.
+    seed: bool,
     /// Where the images are.
     folder: PathBuf,
     upkeep: Mutex<Option<Upkeep>>,
@@ -151,6 +153,8 @@ pub struct Keeping {
     pub retention: Retention,
     /// Bytes that the delta logs of a machine may take.
     pub space_max: Option<u64>,
+    /// Whether images that lie in the folder of a new machine are what its replica begins with.
+    pub seed: bool,
     /// Where test failovers are mounted, in a folder for each machine, if not in the store.
     pub tests: Option<PathBuf>,
 }
@@ -209,6 +213,7 @@ impl Served {
             progress: SharedProgress::default(),
             clock,
             tests,
+            seed: keeping.seed,
             folder: path,
             upkeep: Mutex::default(),
             _locks: locks,
@@ -266,10 +271,16 @@ impl Served {
         !self.tests.status().is_empty()
     }
 
-    /// Says which disks will be received; the images are made if there are none.
+    /// Says which disks will be received; the images are made if there are none, or if those that are there are no seed
+    /// it is refused.
     pub(super) fn prepare(&self, disks: &[message::DiskSpec]) -> Result<(), Refusal> {
         let specs = disks.iter().map(disk_spec).collect::<Result<Vec<_>, _>>()?;
-        let prepared = self.store.prepare(&specs);
+        let seeded = if self.seed {
+            self.store.seed(&specs)
+        } else {
+            Ok(false)
+        };
+        let prepared = seeded.and_then(|_| self.store.prepare(&specs));
         prepared.map_err(|error| Refusal::Disks {
             detail: chain(&error),
         })
