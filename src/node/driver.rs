@@ -34,7 +34,7 @@ use crate::{
         message::{self, DiskSpec, Hello, Refusal, ToPrimary, Version},
         sender::{Pace, StopReason},
     },
-    volume::Machine,
+    volume::{Machine, SavedVerification},
 };
 
 /// Owed bytes of the open epoch from which on they are sent ahead of the cut.
@@ -204,6 +204,7 @@ pub(super) struct Driver {
 
 impl Driver {
     fn run(self) {
+        self.resume_verification();
         let mut backoff = Backoff::new(REDIAL.0, REDIAL.1);
         loop {
             let dialled = self.until_stopped(self.target.callee.dial());
@@ -275,8 +276,37 @@ impl Driver {
         let blocks = self.machine.verification();
         let blocks = blocks.map_err(|error| chain(&error))?;
         let now = self.host.clock.monotonic();
-        progress.verify = Some(Verifying::new(blocks, request, now));
+        let mut verifying = Verifying::new(blocks, request, now);
+        let saved = verifying.due_record(&self.machine, std::iter::empty(), now);
+        progress.verify = Some(verifying);
+        drop(progress);
+        self.save_verification(saved.as_ref());
         Ok(())
+    }
+
+    /// Goes on with the verification that an earlier process began.
+    fn resume_verification(&self) {
+        let mut progress = self.progress.lock();
+        if progress.verify.is_some() {
+            return;
+        }
+        let now = self.host.clock.monotonic();
+        match self.machine.saved_verification() {
+            Ok(found) => {
+                progress.verify =
+                    found.map(|(saved, blocks)| Verifying::resumed(saved, blocks, now));
+            }
+            Err(error) => {
+                tracing::warn!(machine = %self.subject.name, "the verification does not go on: {}", chain(&error));
+            }
+        }
+    }
+
+    /// Remembers the verification, or that there is none. Without it a restart compares more.
+    pub(super) fn save_verification(&self, saved: Option<&SavedVerification>) {
+        if let Err(error) = self.machine.save_verification(saved) {
+            tracing::warn!(machine = %self.subject.name, "{}", chain(&error));
+        }
     }
 
     /// The peer does not follow. Whether that is mended already: it was the primary before, and may follow now.

@@ -1,8 +1,9 @@
 //! A verification of a machine on its primary's host: how far it is, what it found, how fast it may go.
 //!
-//! It outlives links: what was asked and not answered is asked again. It ends with the process.
+//! It outlives links: what was asked and not answered is asked again. It outlives the process: what is left is saved now
+//! and then, and when a link ends.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use super::{
     control::VerifyRequest,
@@ -11,11 +12,13 @@ use super::{
 };
 use crate::{
     base::units::{DiskIndex, Extent},
-    volume::{Machine, Verification},
+    volume::{Machine, SavedVerification, Verification},
 };
 
 /// Places in which a machine may differ before the verification is given up: there a resync is what is needed.
 const FOUND_MAX: usize = 1 << 16;
+/// Time between two records of what is left: what a death makes be compared again.
+const SAVE_EVERY: Duration = Duration::from_secs(5);
 /// Places that the status names.
 const NAMED_MAX: usize = 100;
 
@@ -29,12 +32,14 @@ pub(super) struct Verifying {
     ended: Option<Duration>,
     /// When the next question may be asked.
     due: Duration,
+    /// When it was saved last; nothing if it never was.
+    saved: Option<Duration>,
     total: u64,
     left: u64,
     compared: u64,
     read: u64,
-    /// Ascending for each disk as long as nothing was asked twice; runs that touch are one.
-    found: Vec<(DiskIndex, Extent)>,
+    /// Lengths of the runs that differ, by disk and offset; runs that touch are one.
+    found: BTreeMap<(DiskIndex, u64), u64>,
     problem: Option<String>,
 }
 
@@ -47,13 +52,57 @@ impl Verifying {
             began: now,
             ended: None,
             due: now,
+            saved: None,
             total: left,
             left,
             compared: 0,
             read: 0,
-            found: Vec::new(),
+            found: BTreeMap::new(),
             problem: None,
         }
+    }
+
+    /// One that an earlier process began.
+    pub(super) fn resumed(saved: SavedVerification, blocks: Verification, now: Duration) -> Self {
+        let request = VerifyRequest {
+            repair: saved.repair,
+            throttle: saved.throttle,
+        };
+        let begun = Self::new(blocks, request, now);
+        let mut resumed = Self {
+            total: saved.total,
+            compared: saved.compared,
+            read: saved.read,
+            ..begun
+        };
+        for (disk, run) in saved.found {
+            resumed.find(disk, run);
+        }
+        resumed
+    }
+
+    /// What is to be saved now: at the beginning, and when some time went by. `asked` is on the way.
+    pub(super) fn due_record(
+        &mut self,
+        machine: &Machine,
+        asked: impl Iterator<Item = (DiskIndex, Extent)>,
+        now: Duration,
+    ) -> Option<SavedVerification> {
+        if self.saved.is_some_and(|saved| now < saved + SAVE_EVERY) {
+            return None;
+        }
+        self.saved = Some(now);
+        let mut left = machine.left_of(self.blocks.as_ref()?);
+        left.extend(asked);
+        Some(SavedVerification {
+            left,
+            found: self.found().collect(),
+            total: self.total,
+            compared: self.compared,
+            read: self.read,
+            repair: self.request.repair,
+            throttle: self.request.throttle,
+        })
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -79,6 +128,11 @@ impl Verifying {
         }
     }
 
+    /// The next look saves it.
+    pub(super) fn save_soon(&mut self) {
+        self.saved = None;
+    }
+
     /// There was no answer about `runs`.
     pub(super) fn put_back(&mut self, runs: &[(DiskIndex, Extent)]) {
         if let Some(blocks) = &mut self.blocks {
@@ -91,13 +145,26 @@ impl Verifying {
     pub(super) fn answered(&mut self, bytes: u64, differing: Vec<(DiskIndex, Extent)>) {
         self.compared += bytes;
         for (disk, run) in differing {
-            match self.found.last_mut() {
-                Some((last, before)) if *last == disk && before.end() == run.offset => {
-                    before.len += run.len;
-                }
-                _ => self.found.push((disk, run)),
+            self.find(disk, run);
+        }
+    }
+
+    /// This run differs. What was compared again after a restart is found again.
+    fn find(&mut self, disk: DiskIndex, run: Extent) {
+        let before = self.found.range_mut(..=(disk, run.offset)).next_back();
+        match before {
+            Some((&(at, offset), len)) if at == disk && offset + *len >= run.offset => {
+                *len = (*len).max(run.end() - offset);
+            }
+            _ => {
+                self.found.insert((disk, run.offset), run.len);
             }
         }
+    }
+
+    fn found(&self) -> impl Iterator<Item = (DiskIndex, Extent)> {
+        let runs = self.found.iter();
+        runs.map(|(&(disk, offset), &len)| (disk, Extent::new(offset, len)))
     }
 
     /// Whether it differs in more places than are remembered.
@@ -106,12 +173,9 @@ impl Verifying {
     }
 
     /// What is to be sent again because of it.
-    pub(super) fn to_repair(&self) -> &[(DiskIndex, Extent)] {
-        if self.request.repair {
-            &self.found
-        } else {
-            &[]
-        }
+    pub(super) fn to_repair(&self) -> Vec<(DiskIndex, Extent)> {
+        let repair = self.found().filter(|_| self.request.repair);
+        repair.collect()
     }
 
     /// It is over, for this reason if it was not done.
@@ -124,7 +188,7 @@ impl Verifying {
     pub(super) fn status(&self, machine: &Machine, now: Duration) -> VerifyStatus {
         let elapsed = self.ended.unwrap_or(now).saturating_sub(self.began);
         let rate = rate(self.compared, elapsed);
-        let named = self.found.iter().take(NAMED_MAX);
+        let named = self.found().take(NAMED_MAX);
         let found = named.map(|(disk, run)| FoundStatus {
             disk: machine.volumes()[disk.index()].name().clone(),
             offset: run.offset,
@@ -137,7 +201,7 @@ impl Verifying {
             compared: self.compared,
             left: self.left,
             read: self.read,
-            differing: self.found.iter().map(|(_, run)| run.len).sum(),
+            differing: self.found.values().sum(),
             places: crate::base::units::to_u64(self.found.len()),
             found: found.collect(),
             problem: self.problem.clone(),

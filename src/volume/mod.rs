@@ -44,5 +44,5 @@ pub use self::{
     sift::Sifted,
     swap::forget,
     take::{Piece, PieceContent, TakeError, Taken},
-    verify::{Verification, Verify},
+    verify::{SavedVerification, Verification, Verify},
 };

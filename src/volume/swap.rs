@@ -25,7 +25,7 @@
 //! then are those of no machine, and an open makes them anew.
 #![forbid(unsafe_code)]
 
-use std::{io, ops::Range};
+use std::{borrow::Borrow, io, ops::Range};
 
 use tracing::info;
 
@@ -35,6 +35,7 @@ use super::{
     machine::{Machine, check_epoch},
     record::Record,
     take::Cursors,
+    verify::SavedVerification,
 };
 use crate::{
     base::{
@@ -199,12 +200,12 @@ impl Machine {
 /// when its host became a replica, so that a later promotion begins with a machine that is new. Nothing of it may be open
 /// any more, and what it knew ([`Machine::divergence`]) must be owed by the new primary. Durable when this returns; interrupted or failed, it is called again. What is not there is no error.
 pub fn forget(ledger: &Ledger, id: MachineId, state: &StateDir) -> Result<(), ForgetError> {
-    ledger
-        .remove(&Record::key(id))
-        .map_err(|source| ForgetError::Record {
+    for key in [Record::key(id), SavedVerification::key(id)] {
+        ledger.remove(&key).map_err(|source| ForgetError::Record {
             machine: id,
             source,
         })?;
+    }
     let failed = |what: &str| {
         let what = what.to_owned();
         move |source| ForgetError::Files {
@@ -245,13 +246,16 @@ fn differing(disk: &Tracked) -> io::Result<Bits> {
 }
 
 /// The runs of all disks, at most `runs_max` and one for each disk; of a disk without a map, all of it.
-fn told(disks: &[(&Tracked, Option<Bits>)], runs_max: usize) -> Vec<(DiskIndex, Extent)> {
+pub(super) fn told<B: Borrow<Bits>>(
+    disks: &[(&Tracked, Option<B>)],
+    runs_max: usize,
+) -> Vec<(DiskIndex, Extent)> {
     let runs = |granule| {
         disks.iter().flat_map(move |(disk, bits)| {
             let all = bits.is_none().then(|| disk.blocks());
             let some = bits
                 .iter()
-                .flat_map(move |bits| coarse(bits, disk.blocks(), granule));
+                .flat_map(move |bits| coarse(bits.borrow(), disk.blocks(), granule));
             let runs = all.into_iter().chain(some).filter(|run| !run.is_empty());
             runs.map(|run| (disk.index, disk.extent(&run)))
         })
@@ -263,7 +267,7 @@ fn told(disks: &[(&Tracked, Option<Bits>)], runs_max: usize) -> Vec<(DiskIndex, 
     runs(granule).collect()
 }
 
-fn disks_blocks_max(disks: &[(&Tracked, Option<Bits>)]) -> u64 {
+fn disks_blocks_max<B>(disks: &[(&Tracked, Option<B>)]) -> u64 {
     let blocks = disks.iter().map(|(disk, _)| disk.blocks().end);
     blocks.max().unwrap_or(0)
 }

@@ -5,22 +5,26 @@
 //! question names that point. What is marked waits for the next one. So whatever differs really differs.
 //!
 //! # Crash contract
-//! Nothing is written, and how far it came is in memory only.
+//! Nothing is written but a record of what is left, now and then. One that is older than what was compared makes some
+//! of it be compared again.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
 
 use super::{
     answers::MachineError,
     core::{Core, Tracked},
     machine::{Machine, fleeting},
     sift::sample,
+    swap::told,
     take::{BUFFERS_MAX, Cursor, TakeError, read_content},
 };
 use crate::{
     base::{
         buffers::Buffers,
-        ids::Lineage,
+        ids::{Lineage, MachineId},
         units::{BLOCK_BYTES, BLOCKS_PER_REGION, DiskIndex, Extent},
     },
     disk::DiskError,
@@ -40,6 +44,34 @@ pub struct Verification {
     /// The point at which all that is left was found marked, and how often there was one.
     idle_at: Option<Lineage>,
     rounds: u32,
+}
+
+/// Runs in which the node's store remembers what is left; where there are more, they are told coarser.
+const LEFT_RUNS_MAX: usize = 4096;
+
+/// A verification as the node's store remembers it, `verify/<machine>`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedVerification {
+    /// What is not compared yet, or more.
+    pub left: Vec<(DiskIndex, Extent)>,
+    /// What differs, as far as it is known.
+    pub found: Vec<(DiskIndex, Extent)>,
+    /// Bytes of all disks.
+    pub total: u64,
+    /// Bytes that were compared.
+    pub compared: u64,
+    /// Bytes that were read for that.
+    pub read: u64,
+    /// Whether what differs is to be sent again.
+    pub repair: bool,
+    /// Bytes that may be read in a second, if there is a limit.
+    pub throttle: Option<u64>,
+}
+
+impl SavedVerification {
+    pub(super) fn key(machine: MachineId) -> String {
+        format!("verify/{machine}")
+    }
 }
 
 /// What comes next in a verification.
@@ -87,6 +119,45 @@ impl Machine {
             idle_at: None,
             rounds: 0,
         })
+    }
+
+    /// What is left of a verification, or more, for a record of it.
+    pub fn left_of(&self, verification: &Verification) -> Vec<(DiskIndex, Extent)> {
+        let disks = self.core.disks.iter().zip(&verification.left);
+        let disks: Vec<_> = disks.map(|(disk, left)| (disk, Some(left))).collect();
+        told(&disks, LEFT_RUNS_MAX)
+    }
+
+    /// Remembers a verification durably, or that there is none.
+    pub fn save_verification(&self, saved: Option<&SavedVerification>) -> Result<(), MachineError> {
+        let key = SavedVerification::key(self.id());
+        let stored = match saved {
+            Some(saved) => self.core.ledger.put(&key, saved),
+            None => self.core.ledger.remove(&key),
+        };
+        let what = "the verification";
+        stored.map_err(|source| MachineError::Record { what, source })
+    }
+
+    /// The verification that the end of the process cut short, if there is one and the machine still has those disks.
+    pub fn saved_verification(
+        &self,
+    ) -> Result<Option<(SavedVerification, Verification)>, MachineError> {
+        let found: Result<Option<SavedVerification>, _> =
+            self.core.ledger.get(&SavedVerification::key(self.id()));
+        let what = "the verification";
+        let found = found.map_err(|source| MachineError::Record { what, source })?;
+        let Some(saved) = found else {
+            return Ok(None);
+        };
+        let left = self.blocks_of(&saved.left)?;
+        self.blocks_of(&saved.found)?;
+        let verification = self.verification()?;
+        verification.left.iter().for_each(Bits::clear_all);
+        for (disk, blocks) in left {
+            verification.left[disk.index()].set(blocks);
+        }
+        Ok(Some((saved, verification)))
     }
 
     /// The next question, with at most as much as one may tell. Its blocks are no longer left. After an error the

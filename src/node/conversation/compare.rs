@@ -54,27 +54,51 @@ impl Conversation<'_> {
             _ => 0,
         };
         self.verifying(|verifying| verifying.give_back(blocks, read, now));
+        if let Ok(Verify::Ask(_, samples)) = &next {
+            self.asked.push_back(About::Verification(runs_of(samples)));
+        }
+        self.save_verification();
         match next {
             Ok(Verify::Ask(at, samples)) => {
-                self.asked.push_back(About::Verification(runs_of(&samples)));
                 self.say_question(at, samples)?;
                 Ok(true)
             }
             Ok(Verify::Later) => Ok(false),
             Ok(Verify::Done) => self.end_verification(),
             Err(error) => {
-                let why = chain(&error);
-                self.verifying(|verifying| verifying.end(now, Some(why)));
+                self.verification_ended(Some(chain(&error)));
                 Ok(true)
             }
         }
+    }
+
+    /// Remembers what is left of a verification, if it is time for that.
+    fn save_verification(&self) {
+        let now = self.driver.host.clock.monotonic();
+        let asked = self.asked.iter().filter_map(|about| match about {
+            About::Verification(runs) => Some(runs),
+            About::Suspects(_) => None,
+        });
+        let asked = asked.flatten().copied();
+        let machine = &self.driver.machine;
+        let saved = self.verifying(|verifying| verifying.due_record(machine, asked, now));
+        if let Some(saved) = saved.flatten() {
+            self.driver.save_verification(Some(&saved));
+        }
+    }
+
+    /// It is over, for this reason if it was not done.
+    fn verification_ended(&self, problem: Option<String>) {
+        let now = self.driver.host.clock.monotonic();
+        self.verifying(|verifying| verifying.end(now, problem));
+        self.driver.save_verification(None);
     }
 
     /// Ends the verification if nothing of it is on the way; whether it ended. What differs is owed when no epoch is
     /// closing, so that none has to be merged.
     fn end_verification(&mut self) -> Result<bool, End> {
         let waits = |about: &About| matches!(about, About::Verification(_));
-        let repair = self.verifying(|verifying| verifying.to_repair().to_vec());
+        let repair = self.verifying(|verifying| verifying.to_repair());
         let repair = repair.unwrap_or_default();
         if self.asked.iter().any(waits) || !repair.is_empty() && !self.sender.is_open() {
             return Ok(false);
@@ -88,7 +112,7 @@ impl Conversation<'_> {
             self.driver.progress.lock().resync(machine, clock);
             self.sender.want_cut();
         }
-        self.verifying(|verifying| verifying.end(clock.monotonic(), None));
+        self.verification_ended(None);
         Ok(true)
     }
 
@@ -113,14 +137,14 @@ impl Conversation<'_> {
                     self.verifying(|verifying| verifying.put_back(&runs));
                     return found.map_or(Ok(()), |_| Err(broken(OTHER_BLOCKS)));
                 };
-                let now = self.driver.host.clock.monotonic();
-                self.verifying(|verifying| {
+                let hopeless = self.verifying(|verifying| {
                     verifying.answered(bytes_of(&runs), found);
-                    if verifying.is_hopeless() {
-                        let why = "it differs in too many places: compare and mend everything with `understudy resync`";
-                        verifying.end(now, Some(why.to_owned()));
-                    }
+                    verifying.is_hopeless()
                 });
+                if hopeless == Some(true) {
+                    let why = "it differs in too many places: compare and mend everything with `understudy resync`";
+                    self.verification_ended(Some(why.to_owned()));
+                }
             }
         }
         Ok(())
@@ -133,6 +157,8 @@ impl Conversation<'_> {
                 self.verifying(|verifying| verifying.put_back(&runs));
             }
         }
+        self.verifying(Verifying::save_soon);
+        self.save_verification();
     }
 
     /// Begins the resync that was asked for. An epoch is cut at its end, also if nothing differs: it ends the resync.
