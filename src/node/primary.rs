@@ -384,14 +384,15 @@ impl Primary {
         let running = self.replication.lock();
         let running = running.as_ref();
         let (state, stopped) = match (&self.tracked, running) {
-            (Some(tracked), Some(_)) => match progress.phase.state(has_point(tracked)) {
-                (ReplicationState::Replicating, why)
-                    if tracked.machine.state().resync.is_some() =>
-                {
-                    (ReplicationState::Resynchronizing, why)
+            (Some(tracked), Some(_)) => {
+                let phase = progress.phase.state(has_point(tracked));
+                match (phase, tracked.machine.state().resync) {
+                    ((ReplicationState::Replicating, _), Some(reason)) => {
+                        (ReplicationState::Resynchronizing, Some(reason.to_string()))
+                    }
+                    (phase, _) => phase,
                 }
-                other => other,
-            },
+            }
             _ => (ReplicationState::Disabled, None),
         };
         let tracked = self.tracked.as_ref();

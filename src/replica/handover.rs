@@ -173,9 +173,9 @@ impl MachineReplica {
         let mut state = shared.state()?;
         let format = shared.options.format;
         let disks: Vec<_> = disks.iter().map(|disk| to_record(disk, format)).collect();
+        let names = shared.names()?;
         let first = disks.first().map(DiskRecord::file_name);
-        let present =
-            first.is_some_and(|first| shared.names().is_ok_and(|names| names.contains(&first)));
+        let present = first.is_some_and(|first| names.contains(&first));
         if state.record.is_some() || !present {
             return Ok(false);
         }

@@ -216,6 +216,12 @@ fn a_resync_goes_on_after_a_cut_link_and_after_deaths() {
     };
     let first = primary.wait("a part of the resync", middle);
     replica.kill();
+    assert_eq!(first.state, ReplicationState::Resynchronizing);
+    let reasons = first.reasons.join(" ");
+    assert!(
+        reasons.contains("in step: an operator asked for it"),
+        "{reasons}"
+    );
     let first = first.resync.unwrap();
     assert!(first.running, "the death was in the middle: {first:?}");
     // What the guest has written is known to differ.

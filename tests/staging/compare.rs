@@ -1,15 +1,19 @@
 //! What a replica answers when the primary asks which blocks differ.
 
+use std::collections::BTreeSet;
+
 use understudy::{
     base::{
         ids::Lineage,
-        units::{DiskIndex, Epoch, to_u64},
+        units::{DiskIndex, Epoch, to_u64, to_usize},
     },
+    disk::Fua,
     protocol::compare::{Differing, Hashes, Question, Sample},
     replica::{CompareError, Head, MachineReplica, ReplicaError},
+    storage::{Folder, Open},
 };
 
-use super::{Disks, Host, Model, grow, send};
+use super::{DISK_BYTES, Disks, Host, Model, content, grow, send, specs};
 
 /// A question about every block of both disks, as whoever holds `disks` asks it: blocks of zeros by themselves.
 fn question(at: Lineage, disks: &Disks) -> Question {
@@ -88,6 +92,57 @@ fn every_point_is_compared_as_it_is() {
         ..model.lineages[&Epoch(5)]
     };
     assert!(replica.view_at(other).is_err(), "another history");
+}
+
+/// Images that somebody put there become the replica's or stay nobody's, wherever the power is cut, and are as they were.
+#[test]
+fn a_seed_is_taken_whole_or_not_at_all() {
+    let put = |host: &Host| {
+        for (spec, size) in specs().iter().zip(DISK_BYTES) {
+            let name = spec.file_name();
+            let file = host.folder.open(&name, Open::CreateNew).unwrap();
+            file.write_at(0, &vec![0x5E; to_usize(size)], Fua::No)
+                .unwrap();
+            file.sync().unwrap();
+        }
+        host.folder.sync().unwrap();
+    };
+    let host = Host::new();
+    let replica = host.open(1).unwrap();
+    assert!(!replica.seed(&specs()).unwrap(), "there is nothing");
+    put(&host);
+    assert!(
+        replica.prepare(&specs()).is_err(),
+        "not without being asked to"
+    );
+    let mut seeds = BTreeSet::new();
+    for steps in 0.. {
+        let host = Host::new();
+        put(&host);
+        drop(host.open(1).unwrap());
+        host.power.cut_after(steps);
+        let done = host.open(1).and_then(|replica| replica.seed(&specs()));
+        host.power.restore(&mut || steps % 2 == 0);
+        let replica = host.open(1).unwrap();
+        let taken = match replica.head() {
+            Head::Copied(_) => true,
+            Head::Empty => false,
+            head => panic!("{steps}: {head:?}"),
+        };
+        assert!(taken || done.is_err(), "{steps}");
+        assert_eq!(replica.seed(&specs()).unwrap(), !taken, "{steps}");
+        replica.prepare(&specs()).unwrap();
+        let seed = replica.head().lineage().unwrap();
+        assert!(seeds.insert(seed.chain.0), "each is a point of its own");
+        let view = replica.view_at(seed).unwrap();
+        for disk in &view.disks {
+            assert!(content(&**disk).iter().all(|&byte| byte == 0x5E));
+        }
+        if done.is_ok() {
+            assert!(steps > 3, "the cuts reach into the call: {steps}");
+            break;
+        }
+    }
 }
 
 #[test]
