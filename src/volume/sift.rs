@@ -1,11 +1,11 @@
 //! Sifting: finding out which suspects really differ, before an epoch may contain them.
 //!
 //! ```text
-//!                    ask: read, hash              equal: proved, no longer marked
-//!   suspect (marked) ───────────────> asked ──┬──────────────────────────────────> ∅
-//!      ^    │                           │  │  └─ different: owed, as if written ──> sent with the epoch
-//!      │    └──── guest writes ─────────│──┴──> owed
-//!      └──────── link lost, restart ────┘
+//!                     ask: read, hash           equal: proved, no longer marked
+//!   suspect (marked) ─────────────────> asked ──────────────────────────────────> ∅
+//!     ^  │                               │ │  └── different: owed, as if written ──> sent with the epoch
+//!     │  └── the guest writes it ────────│─┴──> owed
+//!     └───── link lost, restart ─────────┘
 //! ```
 //! A resync marks every block that may differ in the open map, and the machine's record says why. As long as there are
 //! suspects no epoch is cut, so the replica's head, which they are compared with, stands still, and its old points stay
@@ -22,10 +22,9 @@
 //! # Crash contract
 //! Marks are durable before the record says that there is a resync; a crash in between sends them unsifted. With a resync in
 //! the record each restart and each new link makes everything that is marked a suspect, known writes as well: that
-//! costs a hash, and what was proved equal before is not marked any more. The epoch
-//! that completes the resync ends it in the record. A mark that a power cut brings back costs a hash, too; and one that is
-//! gone was cleared because the replica holds the block as it was, and if the platter lost a later write to it, its
-//! region is in the intent log.
+//! costs a hash, and what was proved equal before is not marked any more. The epoch that completes the resync ends it in
+//! the record. A mark that a power cut brings back costs a hash, too; one that is gone was cleared because the replica
+//! holds the block as it was, and if the platter lost a later write to it, its region is in the intent log.
 #![forbid(unsafe_code)]
 
 use tracing::info;

@@ -222,10 +222,9 @@ impl Core {
     }
 
     /// The next run of blocks that are left and not marked, within a region, from the cursor on and then from the
-    /// beginning.
+    /// beginning. A hint: nothing keeps it from being written now.
     fn find_unmarked(&self, verification: &Verification) -> Option<(&Tracked, Range<u64>)> {
         let (count, from) = (self.disks.len(), verification.cursor);
-        let _epochs = self.epochs.read();
         (0..=count).find_map(|step| {
             let disk = &self.disks[(from.disk + step) % count];
             let start = if step == 0 { from.block } else { 0 };

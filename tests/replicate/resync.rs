@@ -43,7 +43,7 @@ pub(super) fn flip(image: &Path, blocks: &[u64]) {
 }
 
 /// Runs `resync` as an operator does: exit code, standard output, standard error.
-fn demand(node: &Node, more: &[&str]) -> (i32, String, String) {
+pub(super) fn demand(node: &Node, more: &[&str]) -> (i32, String, String) {
     let socket = node.socket().to_str().unwrap();
     let done = run(
         PROGRAM,
