@@ -52,8 +52,8 @@ pub struct ReplicaArgs {
     /// Folder for the mounts of test failovers [default: `tests` in the machine's folder of the store].
     #[arg(long, value_name = "DIR")]
     tests: Option<PathBuf>,
-    /// Begin the replica of a new machine with the images that lie in its folder, STORE/<machine>/<disk>.<format>: an old copy.
-    /// They are compared with the primary's disks, and only what differs is sent.
+    /// Begin the replica of a new machine with an old copy of its images, if they lie in `STORE/<machine>/<disk>.<format>`:
+    /// they are compared with the primary's disks, and only what differs is sent.
     #[arg(long)]
     seed: bool,
     /// Path of the control socket [default: PID.sock in /run/understudy].
