@@ -10,7 +10,8 @@
 //! The primary keeps no data of its own about an epoch, only *which blocks* changed; the content is read from the image
 //! when it is sent, and preserved in memory where the guest is about to overwrite a block that was cut and not yet sent.
 //! Initial copy is epoch 0: every allocated block, read while the guest goes on; what it rewrites belongs to epoch 1 as
-//! well, so the first complete state is epoch 1. An epoch that cannot be finished (the link is lost, the pre-images do not
+//! well, so the first complete state is epoch 1. A resync is an epoch of what may differ, compared by hashes before it is
+//! sent. An epoch that cannot be finished (the link is lost, the pre-images do not
 //! fit) is merged into the next one. A slow link makes epochs longer and nothing else.
 //!
 //! # The journey of one write
@@ -58,7 +59,8 @@
 //! - A block that differs between primary and replica is marked in a map, or its region is in the intent log.
 //! - Marks precede the write; intent precedes the first write into a cold region; both precede the reply.
 //! - The replica acknowledges an epoch after its log is durable under its final name, never before.
-//! - Closing maps are cleared by that acknowledgement and by nothing else.
+//! - Closing maps are cleared by that acknowledgement and by nothing else; a mark in the open map goes without being sent
+//!   only when the block was found equal to what the replica holds durably.
 //! - The image at the replica holds exactly the epoch its record names, or is on the way to it under cover of the logs.
 //! - Equal chain hashes mean equal histories.
 //! - A role is durable before any of its effects. A generation never goes back, and each promotion makes a new one.
@@ -86,6 +88,7 @@
 //! - *disk*: what the guest sees; *image*: the file that stores it.
 //! - *block*: 4 KiB, the unit of tracking; *region*: 1 MiB, the unit of the intent log.
 //! - *cut*, *epoch*, *delta log* (`.hrl`): see above.
+//! - *suspect*: a block that is marked because it may differ, not because it was written; it is *sifted*: compared first.
 //! - *recovery point*: a cut that the replica holds complete.
 //! - *rescue point*: what a former primary had when it was replaced, and nobody else has; not part of the history.
 //! - *planned*, *unplanned* and *test failover*; *commit*, *cancel*, *reverse*: what an operator says; see above.

@@ -5,4 +5,7 @@ mod deaths;
 mod flow;
 mod flushes;
 mod guest;
+mod resync;
+mod seed;
 mod troubles;
+mod verify;

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
 mod bytes;
+mod compare;
 mod cuts;
 mod elsewhere;
 mod growth;

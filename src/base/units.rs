@@ -122,7 +122,9 @@ impl Block {
 }
 
 /// A run of bytes of a disk or a file: `offset..offset + len`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct Extent {
     /// First byte.
     pub offset: u64,

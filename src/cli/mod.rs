@@ -15,8 +15,10 @@ pub mod pki;
 pub mod points;
 pub mod replica;
 pub mod resize;
+pub mod resync;
 pub mod serve;
 pub mod status;
+pub mod verify;
 
 use std::{fmt, io::IsTerminal as _, process::ExitCode};
 
@@ -54,6 +56,10 @@ enum Verb {
     Status(status::StatusArgs),
     /// List the recovery points of a machine's replica.
     Points(points::PointsArgs),
+    /// Compare a machine with its replica by hashes and send what differs, while the guest runs.
+    Resync(resync::ResyncArgs),
+    /// Compare a machine's replica with its disks by hashes, while the guest runs, and name what differs.
+    Verify(verify::VerifyArgs),
     /// Move a machine to the other host, planned or not; or start its disks from its replica as a test.
     Failover(failover::FailoverArgs),
     /// Keep an unplanned failover, or this host's side of a split brain.
@@ -112,6 +118,8 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Serve(args) => runtime()?.block_on(serve::run(args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),
         Verb::Points(args) => runtime()?.block_on(points::run(&args, out)),
+        Verb::Resync(args) => runtime()?.block_on(resync::run(&args, out)),
+        Verb::Verify(args) => runtime()?.block_on(verify::run(&args, out)),
         Verb::Failover(args) => runtime()?.block_on(failover::run(&args, out)),
         Verb::Commit(args) => runtime()?.block_on(failover::commit(&args, out)),
         Verb::Cancel(args) => runtime()?.block_on(failover::cancel(&args, out)),

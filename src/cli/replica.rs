@@ -52,6 +52,10 @@ pub struct ReplicaArgs {
     /// Folder for the mounts of test failovers [default: `tests` in the machine's folder of the store].
     #[arg(long, value_name = "DIR")]
     tests: Option<PathBuf>,
+    /// Begin the replica of a new machine with an old copy of its images, if they lie in `STORE/<machine>/<disk>.<format>`:
+    /// they are compared with the primary's disks, and only what differs is sent.
+    #[arg(long)]
+    seed: bool,
     /// Path of the control socket [default: PID.sock in /run/understudy].
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
@@ -94,6 +98,7 @@ fn config(args: ReplicaArgs) -> HostConfig {
                 hourly: args.hourly,
             },
             space_max: args.space_max,
+            seed: args.seed,
             tests: args.tests,
         },
         replication: ReplicationConfig::default(),

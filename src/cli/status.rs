@@ -15,7 +15,8 @@ use crate::{
         control,
         status::{
             CopyStatus, DiskStatus, LastTest, LatencyStatus, MachineStatus, NodeStatus,
-            RecoveryStatus, RpoStatus, SyncStatus, TestResult, TestStatus,
+            RecoveryStatus, ResyncStatus, RpoStatus, SyncStatus, TestResult, TestStatus,
+            VerifyStatus,
         },
     },
 };
@@ -138,7 +139,7 @@ fn rows(machine: &MachineStatus) -> Vec<(&'static str, String)> {
             .map(|base| ("image epoch", base.to_string())),
     );
     rows.extend(recovery_rows(machine));
-    rows.extend(machine.copy.map(|copy| ("initial copy", copy_row(&copy))));
+    rows.extend(catching_up_rows(machine));
     rows.extend(
         machine
             .sync_on_flush
@@ -246,6 +247,55 @@ fn copy_row(copy: &CopyStatus) -> String {
     let eta = copy.eta_s.map_or_else(|| "-".into(), |s| format!("{s} s"));
     let (done, total, rate) = (Bytes(copy.done), Bytes(copy.total), Bytes(copy.rate));
     format!("{done} of {total} ({percent} %), {rate}/s, ETA {eta}")
+}
+
+/// How far the initial copy, a resync and a verification are.
+fn catching_up_rows(machine: &MachineStatus) -> impl Iterator<Item = (&'static str, String)> {
+    let copy = machine.copy.iter();
+    let copy = copy.map(|copy| ("initial copy", copy_row(copy)));
+    let verify = machine.verify.iter();
+    let verify = verify.map(|verify| ("verification", verify_row(verify)));
+    copy.chain(machine.resync.iter().flat_map(resync_rows))
+        .chain(verify)
+}
+
+fn verify_row(verify: &VerifyStatus) -> String {
+    let (compared, total) = (Bytes(verify.compared), Bytes(verify.total));
+    let differing = Bytes(verify.differing);
+    match (&verify.problem, verify.running) {
+        (Some(problem), _) => format!("given up: {problem}"),
+        (None, true) => {
+            let eta = verify
+                .eta_s
+                .map_or_else(|| "-".into(), |s| format!("{s} s"));
+            let rate = Bytes(verify.rate);
+            format!("{compared} of {total} compared, {differing} differ, {rate}/s, ETA {eta}")
+        }
+        (None, false) => format!("done: {compared} compared, {differing} differ"),
+    }
+}
+
+/// Why there is or was a resync, and how far it is.
+fn resync_rows(resync: &ResyncStatus) -> [(&'static str, String); 2] {
+    let ResyncStatus {
+        reason,
+        total,
+        compared,
+        differing,
+        rate,
+        ..
+    } = resync;
+    let (compared, differing) = (Bytes(*compared), Bytes(*differing));
+    let text = if resync.running {
+        let eta = resync
+            .eta_s
+            .map_or_else(|| "-".into(), |s| format!("{s} s"));
+        let (total, rate) = (Bytes(*total), Bytes(*rate));
+        format!("{compared} of {total} compared, {differing} differ, {rate}/s, ETA {eta}")
+    } else {
+        format!("done: {compared} compared, {differing} differed")
+    };
+    [("resync", text), ("", format!("because {reason}"))]
 }
 
 fn sync_row(sync: SyncStatus) -> String {

@@ -178,8 +178,9 @@ impl Signs {
                 (Health::Warning, text)
             }
             ReplicationState::Resynchronizing => {
-                let text = "the replica is being brought back in step";
-                (Health::Warning, text.into())
+                let why = why("it may differ");
+                let text = format!("the replica is being brought back in step: {why}");
+                (Health::Warning, text)
             }
             // What a failover means for the health is said by whoever knows the role.
             ReplicationState::Disabled

@@ -53,9 +53,11 @@ pub(super) async fn greet(host: Arc<Host>, link: Link, control: Control) {
             )
             .await
         }
-        Ok(ToReplica::Current { .. } | ToReplica::Taken { .. }) => Err(Refusal::Malformed {
-            detail: "the first message is neither a greeting nor a question".into(),
-        }),
+        Ok(ToReplica::Current { .. } | ToReplica::Taken { .. } | ToReplica::Compare(_)) => {
+            Err(Refusal::Malformed {
+                detail: "the first message is neither a greeting nor a question".into(),
+            })
+        }
     };
     if let Err(refusal) = done {
         tracing::warn!(peer = %link.peer().name, "refused: {refusal}");

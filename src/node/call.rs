@@ -17,7 +17,7 @@ use crate::{
         claim::Answer,
         message::{self, Hello, Refusal, ToPrimary, ToReplica},
     },
-    volume::Machine,
+    volume::{Machine, ResyncReason},
 };
 
 /// How long an answer may take: the peer may have to open images or to end a session first.
@@ -192,9 +192,11 @@ async fn take(
         machine.begin_resync(point).map_err(|error| chain(&error))?;
     }
     // Durable before the peer forgets them.
-    machine.owe(&differing).map_err(|error| chain(&error))?;
+    machine
+        .suspect(&differing, ResyncReason::Reversed)
+        .map_err(|error| chain(&error))?;
     let bytes: u64 = differing.iter().map(|(_, run)| run.len).sum();
-    tracing::info!(machine = %machine.name(), bytes, "the former primary may differ in these; they are sent");
+    tracing::info!(machine = %machine.name(), bytes, "the former primary may differ in these; they are compared");
     let taken = ToReplica::Taken {
         by,
         point,

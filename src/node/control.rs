@@ -4,6 +4,8 @@
 //! | --- | --- |
 //! | `GET /v1/status` | [`NodeStatus`] |
 //! | `POST /v1/machines/{name}/cut` | the [`Lineage`] of a cut made now, once it is durable on the replica |
+//! | `POST /v1/machines/{name}/resync` | `null`, once a resync is durably begun; `status` tells how it goes |
+//! | `POST /v1/machines/{name}/verify` with a [`VerifyRequest`] | `null`, once a verification is begun; `status` tells how it goes |
 //! | `GET /v1/machines/{name}/points` | a [`PointStatus`] for each recovery point, oldest first |
 //! | `POST /v1/machines/{name}/tests` with a [`TestRequest`] | the [`TestStatus`] of a test failover that was started |
 //! | `POST /v1/machines/{name}/failover` with a [`FailoverRequest`] | a [`FailoverReport`] |
@@ -56,6 +58,16 @@ pub trait Operate: Send + Sync + 'static {
     /// Cuts a machine now and waits until the epoch is durable on its replica.
     fn cut(&self, machine: &Name) -> Result<Lineage, OperateError>;
 
+    /// Begins to compare everything a machine holds with its replica, and to send what differs.
+    fn resync(&self, machine: &Name) -> Result<(), OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Begins to compare the points of a machine's replica with its disks.
+    fn verify(&self, machine: &Name, _: VerifyRequest) -> Result<(), OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
     /// The recovery points of a machine's replica, oldest first.
     fn points(&self, machine: &Name) -> Result<Vec<PointStatus>, OperateError> {
         Err(OperateError::NoSuchReplica(machine.clone()))
@@ -91,6 +103,18 @@ pub trait Operate: Send + Sync + 'static {
     fn cancel(&self, machine: &Name, _: CancelRequest) -> Result<CancelReport, OperateError> {
         Err(OperateError::NoSuchReplica(machine.clone()))
     }
+}
+
+/// How a machine is verified.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyRequest {
+    /// Whether what differs is sent again.
+    #[serde(default)]
+    pub repair: bool,
+    /// Bytes that are read in a second, at most.
+    #[serde(default)]
+    pub throttle: Option<u64>,
 }
 
 /// Which point to test.
@@ -276,6 +300,8 @@ impl ControlSocket {
         let router = Router::new()
             .route("/v1/status", get(status))
             .route("/v1/machines/{name}/cut", post(cut))
+            .route("/v1/machines/{name}/resync", post(resync))
+            .route("/v1/machines/{name}/verify", post(verify))
             .route("/v1/machines/{name}/points", get(points))
             .route("/v1/machines/{name}/tests", post(start_test))
             .route("/v1/machines/{name}/failover", post(failover))
@@ -302,6 +328,18 @@ async fn status(State(node): Node) -> Response {
 
 async fn cut(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
     answer(move || node.cut(&machine(&name)?)).await
+}
+
+async fn resync(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
+    answer(move || node.resync(&machine(&name)?)).await
+}
+
+async fn verify(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<VerifyRequest>,
+) -> Response {
+    answer(move || node.verify(&machine(&name)?, request)).await
 }
 
 async fn points(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
@@ -414,6 +452,20 @@ pub async fn ask_status(socket: &Path) -> Result<NodeStatus, ClientError> {
 /// Asks the node on `socket` to cut `machine`; answers when the epoch is durable on the replica.
 pub async fn ask_cut(socket: &Path, machine: &Name) -> Result<Lineage, ClientError> {
     ask(socket, "POST", &path_of(machine, "cut"), &()).await
+}
+
+/// Asks the node on `socket` to bring the replica of `machine` back in step; answers when that is durably begun.
+pub async fn ask_resync(socket: &Path, machine: &Name) -> Result<(), ClientError> {
+    ask(socket, "POST", &path_of(machine, "resync"), &()).await
+}
+
+/// Asks the node on `socket` to verify the replica of `machine`; answers when that is begun.
+pub async fn ask_verify(
+    socket: &Path,
+    machine: &Name,
+    request: VerifyRequest,
+) -> Result<(), ClientError> {
+    ask(socket, "POST", &path_of(machine, "verify"), &request).await
 }
 
 /// Asks the node on `socket` for the recovery points of `machine`, oldest first.

@@ -10,8 +10,11 @@ use std::{
 
 use crossbeam_channel::{Receiver, never, select};
 
+mod compare;
+
+use self::compare::About;
 use super::{
-    driver::{Command, CutAnswer, Driver, Heard, chain},
+    driver::{BeginAnswer, Command, CutAnswer, Driver, Heard, chain},
     pipeline::{Pipeline, Raw},
     sync_flush::Flushes,
 };
@@ -25,7 +28,7 @@ use crate::{
     net::{self, Link, LinkError, LogSender, Reason},
     protocol::{
         message::{self, ToReplica},
-        sender::{Action, Agreement, Log, Pace, Sender, Side, StopReason},
+        sender::{Action, Agreement, Log, Pace, Seen, Sender, Side, StopReason},
     },
     volume::{self, CopyScope, Cut, CutRefused, PieceContent, Reconcile, ReplicaHead, Taken},
 };
@@ -69,6 +72,10 @@ pub(super) struct Conversation<'a> {
     waiting: Vec<CutAnswer>,
     /// Commands whose cut was made and is not durable yet.
     answering: Vec<CutAnswer>,
+    /// Commands that wait until no epoch is closing.
+    demanding: Vec<BeginAnswer>,
+    /// What the questions on the way are about, the oldest first.
+    asked: VecDeque<About>,
     /// Bytes and time of saturated sending since the last measurement.
     measured: (u64, Duration),
 }
@@ -85,7 +92,7 @@ impl<'a> Conversation<'a> {
     ) -> Self {
         let sender = Sender::new(pace);
         let (log, cut, measured) = (None, None, (0, Duration::ZERO));
-        let (waiting, answering) = (Vec::new(), Vec::new());
+        let (waiting, answering, demanding) = (Vec::new(), Vec::new(), Vec::new());
         Self {
             driver,
             sender,
@@ -97,6 +104,8 @@ impl<'a> Conversation<'a> {
             cut,
             waiting,
             answering,
+            demanding,
+            asked: VecDeque::new(),
             measured,
         }
     }
@@ -115,6 +124,10 @@ impl<'a> Conversation<'a> {
             while let Some(action) = self.sender.poll() {
                 self.act(action)?;
             }
+            // What was staged is acknowledged by now.
+            if self.sender.is_open() {
+                self.begin_demanded();
+            }
             let idle = !self.advance()?;
             if let Some(end) = self.hear(idle) {
                 return Ok(end);
@@ -125,8 +138,12 @@ impl<'a> Conversation<'a> {
             let clock = &self.driver.host.clock;
             // The time before the counters: a write in between must not be declared part of what the replica has.
             let (now, wall) = (clock.monotonic(), clock.wall());
-            let changed = self.driver.machine.counters().open_blocks > 0;
-            self.sender.tick(now, wall, changed);
+            let counters = self.driver.machine.counters();
+            let seen = Seen {
+                changed: counters.open_blocks > 0,
+                suspects: counters.suspect_blocks > 0,
+            };
+            self.sender.tick(now, wall, seen);
         }
     }
 
@@ -136,6 +153,9 @@ impl<'a> Conversation<'a> {
         let owed = self.driver.machine.counters().owed_open_blocks * BLOCK_BYTES;
         if let Some(side) = self.sender.side(owed).filter(|_| self.pipeline.has_room()) {
             busy = self.take(side)?;
+        }
+        if self.sender.may_ask() {
+            busy |= self.ask()? || self.verify()?;
         }
         // Frames are sent as soon as they are packed. The oldest one is waited for where there is nothing else to do, or
         // no room for more.
@@ -213,6 +233,11 @@ impl<'a> Conversation<'a> {
                     self.waiting.push(answer);
                     self.sender.want_cut();
                 }
+                Ok(Command::Resync(answer)) => self.demanding.push(answer),
+                Ok(Command::Verify(request, answer)) => {
+                    // Whoever asked may have gone away.
+                    let _ = answer.send(self.driver.begin_verify(request));
+                }
                 Ok(Command::Stop) | Err(_) => return Some(End::Stop),
             },
             default(wait) => {}
@@ -222,12 +247,13 @@ impl<'a> Conversation<'a> {
 
     fn act(&mut self, action: Action) -> Result<(), End> {
         match action {
-            Action::Say(message) => self.say(&message),
+            Action::Say(message) => self.say(&message).map(|_| ()),
             Action::Compare(head) => self.compare(head),
             Action::OpenLog(log) => self.open(log),
             Action::Cut => self.cut(),
             Action::Seal => self.seal(),
             Action::Copied(frames) => self.copied(frames),
+            Action::Answered(differing) => self.answered(differing.as_ref()),
             Action::Acknowledge(lineage) => self.acknowledge(lineage),
             Action::Stop(reason) => Err(End::Refused(reason)),
         }
@@ -238,9 +264,12 @@ impl<'a> Conversation<'a> {
         self.driver.flushes.as_deref().map(tell)
     }
 
-    fn say(&mut self, message: &ToReplica) -> Result<(), End> {
-        let bytes = message::encode(message).into();
-        done(self.driver.until_stopped(self.mouth.send(bytes)))
+    /// Says it; how many bytes that took.
+    fn say(&mut self, message: &ToReplica) -> Result<u64, End> {
+        let bytes = message::encode(message);
+        let len = to_u64(bytes.len());
+        done(self.driver.until_stopped(self.mouth.send(bytes.into())))?;
+        Ok(len)
     }
 
     fn compare(&mut self, head: message::Head) -> Result<(), End> {
@@ -289,6 +318,10 @@ impl<'a> Conversation<'a> {
         );
         self.flushes(|flushes| flushes.linked(complete && agreement == Agreement::InStep));
         self.sender.agreed(agreement);
+        if machine.state().resync.is_some() {
+            // Also if nothing is left to compare: the resync ends with an epoch.
+            self.sender.want_cut();
+        }
         Ok(())
     }
 
@@ -332,7 +365,7 @@ impl<'a> Conversation<'a> {
                 self.sender.was_cut(self.driver.host.clock.monotonic());
                 Ok(())
             }
-            Err(CutRefused::Closing(_)) => {
+            Err(CutRefused::Closing(_) | CutRefused::Suspects(_)) => {
                 self.flushes(Flushes::merged);
                 self.sender.merged();
                 Ok(())
@@ -437,7 +470,6 @@ impl<'a> Conversation<'a> {
             .machine
             .staged(lineage)
             .map_err(|error| End::Lost(chain(&error)))?;
-        let now = self.driver.host.clock.wall();
         let cut = self.cut.take();
         if cut.is_some() {
             self.flushes(Flushes::durable);
@@ -445,7 +477,7 @@ impl<'a> Conversation<'a> {
         self.driver
             .progress
             .lock()
-            .durable(cut.map(|cut| cut.time), now);
+            .durable(cut.map(|cut| cut.time), &*self.driver.host.clock);
         for answer in self.answering.drain(..) {
             // Whoever asked may have gone away.
             let _ = answer.send(Ok(lineage));
@@ -464,6 +496,7 @@ impl<'a> Conversation<'a> {
         }
         self.sender.disconnected();
         self.driver.machine.disconnected();
+        self.unanswered();
         let (reason, text) = match end {
             End::Stop => (Reason::Stopping, "the primary is being stopped".to_owned()),
             End::Lost(why) => (Reason::Aborted, why.clone()),
@@ -474,6 +507,9 @@ impl<'a> Conversation<'a> {
         self.driver.host.runtime.block_on(self.link.drained());
         for answer in self.waiting.drain(..).chain(self.answering.drain(..)) {
             let _ = answer.send(Err(format!("the link to the replica was lost: {text}")));
+        }
+        for answer in self.demanding.drain(..) {
+            let _ = answer.send(self.driver.begin_demanded());
         }
     }
 }

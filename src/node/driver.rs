@@ -15,10 +15,12 @@ use tokio::{runtime::Handle, sync::watch};
 
 use super::{
     call::{Callee, bring_back},
+    control::VerifyRequest,
     conversation::{Conversation, End},
     pipeline::Pipeline,
     progress::{Phase, Progress},
     sync_flush::Flushes,
+    verify::Verifying,
 };
 use crate::{
     base::{
@@ -32,7 +34,7 @@ use crate::{
         message::{self, DiskSpec, Hello, Refusal, ToPrimary, Version},
         sender::{Pace, StopReason},
     },
-    volume::Machine,
+    volume::{Machine, SavedVerification},
 };
 
 /// Owed bytes of the open epoch from which on they are sent ahead of the cut.
@@ -66,9 +68,14 @@ pub(super) struct Subject {
 /// Waits for an answer to one command.
 pub(super) type CutAnswer = ChannelSender<Result<Lineage, String>>;
 
+/// Waits for a resync or a verification to begin.
+pub(super) type BeginAnswer = ChannelSender<Result<(), String>>;
+
 /// What the node asks of the thread.
 pub(super) enum Command {
     Cut(CutAnswer),
+    Resync(BeginAnswer),
+    Verify(VerifyRequest, BeginAnswer),
     Stop,
 }
 
@@ -121,21 +128,38 @@ impl Replication {
     }
 
     /// Asks for a cut now; the answer comes when the epoch is durable on the replica.
-    pub(super) fn request_cut(&self) -> PendingCut {
+    pub(super) fn request_cut(&self) -> Pending<Lineage> {
+        self.request(Command::Cut)
+    }
+
+    /// Asks for a resync; the answer comes when it is durably begun, be there a link or not.
+    pub(super) fn request_resync(&self) -> Pending<()> {
+        self.request(Command::Resync)
+    }
+
+    /// Asks for a verification; the answer comes when it is begun, be there a link or not.
+    pub(super) fn request_verify(&self, request: VerifyRequest) -> Pending<()> {
+        self.request(|answer| Command::Verify(request, answer))
+    }
+
+    fn request<T>(
+        &self,
+        command: impl FnOnce(ChannelSender<Result<T, String>>) -> Command,
+    ) -> Pending<T> {
         let (answer, answered) = crossbeam_channel::bounded(1);
         // If the thread has ended the answer is dropped, which the caller sees when it waits.
-        let _ = self.commands.send(Command::Cut(answer));
-        PendingCut(answered)
+        let _ = self.commands.send(command(answer));
+        Pending(answered)
     }
 }
 
-/// A cut that was asked for.
+/// Something that was asked for.
 #[derive(Debug)]
-pub(super) struct PendingCut(Receiver<Result<Lineage, String>>);
+pub(super) struct Pending<T>(Receiver<Result<T, String>>);
 
-impl PendingCut {
-    /// Waits until the epoch is durable on the replica.
-    pub(super) fn wait(self) -> Result<Lineage, String> {
+impl<T> Pending<T> {
+    /// Waits until it is done.
+    pub(super) fn wait(self) -> Result<T, String> {
         self.0
             .recv()
             .unwrap_or_else(|_| Err("replication has stopped".into()))
@@ -180,6 +204,7 @@ pub(super) struct Driver {
 
 impl Driver {
     fn run(self) {
+        self.resume_verification();
         let mut backoff = Backoff::new(REDIAL.0, REDIAL.1);
         loop {
             let dialled = self.until_stopped(self.target.callee.dial());
@@ -232,6 +257,58 @@ impl Driver {
         }
     }
 
+    /// Begins the resync that an operator asked for. Not while an epoch is closing.
+    pub(super) fn begin_demanded(&self) -> Result<(), String> {
+        let begun = self.machine.demand_resync();
+        begun.map_err(|error| chain(&error))?;
+        self.progress
+            .lock()
+            .resync(&self.machine, &*self.host.clock);
+        Ok(())
+    }
+
+    /// Begins a verification. It goes on whenever there is a link.
+    pub(super) fn begin_verify(&self, request: VerifyRequest) -> Result<(), String> {
+        let mut progress = self.progress.lock();
+        if progress.verify.as_ref().is_some_and(Verifying::is_running) {
+            return Err("a verification is under way already".into());
+        }
+        let blocks = self.machine.verification();
+        let blocks = blocks.map_err(|error| chain(&error))?;
+        let now = self.host.clock.monotonic();
+        let mut verifying = Verifying::new(blocks, request, now);
+        let saved = verifying.due_record(&self.machine, std::iter::empty(), now);
+        progress.verify = Some(verifying);
+        drop(progress);
+        self.save_verification(saved.as_ref());
+        Ok(())
+    }
+
+    /// Goes on with the verification that an earlier process began.
+    fn resume_verification(&self) {
+        let mut progress = self.progress.lock();
+        if progress.verify.is_some() {
+            return;
+        }
+        let now = self.host.clock.monotonic();
+        match self.machine.saved_verification() {
+            Ok(found) => {
+                progress.verify =
+                    found.map(|(saved, blocks)| Verifying::resumed(saved, blocks, now));
+            }
+            Err(error) => {
+                tracing::warn!(machine = %self.subject.name, "the verification does not go on: {}", chain(&error));
+            }
+        }
+    }
+
+    /// Remembers the verification, or that there is none. Without it a restart compares more.
+    pub(super) fn save_verification(&self, saved: Option<&SavedVerification>) {
+        if let Err(error) = self.machine.save_verification(saved) {
+            tracing::warn!(machine = %self.subject.name, "{}", chain(&error));
+        }
+    }
+
     /// The peer does not follow. Whether that is mended already: it was the primary before, and may follow now.
     fn unwelcome(&self, answer: Answer) -> Result<(), String> {
         let Subject {
@@ -274,6 +351,12 @@ impl Driver {
                 recv(self.commands) -> command => match command {
                     Ok(Command::Cut(answer)) => {
                         let _ = answer.send(Err(format!("the replica cannot be reached: {why}")));
+                    }
+                    Ok(Command::Resync(answer)) => {
+                        let _ = answer.send(self.begin_demanded());
+                    }
+                    Ok(Command::Verify(request, answer)) => {
+                        let _ = answer.send(self.begin_verify(request));
                     }
                     Ok(Command::Stop) | Err(_) => return true,
                 },

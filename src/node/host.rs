@@ -49,7 +49,7 @@ use super::{
     admission,
     control::{
         CancelReport, CancelRequest, FailoverReport, FailoverRequest, Operate, OperateError,
-        ResizeReport, ResizeRequest, ReverseRequest, TestRequest,
+        ResizeReport, ResizeRequest, ReverseRequest, TestRequest, VerifyRequest,
     },
     driver::chain,
     lock_folder,
@@ -427,6 +427,20 @@ impl Operate for Host {
     fn cut(&self, machine: &Name) -> Result<Lineage, OperateError> {
         match self.asked(machine)?.serving() {
             Some(serving) => serving.primary.cut_now(),
+            None => Err(OperateError::NoSuchMachine(machine.clone())),
+        }
+    }
+
+    fn resync(&self, machine: &Name) -> Result<(), OperateError> {
+        match self.asked(machine)?.serving() {
+            Some(serving) => serving.primary.resync_now(),
+            None => Err(OperateError::NoSuchMachine(machine.clone())),
+        }
+    }
+
+    fn verify(&self, machine: &Name, request: VerifyRequest) -> Result<(), OperateError> {
+        match self.asked(machine)?.serving() {
+            Some(serving) => serving.primary.verify_now(request),
             None => Err(OperateError::NoSuchMachine(machine.clone())),
         }
     }

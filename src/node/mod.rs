@@ -9,6 +9,7 @@
 //!   exposure   a recovery point as writable disks in a mount          progress    what the status knows of a link
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
 //!   control    the socket that `status` and operators use           sync_flush   flushes that wait for the replica
+//!   verify     how far a verification is, and what it found
 //! ```
 //! Async code is confined to links and sockets. What owns state (a replication, a receiving session, a merge) is one
 //! thread with one loop: select, handle, act.
@@ -33,6 +34,7 @@ pub mod status;
 pub mod sync_flush;
 mod test_failover;
 mod tracking;
+mod verify;
 mod writers;
 
 use std::{

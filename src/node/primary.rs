@@ -14,8 +14,8 @@ use parking_lot::{Mutex, RwLock};
 
 pub use super::images::ImageConfig;
 use super::{
-    control::{Operate, OperateError},
-    driver::{Host, Replication, Subject, Target},
+    control::{Operate, OperateError, VerifyRequest},
+    driver::{Host, Pending, Replication, Subject, Target},
     images::ImageError,
     progress::Progress,
     sources::{Source, Stamped, open_images, spec},
@@ -379,10 +379,22 @@ impl Primary {
 
     /// Cuts now and waits until the epoch is durable on the replica.
     pub(super) fn cut_now(&self) -> Result<Lineage, OperateError> {
+        self.request(Replication::request_cut)
+    }
+
+    /// Begins to compare everything with the replica.
+    pub(super) fn resync_now(&self) -> Result<(), OperateError> {
+        self.request(Replication::request_resync)
+    }
+
+    /// Begins to compare the replica's points with the disks.
+    pub(super) fn verify_now(&self, request: VerifyRequest) -> Result<(), OperateError> {
+        self.request(|replication| replication.request_verify(request))
+    }
+
+    fn request<T>(&self, what: impl FnOnce(&Replication) -> Pending<T>) -> Result<T, OperateError> {
         let running = self.replication.lock();
-        let pending = running
-            .as_ref()
-            .map(|running| running.replication.request_cut());
+        let pending = running.as_ref().map(|running| what(&running.replication));
         // The lock is free again: a cut may take as long as the link does, and the node must be able to stop.
         drop(running);
         let pending = pending.ok_or_else(|| {
@@ -399,7 +411,15 @@ impl Primary {
         let running = running.as_ref();
         let opened = self.opened();
         let (state, stopped) = match (&opened.tracked, running) {
-            (Some(tracked), Some(_)) => progress.phase.state(has_point(tracked)),
+            (Some(tracked), Some(_)) => {
+                let phase = progress.phase.state(has_point(tracked));
+                match (phase, tracked.machine.state().resync) {
+                    ((ReplicationState::Replicating, _), Some(reason)) => {
+                        (ReplicationState::Resynchronizing, Some(reason.to_string()))
+                    }
+                    (phase, _) => phase,
+                }
+            }
             _ => (ReplicationState::Disabled, None),
         };
         let tracked = opened.tracked.as_ref();
@@ -440,6 +460,14 @@ impl Primary {
             rpo,
             sync_on_flush: sync.map(|(status, _)| status),
             copy: progress.copy_status(self.clock.monotonic()),
+            resync: tracked.and_then(|tracked| {
+                let suspect = tracked.machine.counters().suspect_blocks * BLOCK_BYTES;
+                progress.resync_status(self.clock.monotonic(), suspect)
+            }),
+            verify: tracked.and_then(|tracked| {
+                let verify = progress.verify.as_ref()?;
+                Some(verify.status(&tracked.machine, self.clock.monotonic()))
+            }),
             traffic,
             write_latency: Some(LatencyStatus::from(&latency)),
             disks: opened
@@ -494,6 +522,22 @@ impl Operate for Primary {
     fn cut(&self, machine: &Name) -> Result<Lineage, OperateError> {
         if *machine == self.name {
             self.cut_now()
+        } else {
+            Err(OperateError::NoSuchMachine(machine.clone()))
+        }
+    }
+
+    fn resync(&self, machine: &Name) -> Result<(), OperateError> {
+        if *machine == self.name {
+            self.resync_now()
+        } else {
+            Err(OperateError::NoSuchMachine(machine.clone()))
+        }
+    }
+
+    fn verify(&self, machine: &Name, request: VerifyRequest) -> Result<(), OperateError> {
+        if *machine == self.name {
+            self.verify_now(request)
         } else {
             Err(OperateError::NoSuchMachine(machine.clone()))
         }

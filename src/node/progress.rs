@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::status::{CopyStatus, RpoRecord};
+use super::{
+    status::{CopyStatus, ResyncStatus, RpoRecord},
+    verify::Verifying,
+};
 use crate::{
     base::{
         clock::{Clock, Timestamp},
@@ -10,7 +13,7 @@ use crate::{
     },
     coord::state::ReplicationState,
     protocol::sender::Agreement,
-    volume::Machine,
+    volume::{Machine, ResyncReason, Sifted},
 };
 
 /// Where a replication stands.
@@ -58,12 +61,30 @@ struct Copy {
     done: u64,
 }
 
+/// The resync that runs, or the last one since the node started.
+#[derive(Clone, Copy, Debug)]
+struct Resync {
+    reason: ResyncReason,
+    began: Duration,
+    /// When it was over; nothing while it runs.
+    ended: Option<Duration>,
+    total: u64,
+    compared: u64,
+    equal: u64,
+    differing: u64,
+    read: u64,
+    asked: u64,
+}
+
 /// The figures of one machine's replication.
 #[derive(Debug)]
 pub(super) struct Progress {
     pub(super) phase: Phase,
     pub(super) rpo: RpoRecord,
     copy: Option<Copy>,
+    resync: Option<Resync>,
+    /// The verification that runs, or the last one.
+    pub(super) verify: Option<Verifying>,
     /// Raw bytes of blocks sent.
     pub(super) raw: u64,
     /// Log bytes sent.
@@ -78,6 +99,8 @@ impl Default for Progress {
             phase: Phase::Connecting,
             rpo: RpoRecord::default(),
             copy: None,
+            resync: None,
+            verify: None,
             raw: 0,
             sent: 0,
             epochs: 0,
@@ -104,6 +127,44 @@ impl Progress {
             total: machine.counters().closing_blocks * BLOCK_BYTES,
             done: 0,
         });
+        self.resync(machine, clock);
+    }
+
+    /// Looks whether a resync of the machine is under way. One that is known already goes on.
+    pub(super) fn resync(&mut self, machine: &Machine, clock: &dyn Clock) {
+        let known = self.resync.filter(|resync| resync.ended.is_none());
+        let reason = machine.state().resync;
+        if known.map(|resync| resync.reason) == reason {
+            return;
+        }
+        self.resync = reason.map(|reason| Resync {
+            reason,
+            began: clock.monotonic(),
+            ended: None,
+            total: machine.counters().suspect_blocks * BLOCK_BYTES,
+            compared: 0,
+            equal: 0,
+            differing: 0,
+            read: 0,
+            asked: 0,
+        });
+    }
+
+    /// A question took `asked` bytes on the wire and made `read` bytes of the disks be read.
+    pub(super) fn asked(&mut self, read: u64, asked: u64) {
+        if let Some(resync) = &mut self.resync {
+            resync.read += read;
+            resync.asked += asked;
+        }
+    }
+
+    /// A question about `bytes` was answered.
+    pub(super) fn compared(&mut self, bytes: u64, sifted: Sifted) {
+        if let Some(resync) = &mut self.resync {
+            resync.compared += bytes;
+            resync.equal += sifted.equal * BLOCK_BYTES;
+            resync.differing += sifted.differing * BLOCK_BYTES;
+        }
     }
 
     /// A frame was handed to the link: `raw` bytes of blocks in `bytes` of log.
@@ -116,20 +177,42 @@ impl Progress {
     }
 
     /// An epoch became durable; `cut` is nothing for the initial copy.
-    pub(super) fn durable(&mut self, cut: Option<Timestamp>, now: Timestamp) {
+    pub(super) fn durable(&mut self, cut: Option<Timestamp>, clock: &dyn Clock) {
         self.epochs += 1;
         if let Some(cut) = cut {
-            self.rpo.durable(cut, now);
+            self.rpo.durable(cut, clock.wall());
+            // No epoch is cut before everything is compared.
+            if let Some(resync) = &mut self.resync {
+                resync.ended.get_or_insert_with(|| clock.monotonic());
+            }
             // The first epoch after the initial copy makes the replica complete.
             self.copy = None;
             self.phase = Phase::Replicating;
         }
     }
 
+    /// `suspect`: bytes of which nobody knows yet whether they differ.
+    pub(super) fn resync_status(&self, now: Duration, suspect: u64) -> Option<ResyncStatus> {
+        let resync = self.resync?;
+        let elapsed = resync.ended.unwrap_or(now).saturating_sub(resync.began);
+        let rate = rate(resync.compared, elapsed);
+        Some(ResyncStatus {
+            reason: resync.reason.to_string(),
+            running: resync.ended.is_none(),
+            total: resync.total.max(resync.compared),
+            compared: resync.compared,
+            read: resync.read,
+            equal: resync.equal,
+            differing: resync.differing,
+            asked: resync.asked,
+            rate,
+            eta_s: suspect.checked_div(rate),
+        })
+    }
+
     pub(super) fn copy_status(&self, now: Duration) -> Option<CopyStatus> {
         let copy = self.copy?;
-        let elapsed = now.saturating_sub(copy.began).as_millis().max(1);
-        let rate = u64::try_from(u128::from(copy.done) * 1000 / elapsed).unwrap_or(u64::MAX);
+        let rate = rate(copy.done, now.saturating_sub(copy.began));
         let left = copy.total.saturating_sub(copy.done);
         let eta_s = left.checked_div(rate);
         Some(CopyStatus {
@@ -139,4 +222,10 @@ impl Progress {
             eta_s,
         })
     }
+}
+
+/// Bytes per second.
+pub(super) fn rate(bytes: u64, elapsed: Duration) -> u64 {
+    let elapsed = elapsed.as_millis().max(1);
+    u64::try_from(u128::from(bytes) * 1000 / elapsed).unwrap_or(u64::MAX)
 }

@@ -27,7 +27,8 @@ use crate::{
     net::{Link, Reason},
     protocol::message::{self, Refusal},
     replica::{
-        self, Head, MachineReplica, Point, ReplicaError, ReplicaOptions, Retention, Squeeze,
+        self, Head, ImageStatus, MachineReplica, Point, ReplicaError, ReplicaOptions, Retention,
+        Squeeze,
     },
     storage::{Folder, ledger::Ledger},
 };
@@ -51,6 +52,8 @@ pub(super) struct Served {
     pub(super) progress: SharedProgress,
     pub(super) clock: Arc<dyn Clock>,
     tests: TestFailovers,
+    /// Whether images that are there are what a new replica begins with.
+    seed: bool,
     /// Where the images are.
     folder: PathBuf,
     upkeep: Mutex<Option<Upkeep>>,
@@ -150,6 +153,8 @@ pub struct Keeping {
     pub retention: Retention,
     /// Bytes that the delta logs of a machine may take.
     pub space_max: Option<u64>,
+    /// Whether images that lie in the folder of a new machine are what its replica begins with.
+    pub seed: bool,
     /// Where test failovers are mounted, in a folder for each machine, if not in the store.
     pub tests: Option<PathBuf>,
 }
@@ -208,6 +213,7 @@ impl Served {
             progress: SharedProgress::default(),
             clock,
             tests,
+            seed: keeping.seed,
             folder: path,
             upkeep: Mutex::default(),
             _locks: locks,
@@ -265,10 +271,16 @@ impl Served {
         !self.tests.status().is_empty()
     }
 
-    /// Says which disks will be received; the images are made if there are none, and grow if the disks did.
+    /// Says which disks will be received. The images are made if there are none, or compared as a seed if they are one; they
+    /// grow if the disks did.
     pub(super) fn prepare(&self, disks: &[message::DiskSpec]) -> Result<(), Refusal> {
         let specs = disks.iter().map(disk_spec).collect::<Result<Vec<_>, _>>()?;
-        let prepared = self.store.prepare(&specs);
+        let seeded = if self.seed {
+            self.store.seed(&specs)
+        } else {
+            Ok(false)
+        };
+        let prepared = seeded.and_then(|_| self.store.prepare(&specs));
         prepared.map_err(|error| {
             let detail = chain(&error);
             match error {
@@ -280,9 +292,18 @@ impl Served {
 }
 
 impl Served {
+    fn disk_status(&self, image: &ImageStatus) -> DiskStatus {
+        DiskStatus {
+            name: image.name.clone(),
+            size: image.geometry.size,
+            image: self.folder.join(&image.file).display().to_string(),
+            format: image.format.to_string(),
+            path: None,
+        }
+    }
+
     pub(super) fn status(&self) -> MachineStatus {
-        let store = self.store.status();
-        let points = self.store.points();
+        let (store, points) = (self.store.status(), self.store.points());
         let (tests, last_test) = (self.tests.status(), self.tests.last());
         let progress = self.progress.lock();
         let state = match store.head {
@@ -312,13 +333,7 @@ impl Served {
             }
             (Some(_), judged) => judged,
         };
-        let disks = store.images.iter().map(|image| DiskStatus {
-            name: image.name.clone(),
-            size: image.geometry.size,
-            image: self.folder.join(&image.file).display().to_string(),
-            format: image.format.to_string(),
-            path: None,
-        });
+        let disks = store.images.iter().map(|image| self.disk_status(image));
         MachineStatus {
             name: self.name.clone(),
             id: Some(self.id),
@@ -343,6 +358,8 @@ impl Served {
             rpo,
             sync_on_flush: None,
             copy: None,
+            resync: None,
+            verify: None,
             traffic: TrafficStatus {
                 raw: store.counters.image_written,
                 sent: store.counters.received,

@@ -17,10 +17,13 @@ use crate::{
     base::{ids::Generation, units::to_u64},
     net::{ControlReceiver, ControlSender, Link, LinkError, LogReceiver, Reason},
     protocol::{
+        compare::Question,
         message::{self, Refusal, ToPrimary, ToReplica},
         receiver::Receiver,
     },
-    replica::{Head, Ingest, IngestError, IngestEvent, SyncTask},
+    replica::{
+        CompareError, Head, Ingest, IngestError, IngestEvent, PointView, ReplicaError, SyncTask,
+    },
 };
 
 /// Pieces of a log that are read from the connection at once.
@@ -63,6 +66,7 @@ pub(super) async fn serve(
         log: 0,
         writers: Writers::start(),
         syncer,
+        compared: None,
     };
     let closing = link.clone();
     let (ended, end) = tokio::sync::oneshot::channel();
@@ -190,6 +194,15 @@ impl Drop for Syncer {
     }
 }
 
+/// Why the replica cannot go on.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Ingest(#[from] IngestError),
+    #[error(transparent)]
+    Compare(#[from] CompareError),
+}
+
 struct Session {
     served: Arc<Served>,
     generation: Generation,
@@ -200,6 +213,8 @@ struct Session {
     log: u64,
     writers: Writers,
     syncer: Syncer,
+    /// The point that is being compared with. No merge goes beyond it, so it is let go of when an epoch was staged.
+    compared: Option<PointView>,
 }
 
 impl Session {
@@ -209,21 +224,24 @@ impl Session {
         let welcome = self.receiver.welcome(self.generation, head_message(head));
         self.say(welcome);
         while let Some(event) = inbox.blocking_recv() {
-            let done = match event {
+            let done: Result<(), Trouble> = match event {
                 Event::Lost(why) => return why,
-                Event::Begin => self.begin(),
-                Event::Bytes(pieces) => pieces.iter().try_for_each(|piece| self.take(piece)),
-                Event::End => self.ingest.take().map_or(Ok(()), Ingest::finish),
+                Event::Begin => self.begin().map_err(Trouble::from),
+                Event::Bytes(pieces) => {
+                    let taken = pieces.iter().try_for_each(|piece| self.take(piece));
+                    taken.map_err(Trouble::from)
+                }
+                Event::End => {
+                    let finished = self.ingest.take().map_or(Ok(()), Ingest::finish);
+                    finished.map_err(Trouble::from)
+                }
                 Event::Broken(why) => {
                     tracing::info!(machine = %self.served.name, "a delta log was given up: {why}");
                     self.ingest = None;
                     Ok(())
                 }
-                Event::Message(message) => {
-                    self.hear(&message);
-                    Ok(())
-                }
-                Event::Synced(log, synced) => self.synced(log, synced),
+                Event::Message(message) => self.hear(&message).map_err(Trouble::from),
+                Event::Synced(log, synced) => self.synced(log, synced).map_err(Trouble::from),
             };
             if let Err(error) = done {
                 let detail = chain(&error);
@@ -245,10 +263,33 @@ impl Session {
         let _ = self.answers.send(message);
     }
 
-    fn hear(&self, message: &ToReplica) {
-        if let ToReplica::Current { at } = message {
-            self.served.progress.lock().rpo.current(*at);
+    fn hear(&mut self, message: &ToReplica) -> Result<(), CompareError> {
+        match message {
+            ToReplica::Current { at } => self.served.progress.lock().rpo.current(*at),
+            ToReplica::Compare(question) => self.compare(question)?,
+            ToReplica::Hello(_)
+            | ToReplica::HandOver { .. }
+            | ToReplica::Return { .. }
+            | ToReplica::Taken { .. } => {}
         }
+        Ok(())
+    }
+
+    fn compare(&mut self, question: &Question) -> Result<(), CompareError> {
+        let held = self.compared.take();
+        let held = held.filter(|view| view.point.lineage == question.at);
+        self.compared = match held.map_or_else(|| self.served.store.view_at(question.at), Ok) {
+            Ok(view) => Some(view),
+            // A merge was quicker.
+            Err(ReplicaError::NoPoint(_)) => None,
+            Err(error) => return Err(error.into()),
+        };
+        let view = self.compared.as_ref();
+        self.say(ToPrimary::Compared {
+            number: question.number,
+            differs: view.map(|view| view.compare(question)).transpose()?,
+        });
+        Ok(())
     }
 
     fn begin(&mut self) -> Result<(), IngestError> {
@@ -283,7 +324,7 @@ impl Session {
     }
 
     fn synced(
-        &self,
+        &mut self,
         log: u64,
         synced: Result<IngestEvent, IngestError>,
     ) -> Result<(), IngestError> {
@@ -295,7 +336,7 @@ impl Session {
         Ok(())
     }
 
-    fn report(&self, event: IngestEvent) {
+    fn report(&mut self, event: IngestEvent) {
         match event {
             IngestEvent::Durable { frames, .. } => {
                 if matches!(self.served.store.head(), Head::Empty | Head::Copying) {
@@ -303,6 +344,7 @@ impl Session {
                 }
             }
             IngestEvent::Staged { lineage, cut } => {
+                self.compared = None;
                 self.say(ToPrimary::Staged { lineage });
                 let mut progress = self.served.progress.lock();
                 progress.problem = None;

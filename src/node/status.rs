@@ -77,8 +77,14 @@ pub struct MachineStatus {
     /// Primary: how the guest's flushes stand to the replica, if they are to wait for it.
     #[serde(default)]
     pub sync_on_flush: Option<SyncStatus>,
-    /// Initial copy or resync in progress.
+    /// Initial copy in progress.
     pub copy: Option<CopyStatus>,
+    /// Primary: the resync in progress, or the last one since the node started.
+    #[serde(default)]
+    pub resync: Option<ResyncStatus>,
+    /// Primary: the verification in progress, or the last one since the node started.
+    #[serde(default)]
+    pub verify: Option<VerifyStatus>,
     /// Bytes and counts since the node started.
     pub traffic: TrafficStatus,
     /// Latency of guest writes, primary only.
@@ -234,6 +240,72 @@ pub struct CopyStatus {
     pub rate: u64,
     /// Seconds to go at that rate.
     pub eta_s: Option<u64>,
+}
+
+/// A resync: what may differ is compared by hashes, and what differs is sent. Bytes are counted in whole blocks, since
+/// the node started or the resync began, whichever is later.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResyncStatus {
+    /// Why it is needed.
+    pub reason: String,
+    /// Whether it is under way; if not, its epoch is durable on the replica.
+    pub running: bool,
+    /// Bytes that might differ.
+    pub total: u64,
+    /// Bytes that were compared.
+    pub compared: u64,
+    /// Bytes that were read here to be compared: what is known to be zeros is not read.
+    pub read: u64,
+    /// Bytes that were found equal, and are not sent.
+    pub equal: u64,
+    /// Bytes that were found to differ. What the guest wrote meanwhile is in neither of the two.
+    pub differing: u64,
+    /// Bytes on the wire of the questions.
+    pub asked: u64,
+    /// Bytes per second since it began.
+    pub rate: u64,
+    /// Seconds to go at that rate until everything is compared.
+    pub eta_s: Option<u64>,
+}
+
+/// A verification: the replica's points are compared with the disks by hashes. Bytes are counted in whole blocks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyStatus {
+    /// Whether it is under way.
+    pub running: bool,
+    /// Whether what differs is sent again at its end.
+    pub repair: bool,
+    /// Bytes of all disks.
+    pub total: u64,
+    /// Bytes that were compared.
+    pub compared: u64,
+    /// Bytes that are to be compared; at its end those that were written in each epoch and could not be.
+    pub left: u64,
+    /// Bytes that were read here: what is known to be zeros is not read.
+    pub read: u64,
+    /// Bytes that differ.
+    pub differing: u64,
+    /// In how many places.
+    pub places: u64,
+    /// The first of them.
+    pub found: Vec<FoundStatus>,
+    /// Why it ended before it was done, if it did.
+    pub problem: Option<String>,
+    /// Bytes per second since it began.
+    pub rate: u64,
+    /// Seconds to go at that rate.
+    pub eta_s: Option<u64>,
+}
+
+/// A place where primary and replica differ.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundStatus {
+    /// The disk.
+    pub disk: Name,
+    /// Where the first block that differs begins, in bytes.
+    pub offset: u64,
+    /// Bytes of the blocks that differ.
+    pub len: u64,
 }
 
 /// What went over the wire.

@@ -6,7 +6,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::claim::{Answer, Claim};
+use super::{
+    claim::{Answer, Claim},
+    compare::{Differing, Question},
+};
 use crate::base::{
     clock::Timestamp,
     ids::{Generation, Lineage, MachineId, Name},
@@ -21,8 +24,10 @@ pub struct Version(pub u16);
 impl Version {
     /// The first: greeting, delta logs, staged acknowledgements, byte grants.
     pub const V1: Self = Self(1);
+    /// The replica answers questions of content: a resync is sent after it was compared.
+    pub const V2: Self = Self(2);
     /// The version this program speaks.
-    pub const CURRENT: Self = Self::V1;
+    pub const CURRENT: Self = Self::V2;
 }
 
 /// One disk of a machine, as the primary sees it.
@@ -157,6 +162,8 @@ pub enum ToReplica {
         /// When that point was cut, or the failover was.
         cut: Timestamp,
     },
+    /// Which of these blocks differ? Answered with [`ToPrimary::Compared`], in the order of the questions.
+    Compare(Question),
     /// Nothing changed since the replica's head: that head is the machine's state as of `at`.
     Current {
         /// Wall-clock time of the primary.
@@ -201,6 +208,13 @@ pub enum ToPrimary {
     Copied {
         /// Frames from the start of the log.
         frames: u64,
+    },
+    /// The answer to [`ToReplica::Compare`]: what the replica holds durably at the point that was named.
+    Compared {
+        /// The question's.
+        number: u64,
+        /// Where it holds something else; nothing if that point is not there any more.
+        differs: Option<Differing>,
     },
     /// The epoch is durable on the replica, and with it everything before.
     Staged {

@@ -12,6 +12,8 @@
 //!     | <-- Copied{frames}                      |   initial copy only: these frames are durable
 //!     | <-- Granted{bytes}                      |
 //!     | <-- Staged{lineage}                     |   the whole epoch is durable
+//!     | Compare{number, at, samples}  -->       |   these blocks may differ: which of them do?
+//!     | <-- Compared{number, differs}           |
 //!     | Current{at}  -->                        |   nothing changed since the head, as of `at`
 //! ```
 //!
@@ -28,10 +30,11 @@
 //!               | <-- Returned                |
 //! ```
 //!
-//! Reading order: [`claim`], [`message`], [`sender`], [`receiver`].
+//! Reading order: [`claim`], [`compare`], [`message`], [`sender`], [`receiver`].
 #![forbid(unsafe_code)]
 
 pub mod claim;
+pub mod compare;
 pub mod message;
 pub mod receiver;
 pub mod sender;

@@ -78,7 +78,7 @@ mod tests {
         hello.version = Version(Version::CURRENT.0 + 1);
         let refusal = Receiver::greet(&hello).unwrap_err();
         let text = refusal.to_string();
-        assert!(text.contains("version 1, this host 1"), "{text}");
+        assert!(text.contains("version 2, this host 2"), "{text}");
     }
 
     #[test]

@@ -16,10 +16,18 @@
 //! the side that [`Sender::side`] names, and reports what happened. Whatever the order of events, two things hold: a
 //! log is only opened when none is open, and an epoch is only acknowledged to the maps by a `Staged` that names the
 //! lineage that was sealed.
+//!
+//! # Sifting
+//! Blocks that may differ although nobody wrote them are *suspects*. As long as there are some the phase stays Open: the
+//! driver asks the replica about them ([`Sender::may_ask`]), at most [`QUESTIONS_MAX`] questions at a time, and no epoch
+//! is cut, because it would make a point that the machine was never in. Everything else goes on, above all sending ahead.
 
 use std::{collections::VecDeque, time::Duration};
 
-use super::message::{Head, Refusal, ToPrimary, ToReplica, Version};
+use super::{
+    compare::{Differing, QUESTIONS_MAX},
+    message::{Head, Refusal, ToPrimary, ToReplica, Version},
+};
 use crate::base::{clock::Timestamp, ids::Lineage, limits::FRAME_BYTES_MAX, units::Epoch};
 
 /// Which epoch's blocks are taken next.
@@ -64,6 +72,8 @@ pub enum Action {
     Seal,
     /// The first frames of the initial copy's log are durable there.
     Copied(u64),
+    /// The oldest question on the way is answered; with nothing if its point is gone.
+    Answered(Option<Differing>),
     /// The epoch is durable there: clear the closing maps.
     Acknowledge(Lineage),
     /// The conversation is over for this reason; connecting again will not help by itself.
@@ -79,6 +89,15 @@ pub enum StopReason {
     /// The replica broke the rules of the conversation.
     #[error("the replica broke the protocol: {0}")]
     Protocol(&'static str),
+}
+
+/// What the driver sees of the machine as time passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Whether any block is marked in the open epoch.
+    pub changed: bool,
+    /// Whether any of them is a suspect, or was asked about and not answered.
+    pub suspects: bool,
 }
 
 /// When epochs end.
@@ -119,6 +138,9 @@ pub struct Sender {
     last_cut: Duration,
     last_current: Duration,
     cut_wanted: bool,
+    /// Questions asked and answered on this connection.
+    asked: u64,
+    answered: u64,
 }
 
 impl Sender {
@@ -133,6 +155,8 @@ impl Sender {
             last_cut: Duration::ZERO,
             last_current: Duration::ZERO,
             cut_wanted: false,
+            asked: 0,
+            answered: 0,
         }
     }
 
@@ -142,6 +166,8 @@ impl Sender {
         self.phase = Phase::Greeting;
         self.granted = 0;
         self.sent = 0;
+        self.asked = 0;
+        self.answered = 0;
         self.actions.push_back(Action::Say(ToReplica::Hello(hello)));
     }
 
@@ -185,8 +211,15 @@ impl Sender {
                 self.stop(StopReason::Protocol("a message before the welcome"));
             }
             (ToPrimary::Welcome { .. }, _) => self.stop(StopReason::Protocol("a second welcome")),
+            (ToPrimary::Compared { number, differs }, _)
+                if self.answered < self.asked && number == self.answered + 1 =>
+            {
+                self.answered = number;
+                self.actions.push_back(Action::Answered(differs));
+            }
             (
-                ToPrimary::TookOver { .. }
+                ToPrimary::Compared { .. }
+                | ToPrimary::TookOver { .. }
                 | ToPrimary::Differs { .. }
                 | ToPrimary::DiffersEnd
                 | ToPrimary::Returned,
@@ -278,12 +311,23 @@ impl Sender {
         }
     }
 
-    /// Time has passed. `changed`: whether any block is marked in the open epoch.
-    pub fn tick(&mut self, now: Duration, wall: Timestamp, changed: bool) {
+    /// Whether a question may be asked now.
+    pub fn may_ask(&self) -> bool {
+        self.is_replicating() && !self.is_copying() && self.asked - self.answered < QUESTIONS_MAX
+    }
+
+    /// A question is asked; its number.
+    pub fn ask(&mut self) -> u64 {
+        self.asked += 1;
+        self.asked
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now: Duration, wall: Timestamp, seen: Seen) {
         let Phase::Open { log } = self.phase else {
             return;
         };
-        if !changed && !self.cut_wanted {
+        if !seen.changed && !self.cut_wanted {
             if now.saturating_sub(self.last_current) >= self.pace.current_every {
                 self.last_current = now;
                 self.actions
@@ -295,6 +339,9 @@ impl Sender {
             self.actions.push_back(Action::OpenLog(Log::Delta));
             self.phase = Phase::Open { log: true };
         }
+        if seen.suspects {
+            return;
+        }
         if self.cut_wanted || now.saturating_sub(self.last_cut) >= self.pace.interval {
             self.actions.push_back(Action::Cut);
             self.phase = Phase::Cutting;
@@ -304,6 +351,11 @@ impl Sender {
     /// What to do next.
     pub fn poll(&mut self) -> Option<Action> {
         self.actions.pop_front()
+    }
+
+    /// Whether no epoch is closing, and none is being copied.
+    pub fn is_open(&self) -> bool {
+        matches!(self.phase, Phase::Open { .. })
     }
 
     /// Whether the initial copy is running.
@@ -337,6 +389,14 @@ mod tests {
     use crate::{base::checksum::Digest, protocol::message::tests::hello};
 
     const SECOND: Duration = Duration::from_secs(1);
+    const UNCHANGED: Seen = Seen {
+        changed: false,
+        suspects: false,
+    };
+    const CHANGED: Seen = Seen {
+        changed: true,
+        ..UNCHANGED
+    };
 
     fn lineage(epoch: u64) -> Lineage {
         Lineage {
@@ -371,7 +431,7 @@ mod tests {
     #[test]
     fn an_epoch_goes_round() {
         let mut sender = open();
-        sender.tick(SECOND / 2, Timestamp(0), true);
+        sender.tick(SECOND / 2, Timestamp(0), CHANGED);
         assert_eq!(actions(&mut sender), [Action::OpenLog(Log::Delta)]);
         assert_eq!(
             sender.side(1 << 20),
@@ -383,7 +443,7 @@ mod tests {
             Some(Side::Open),
             "large ones are sent ahead"
         );
-        sender.tick(SECOND, Timestamp(0), true);
+        sender.tick(SECOND, Timestamp(0), CHANGED);
         assert_eq!(actions(&mut sender), [Action::Cut]);
         sender.was_cut(SECOND);
         assert_eq!(sender.side(0), Some(Side::Closing));
@@ -399,36 +459,36 @@ mod tests {
             lineage: lineage(8),
         });
         assert_eq!(actions(&mut sender), [Action::Acknowledge(lineage(8))]);
-        sender.tick(SECOND * 3 / 2, Timestamp(0), true);
+        sender.tick(SECOND * 3 / 2, Timestamp(0), CHANGED);
         assert_eq!(actions(&mut sender), [Action::OpenLog(Log::Delta)]);
     }
 
     #[test]
     fn a_merge_goes_on_in_the_same_log() {
         let mut sender = open();
-        sender.tick(SECOND, Timestamp(0), true);
+        sender.tick(SECOND, Timestamp(0), CHANGED);
         assert_eq!(
             actions(&mut sender),
             [Action::OpenLog(Log::Delta), Action::Cut]
         );
         sender.was_cut(SECOND);
         sender.merged();
-        sender.tick(2 * SECOND, Timestamp(0), true);
+        sender.tick(2 * SECOND, Timestamp(0), CHANGED);
         assert_eq!(actions(&mut sender), [Action::Cut], "the log is still open");
     }
 
     #[test]
     fn an_idle_machine_says_so_and_cuts_only_when_asked() {
         let mut sender = open();
-        sender.tick(9 * SECOND, Timestamp(9), false);
+        sender.tick(9 * SECOND, Timestamp(9), UNCHANGED);
         assert_eq!(
             actions(&mut sender),
             [Action::Say(ToReplica::Current { at: Timestamp(9) })]
         );
-        sender.tick(10 * SECOND, Timestamp(10), false);
+        sender.tick(10 * SECOND, Timestamp(10), UNCHANGED);
         assert_eq!(actions(&mut sender), []);
         sender.want_cut();
-        sender.tick(10 * SECOND, Timestamp(10), false);
+        sender.tick(10 * SECOND, Timestamp(10), UNCHANGED);
         assert_eq!(
             actions(&mut sender),
             [Action::OpenLog(Log::Delta), Action::Cut]
@@ -457,7 +517,7 @@ mod tests {
         sender.message(ToPrimary::Staged {
             lineage: lineage(0),
         });
-        sender.tick(SECOND / 10, Timestamp(0), false);
+        sender.tick(SECOND / 10, Timestamp(0), UNCHANGED);
         let cut = [
             Action::Acknowledge(lineage(0)),
             Action::OpenLog(Log::Delta),
@@ -467,9 +527,48 @@ mod tests {
     }
 
     #[test]
+    fn no_epoch_is_cut_while_there_are_suspects() {
+        let mut sender = open();
+        let suspects = Seen {
+            suspects: true,
+            ..CHANGED
+        };
+        sender.want_cut();
+        sender.tick(9 * SECOND, Timestamp(0), suspects);
+        assert_eq!(actions(&mut sender), [Action::OpenLog(Log::Delta)]);
+        assert_eq!(
+            sender.side(8 << 20),
+            Some(Side::Open),
+            "what differs is sent meanwhile"
+        );
+        for number in 1..=QUESTIONS_MAX {
+            assert!(sender.may_ask());
+            assert_eq!(sender.ask(), number);
+        }
+        assert!(!sender.may_ask(), "a bounded number is on the way");
+        let answer = |number| ToPrimary::Compared {
+            number,
+            differs: Some(Differing::default()),
+        };
+        sender.message(answer(1));
+        assert_eq!(
+            actions(&mut sender),
+            [Action::Answered(Some(Differing::default()))]
+        );
+        assert!(sender.may_ask());
+        sender.tick(10 * SECOND, Timestamp(0), CHANGED);
+        assert_eq!(actions(&mut sender), [Action::Cut], "all are sifted");
+        sender.was_cut(10 * SECOND);
+        assert!(sender.may_ask(), "a verification goes on beside epochs");
+        // Out of turn.
+        sender.message(answer(3));
+        assert!(matches!(actions(&mut sender)[..], [Action::Stop(_)]));
+    }
+
+    #[test]
     fn nothing_is_taken_beyond_the_grant() {
         let mut sender = open();
-        sender.tick(SECOND, Timestamp(0), true);
+        sender.tick(SECOND, Timestamp(0), CHANGED);
         sender.was_cut(SECOND);
         sender.sent(63 << 20);
         assert_eq!(sender.side(0), Some(Side::Closing));
@@ -503,6 +602,13 @@ mod tests {
                 },
                 "a second welcome",
             ),
+            (
+                ToPrimary::Compared {
+                    number: 1,
+                    differs: None,
+                },
+                "the answer to a question that was not asked",
+            ),
         ] {
             let mut sender = open();
             sender.message(message);
@@ -513,7 +619,7 @@ mod tests {
             assert_eq!(sender.side(1 << 30), None);
         }
         let mut sender = open();
-        sender.tick(SECOND, Timestamp(0), true);
+        sender.tick(SECOND, Timestamp(0), CHANGED);
         sender.was_cut(SECOND);
         sender.drained(Side::Closing);
         sender.sealed(lineage(8));

@@ -1,6 +1,6 @@
 //! Where replicas come from and go to, other than by an initial copy: a commit of a failover settles the images on one
-//! point and gives them away, to be a primary's; a reversal adopts the images of a former primary; a removal leaves
-//! nothing.
+//! point and gives them away, to be a primary's; a reversal adopts the images of a former primary; images that somebody put
+//! there are a seed; a removal leaves nothing.
 
 use std::sync::Arc;
 
@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     base::{
+        checksum::Sha256,
         clock::Timestamp,
         ids::{Generation, Lineage},
         units::{DiskIndex, Epoch, Extent},
@@ -156,15 +157,53 @@ impl MachineReplica {
                 generation: adoption.generation,
             }),
         };
-        let images = shared.open_images(&record)?;
-        // Logs of an earlier life must not be taken up as this one's.
-        shared.remove_logs(&shared.names()?)?;
-        // Whoever put the images here may not have made their names durable.
-        shared.sync_folder()?;
-        shared.record(&mut state, record)?;
-        state.disks = images;
+        shared.take_images(&mut state, record)?;
         tracing::info!(machine = %shared.id, epoch = %adoption.lineage.epoch, "images adopted");
         Ok(())
+    }
+
+    /// Begins with images that somebody put into the folder, called as the replica would call them (see
+    /// [`DiskSpec::file_name`]): an old copy of the machine, or a part of one. Whatever they hold, the primary compares it
+    /// and sends the rest; until then there is no recovery point. Whether there were any: nothing is done without, and
+    /// with a replica that is there already. The first image decides, and then all of them have to be there.
+    ///
+    /// The point they stand for is known to nobody, so that no primary takes them for what it has sent.
+    pub fn seed(&self, disks: &[DiskSpec]) -> Result<bool, ReplicaError> {
+        check_specs(disks)?;
+        let shared = &*self.shared;
+        let mut state = shared.state()?;
+        let format = shared.options.format;
+        let disks: Vec<_> = disks.iter().map(|disk| to_record(disk, format)).collect();
+        let names = shared.names()?;
+        let first = disks.first().map(DiskRecord::file_name);
+        let present = first.is_some_and(|first| names.contains(&first));
+        if state.record.is_some() || !present {
+            return Ok(false);
+        }
+        let mut chain = Sha256::default();
+        chain.update(b"seed");
+        chain.update(&shared.ids.fresh());
+        let lineage = Lineage {
+            epoch: Epoch::INITIAL,
+            chain: chain.finish(),
+        };
+        let record = Record {
+            disks,
+            base: Base::At(BasePoint {
+                lineage,
+                cut: Timestamp::default(),
+                consistency: Consistency::Crash,
+                exact: false,
+            }),
+            head: Some(lineage),
+            generation: None,
+            discarding: false,
+            growing: false,
+            rescue: None,
+        };
+        shared.take_images(&mut state, record)?;
+        tracing::info!(machine = %shared.id, "begins with the images that were there");
+        Ok(true)
     }
 
     /// Removes everything: images, logs and record. Refused while a view is open or a log is being received; waits for a
@@ -196,6 +235,18 @@ impl MachineReplica {
 }
 
 impl Shared {
+    /// Takes images that are in the folder for those of `record`, durably.
+    fn take_images(&self, state: &mut State, record: Record) -> Result<(), ReplicaError> {
+        let images = self.open_images(&record)?;
+        // Logs of an earlier life must not be taken up as this one's.
+        self.remove_logs(&self.names()?)?;
+        // Whoever put the images here may not have made their names durable.
+        self.sync_folder()?;
+        self.record(state, record)?;
+        state.disks = images;
+        Ok(())
+    }
+
     /// Makes `epoch` the head: all that is newer goes, and a rescue point. The state is locked throughout, so that no
     /// log is staged under the name of one that is being removed.
     fn go_back(&self, state: &mut State, epoch: Epoch) -> Result<(), ReplicaError> {

@@ -26,6 +26,7 @@
 //! out and leads to the same point: see the head of `fold`.
 #![forbid(unsafe_code)]
 
+mod compare;
 mod error;
 mod fold;
 mod grow;
@@ -47,6 +48,7 @@ mod upkeep;
 mod view;
 mod writes;
 
+pub use compare::CompareError;
 pub use error::{IngestError, ReplicaError};
 pub use fold::FoldReport;
 pub use handover::{Adoption, GivenImage};

@@ -160,10 +160,23 @@ impl Bits {
 
     /// Adds the blocks of `other`, which has the same length.
     pub fn add(&self, other: &Self) {
+        self.add_where(other, |_| u64::MAX);
+    }
+
+    /// Adds the blocks of `other` that are not in `but`; all have the same length.
+    pub fn add_without(&self, other: &Self, but: &Self) {
+        assert_eq!(self.len, but.len, "all are maps of one disk");
+        self.add_where(other, |index| {
+            !but.words[to_usize(index)].load(Ordering::Acquire)
+        });
+    }
+
+    /// Adds the blocks of `other` whose bits are set in the words that `allowed` tells.
+    fn add_where(&self, other: &Self, allowed: impl Fn(u64) -> u64) {
         assert_eq!(self.len, other.len, "both are maps of one disk");
         for page in other.touched_pages() {
             for index in page_words(page, self.words.len()) {
-                let mask = other.words[to_usize(index)].load(Ordering::Acquire);
+                let mask = other.words[to_usize(index)].load(Ordering::Acquire) & allowed(index);
                 if mask == 0 {
                     continue;
                 }
@@ -311,6 +324,11 @@ mod tests {
             model.extend(100..200);
             prop_assert_eq!(copy.runs(0..LEN).flatten().collect::<Vec<_>>(), model.iter().copied().collect::<Vec<_>>());
             prop_assert_eq!(copy.count(), model.len() as u64);
+            let part = Bits::fleeting(LEN).unwrap();
+            part.add_without(&copy, &bits);
+            let without: Vec<u64> = model.iter().copied().filter(|&block| !bits.any(block..block + 1)).collect();
+            prop_assert_eq!(part.count(), without.len() as u64);
+            prop_assert_eq!(part.runs(0..LEN).flatten().collect::<Vec<_>>(), without);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Floor 2: which blocks changed: maps, intent log, region locks, preserved blocks.
 //!
 //! Per disk there are two persistent maps ([`map`]) that serve as open and closing map in turn, two maps in memory of
-//! what is still owed to the replica ([`bits`]), the table of hot regions with its intent log ([`hot`], [`intent`]) and
+//! what is still owed to the replica ([`bits`]) and two of what may be equal there ([`suspects`]), the table of hot regions with its intent log ([`hot`], [`intent`]) and
 //! the region locks ([`locks`]). Per machine there is the side store of preserved blocks ([`preserve`]). How they work
 //! together at a write, a cut and a take is decided one floor up, in `volume`.
 //!
@@ -10,7 +10,8 @@
 //! intent log. Three rules keep it:
 //! 1. A region is durable in the intent log before the image is written there.
 //! 2. A region leaves the intent log only after the image was flushed and both maps were synced.
-//! 3. A bit is cleared only when the replica holds the block durably, or after its copy in the other map is durable.
+//! 3. A bit is cleared only when the replica holds the block durably (acknowledged, or found equal by its hash), or after
+//!    its copy in the other map is durable.
 //!
 //! Rule 2 asks for the flush as well as the sync: a write that the replica already holds but that the platter lost to
 //! a power cut makes the two sides differ just as a write that was never sent.
@@ -24,3 +25,4 @@ pub mod map;
 pub mod mapping;
 pub mod preserve;
 pub mod state;
+pub mod suspects;

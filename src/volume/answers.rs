@@ -37,6 +37,9 @@ pub enum CutRefused {
     /// There is no copy that an epoch could be a change of.
     #[error("there is no initial copy to add an epoch to")]
     NoCopy,
+    /// Of so many blocks nobody knows yet whether the replica holds them.
+    #[error("{0} blocks are not compared with the replica yet")]
+    Suspects(u64),
     /// The maps can no longer be trusted.
     #[error("{0}: a resync is needed")]
     TrackingLost(String),
@@ -122,6 +125,12 @@ pub enum MachineError {
         "epoch {0} is above {EPOCH_MAX}, the highest there can be: the point it names is damaged"
     )]
     EpochTooHigh(Epoch),
+    /// The replica holds no complete copy.
+    #[error("there is nothing to compare with: the initial copy is not complete")]
+    NothingToCompare,
+    /// It is being done already.
+    #[error("a resync is under way already: {0}")]
+    Resyncing(ResyncReason),
     /// The maps can no longer be trusted; the next open marks everything.
     #[error("{0}: a resync is needed")]
     TrackingLost(String),
@@ -224,6 +233,8 @@ pub struct Counters {
     pub closing_blocks: u64,
     /// Blocks of the open epoch whose present content was not taken.
     pub owed_open_blocks: u64,
+    /// Blocks of the open epoch that the replica may hold as they are: to be compared, or being compared.
+    pub suspect_blocks: u64,
     /// Blocks of the closing epoch that were not taken, preserved ones included.
     pub owed_closing_blocks: u64,
     /// Epochs that were merged into the next one.

@@ -38,6 +38,7 @@ use crate::{
         locks::RegionLocks,
         map::Map,
         preserve::{Held, Preserve},
+        suspects::Suspects,
     },
 };
 
@@ -78,6 +79,9 @@ pub(super) struct Tracked {
     pub(super) inner: Arc<dyn Disk>,
     pub(super) maps: [Map; 2],
     pub(super) owed: [Bits; 2],
+    /// Blocks of the open map that are not owed, because the replica may hold them as they are. Only while no epoch is
+    /// closing.
+    pub(super) suspects: Suspects,
     pub(super) locks: RegionLocks,
     pub(super) hot: Hot,
     /// Why the disk no longer takes writes.
@@ -329,6 +333,7 @@ impl Core {
 
 fn mark_open(disk: &Tracked, slot: Slot, blocks: Range<u64>) -> u64 {
     let all = blocks.end - blocks.start;
+    disk.suspects.written(blocks.clone());
     let added = disk.map(slot).set(blocks.clone());
     disk.owed(slot).set(blocks);
     all - added

@@ -6,7 +6,8 @@
 //! [`Machine::staged`] ends the epoch when the replica has it durably. If the connection breaks,
 //! [`Machine::disconnected`] makes everything owed again, and [`Machine::reconcile`] finds out on the next one what the
 //! replica holds. Epoch 0 is the initial copy: [`Machine::begin_initial_copy`] opens it, and
-//! [`Machine::copied`] shrinks it as parts of it become durable. A machine whose history began on another host starts with
+//! [`Machine::copied`] shrinks it as parts of it become durable. A resync is an epoch that is sifted before it is cut; see
+//! [`sift`](super::sift). A machine whose history began on another host starts with
 //! [`Machine::continue_from`] instead; see [`swap`](super::swap).
 //!
 //! # Crash contract
@@ -27,7 +28,7 @@ use super::{
     core::{Closing, ClosingKind, Control, Core, Tracked},
     disk::Volume,
     open::{DiskSource, MachineOptions, OpenError, open_core},
-    record::{ImageStamp, ResyncReason, Trust},
+    record::{ImageStamp, Trust},
     take::{Cursors, TakeError, Taken},
 };
 use crate::{
@@ -103,7 +104,9 @@ impl Machine {
         let mut takes = self.core.takes.lock();
         // Marked and durable before the record says that a copy is under way: what is not marked is never copied. What
         // changes its allocation meanwhile is written, and so marked, in this map as well.
-        let open = self.mark_held(&mut control, scope)?;
+        let blocks = self.core.disks.iter().map(|disk| held(disk, scope));
+        let blocks: Vec<Bits> = blocks.collect::<Result<_, _>>()?;
+        let open = self.mark_held(&mut control, &blocks)?;
         self.record(&mut control, "the initial copy", |record| {
             record.copying = true;
             record.lineage = None;
@@ -120,40 +123,13 @@ impl Machine {
         });
         epochs.breaks += 1;
         for disk in &self.core.disks {
+            disk.suspects.clear();
             disk.owed(open).add(disk.map(open));
         }
         drop(epochs);
         *takes = Cursors::default();
         drop(takes);
         info!(machine = %self.name(), blocks = self.counters().closing_blocks, "initial copy begins");
-        Ok(())
-    }
-
-    /// Begins to bring a replica back in step that is complete at `head`, a point this machine knows nothing of: the
-    /// whole disks, holes as zeros, become part of the open epoch, which follows that point. The replica keeps what it
-    /// has until that epoch is complete.
-    pub fn begin_resync(&self, head: Lineage) -> Result<(), MachineError> {
-        let mut control = self.control()?;
-        check_epoch(head)?;
-        let mut takes = self.core.takes.lock();
-        // Marked and durable before the record says what they are changes to.
-        let open = self.mark_held(&mut control, CopyScope::Everything)?;
-        self.record(&mut control, "the resync", |record| {
-            record.copying = false;
-            record.lineage = Some(head);
-            record.pending = None;
-            record.resync = Some(ResyncReason::HistoriesDiffer);
-        })?;
-        let mut epochs = self.core.epochs.write();
-        epochs.open = head.epoch.next();
-        epochs.breaks += 1;
-        for disk in &self.core.disks {
-            disk.owed(open).add(disk.map(open));
-        }
-        drop(epochs);
-        *takes = Cursors::default();
-        drop(takes);
-        info!(machine = %self.name(), epoch = %head.epoch, "resync of a replica with another history begins");
         Ok(())
     }
 
@@ -179,6 +155,10 @@ impl Machine {
         }
         let (epoch, time, slot) = {
             let mut epochs = self.core.epochs.write();
+            match self.core.suspect_count() {
+                0 => {}
+                suspects => return Err(CutRefused::Suspects(suspects)),
+            }
             let (epoch, slot) = (epochs.open, epochs.slot);
             epochs.closing = Some(Closing {
                 epoch,
@@ -287,6 +267,7 @@ impl Machine {
         };
         if pending == Some(found) {
             self.acknowledge_late(&mut control, found)?;
+            self.resume_resync(&control);
             return Ok(Reconcile::AckLost);
         }
         self.owe_all();
@@ -296,6 +277,7 @@ impl Machine {
         if pending.is_some() {
             self.record(&mut control, "the head", |record| record.pending = None)?;
         }
+        self.resume_resync(&control);
         Ok(Reconcile::InStep)
     }
 
@@ -329,6 +311,7 @@ impl Machine {
             counters.folded_blocks += folded_blocks;
             counters.open_blocks += disk.map(open).count();
             counters.owed_open_blocks += disk.owed(open).count();
+            counters.suspect_blocks += disk.suspects.count();
             if epochs.closing.is_some() {
                 counters.closing_blocks += disk.map(closing).count();
                 counters.owed_closing_blocks += disk.owed(closing).count();
@@ -482,10 +465,17 @@ impl Machine {
     }
 
     /// Merges the closing epoch, be it the initial copy.
-    fn abort_closing(&self) {
+    pub(super) fn abort_closing(&self) {
         let mut epochs = self.core.epochs.write();
         if epochs.closing.is_some() {
             self.core.merge(&mut epochs);
+        }
+    }
+
+    /// A resync that is under way goes on over a new connection.
+    fn resume_resync(&self, control: &Control) {
+        if control.record.resync.is_some() && !control.record.copying {
+            self.suspect_marked();
         }
     }
 
@@ -497,7 +487,9 @@ impl Machine {
         }
         let (open, closing) = (epochs.slot, epochs.slot.other());
         for disk in &self.core.disks {
-            disk.owed(open).add(disk.map(open));
+            disk.suspects.unanswered();
+            disk.owed(open)
+                .add_without(disk.map(open), disk.suspects.waiting());
             if epochs.closing.is_some() {
                 disk.owed(closing).add(disk.map(closing));
             }
@@ -525,48 +517,51 @@ impl Machine {
         }
     }
 
-    /// Merges the closing epoch and durably marks what the disks hold in the open map, whose slot it returns.
-    fn mark_held(&self, control: &mut Control, scope: CopyScope) -> Result<Slot, MachineError> {
-        let held = self.allocated(scope)?;
+    /// Merges the closing epoch and durably marks `blocks` of each disk in the open map, whose slot it returns.
+    pub(super) fn mark_held(
+        &self,
+        control: &mut Control,
+        blocks: &[Bits],
+    ) -> Result<Slot, MachineError> {
         self.abort_closing();
         self.clear_stale(control)?;
         let open = self.core.epochs.read().slot;
-        for (disk, held) in self.core.disks.iter().zip(&held) {
-            disk.map(open).add(held);
+        for (disk, blocks) in self.core.disks.iter().zip(blocks) {
+            disk.map(open).add(blocks);
             if let Err(source) = disk.map(open).sync() {
                 return Err(self.sync_failed(control, disk, source));
             }
         }
         Ok(open)
     }
+}
 
-    /// The blocks that an initial copy of `scope` sends, for each disk.
-    fn allocated(&self, scope: CopyScope) -> Result<Vec<Bits>, MachineError> {
-        let disks = self.core.disks.iter().map(|disk| {
-            let blocks = disk.blocks().end;
-            let held = Bits::fleeting(blocks).map_err(|source| {
-                state_error("find memory for a map", disk.name.clone(), source)
-            })?;
-            if scope == CopyScope::Everything {
-                held.set_all();
-                return Ok(held);
-            }
-            let mut offset = 0;
-            while offset < disk.size {
-                let run = disk.inner.run_at(offset);
-                let (run, content) = run.map_err(|source| MachineError::Disk {
-                    disk: disk.name.clone(),
-                    source,
-                })?;
-                if content == Content::Data {
-                    held.set(run.blocks());
-                }
-                offset = run.end().max(offset + BLOCK_BYTES.min(disk.size - offset));
-            }
-            Ok(held)
-        });
-        disks.collect()
+/// The blocks that a copy of `scope` sends.
+pub(super) fn held(disk: &Tracked, scope: CopyScope) -> Result<Bits, MachineError> {
+    let held = fleeting(disk)?;
+    if scope == CopyScope::Everything {
+        held.set_all();
+        return Ok(held);
     }
+    let mut offset = 0;
+    while offset < disk.size {
+        let run = disk.inner.run_at(offset);
+        let (run, content) = run.map_err(|source| MachineError::Disk {
+            disk: disk.name.clone(),
+            source,
+        })?;
+        if content == Content::Data {
+            held.set(run.blocks());
+        }
+        offset = run.end().max(offset + BLOCK_BYTES.min(disk.size - offset));
+    }
+    Ok(held)
+}
+
+/// An empty map in memory.
+pub(super) fn fleeting(disk: &Tracked) -> Result<Bits, MachineError> {
+    Bits::fleeting(disk.blocks().end)
+        .map_err(|source| state_error("find memory for a map", disk.name.clone(), source))
 }
 
 /// Refuses a point behind which epochs could run out of numbers: it comes from another host.

@@ -3,7 +3,8 @@
 //! [`Volume`] is what a guest writes to; [`Machine`] is what the sender of a replica talks to: it cuts epochs, takes what
 //! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), [`swap`] (what changes when roles do),
 //! [`answers`] (what it says), `core` (the shared state and its locks), [`disk`] (the write path), [`take`] (what the
-//! sender reads), `open` (what a restart finds), `grow` (disks that grew meanwhile), [`record`] (what the node's store remembers).
+//! sender reads), [`sift`] (what need not be sent), [`verify`] (whether all is well), `open` (what a restart finds), `grow`
+//! (disks that grew meanwhile), [`record`] (what the node's store remembers).
 //!
 //! # One epoch's journey
 //! ```text
@@ -26,8 +27,10 @@ mod grow;
 pub mod machine;
 mod open;
 pub mod record;
+pub mod sift;
 pub mod swap;
 pub mod take;
+pub mod verify;
 
 pub use crate::protocol::sender::Side;
 
@@ -41,6 +44,8 @@ pub use self::{
     machine::Machine,
     open::{DiskSource, MachineOptions, OpenError},
     record::{ImageStamp, ResyncReason},
+    sift::Sifted,
     swap::forget,
     take::{Piece, PieceContent, TakeError, Taken},
+    verify::{SavedVerification, Verification, Verify},
 };

@@ -13,7 +13,8 @@
 //!
 //! A changed set of disks is no error: the guest starts, and the replica is told to copy anew. While an initial copy is
 //! under way all of this is owed to epoch 0, else to the open epoch. Its number is one above all that the replica may
-//! hold.
+//! hold. Where more is marked than was written, or a resync was under way, all of it is *suspect* rather than owed: see
+//! [`sift`](super::sift).
 //!
 //! # Crash contract
 //! The two maps become one (bits are added to the first, which is synced, before the second is emptied), then the image is
@@ -54,6 +55,7 @@ use crate::{
         map::Map,
         preserve::Preserve,
         state::StateDir,
+        suspects::Suspects,
     },
 };
 
@@ -183,11 +185,16 @@ pub(super) fn open_core(
     };
     ledger.put(&key, &record)?;
     let epochs = first_epochs(&record);
+    // Nobody knows any more which of the marks were known writes.
+    let resync = record.resync.filter(|_| epochs.closing.is_none());
     for disk in &disks {
-        disk.owed(Slot::A).add(disk.map(Slot::A));
+        match resync {
+            Some(_) => disk.suspects.suspect(disk.map(Slot::A)),
+            None => disk.owed(Slot::A).add(disk.map(Slot::A)),
+        }
     }
     if let Some(reason) = record.resync {
-        warn!(machine = %options.name, ?reason, "blocks are sent again");
+        warn!(machine = %options.name, "blocks may differ from the replica: {reason}");
     }
     info!(machine = %options.name, epoch = %epochs.open, copying = record.copying, "opened");
     Ok(Core {
@@ -350,6 +357,7 @@ fn open_disk(
         index,
         size: owner.size,
         owed: [owed()?, owed()?],
+        suspects: Suspects::fleeting(blocks).map_err(failed("find memory for the maps"))?,
         locks: RegionLocks::new(owner.size),
         hot: Hot::new(intent, owner.size, hot_regions_max),
         stopped: OnceLock::new(),
@@ -493,7 +501,13 @@ mod tests {
 
     fn check(machine: &Machine, reason: Option<ResyncReason>, owed: u64) {
         assert_eq!(machine.state().resync, reason);
-        assert_eq!(machine.counters().owed_open_blocks, owed);
+        let counters = machine.counters();
+        let (owed_now, suspect) = match reason {
+            None => (owed, 0),
+            Some(_) => (0, owed),
+        };
+        assert_eq!(counters.owed_open_blocks, owed_now);
+        assert_eq!(counters.suspect_blocks, suspect);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What the node's store remembers of a machine between two mounts.
 #![forbid(unsafe_code)]
 
-use std::{fs::Metadata, os::unix::fs::MetadataExt};
+use std::{fmt, fs::Metadata, os::unix::fs::MetadataExt};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,7 +32,7 @@ impl From<&Metadata> for ImageStamp {
     }
 }
 
-/// Why blocks are sent although nobody is known to have written them.
+/// Why blocks are suspects: they may differ from the replica although nobody is known to have written them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ResyncReason {
@@ -48,6 +48,41 @@ pub enum ResyncReason {
     DisksChanged,
     /// The node's store could not be written or read while the machine ran, so that tracking ended.
     TrackingLost,
+    /// The replica was the primary before, and may have what this host has not.
+    Reversed,
+    /// An operator asked for it.
+    Demanded,
+    /// A verification found blocks that differ, and is to repair them.
+    Repair,
+}
+
+impl fmt::Display for ResyncReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ImageChanged(disk) => write!(
+                f,
+                "the image of disk number {disk} was changed while nobody tracked it"
+            ),
+            Self::MapsLost(disk) => {
+                write!(
+                    f,
+                    "the maps of disk number {disk} are lost or of another mount"
+                )
+            }
+            Self::IntentLost(disk) => write!(
+                f,
+                "after a power cut the intent log of disk number {disk} was not readable"
+            ),
+            Self::HistoriesDiffer => {
+                f.write_str("the replica holds a point that this host knows nothing of")
+            }
+            Self::DisksChanged => f.write_str("the machine's disks are not those of the replica"),
+            Self::TrackingLost => f.write_str("tracking had ended because it could not be written"),
+            Self::Reversed => f.write_str("the replica was the primary before"),
+            Self::Demanded => f.write_str("an operator asked for it"),
+            Self::Repair => f.write_str("a verification found differences that are to be repaired"),
+        }
+    }
 }
 
 /// The record of one machine in the node's store, `machine/<id>`.

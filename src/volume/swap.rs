@@ -20,12 +20,12 @@
 //!
 //! # Crash contract
 //! Marks that no guest write made have no hot region that would speak for them after a power cut: the open map is synced
-//! before [`Machine::owe`] returns, and before [`Machine::continue_from`] writes the record. A crash before the record
+//! before [`Machine::suspect`] returns, and before [`Machine::continue_from`] writes the record. A crash before the record
 //! leaves marks that cost a resend; the call is repeated. [`forget`] removes the record first: what files a crash leaves
 //! then are those of no machine, and an open makes them anew.
 #![forbid(unsafe_code)]
 
-use std::{io, ops::Range};
+use std::{borrow::Borrow, io, ops::Range};
 
 use tracing::info;
 
@@ -35,6 +35,7 @@ use super::{
     machine::{Machine, check_epoch},
     record::Record,
     take::Cursors,
+    verify::SavedVerification,
 };
 use crate::{
     base::{
@@ -87,26 +88,13 @@ impl Machine {
         epochs.open = point.epoch.next();
         epochs.breaks += 1;
         for disk in &self.core.disks {
+            disk.suspects.clear();
             disk.owed(open).add(disk.map(open));
         }
         drop(epochs);
         *takes = Cursors::default();
         drop(takes);
         info!(machine = %self.name(), epoch = %point.epoch, "a point of another host is continued");
-        Ok(())
-    }
-
-    /// `runs` may differ from what the peer holds: they are owed to the open epoch, in whole blocks. Durable when this
-    /// returns. On an error nothing is marked, unless the maps themselves failed. The guest may write meanwhile.
-    ///
-    /// An epoch that is closing is merged: without these runs it would make a point of the peer that this machine was
-    /// never in (promise P2). Its log goes on, as after every merge. Epoch 0 makes no such point and goes on beside. Best
-    /// called before anything is taken for the peer: a trailer that was sent cannot be called back.
-    pub fn owe(&self, runs: &[(DiskIndex, Extent)]) -> Result<(), MachineError> {
-        let mut control = self.control()?;
-        let marks = self.blocks_of(runs)?;
-        self.mark_durably(&mut control, &marks)?;
-        self.owe_marked(&marks);
         Ok(())
     }
 
@@ -148,7 +136,7 @@ impl Machine {
     }
 
     /// The blocks of `runs`, if all of them lie on the machine's disks.
-    fn blocks_of(
+    pub(super) fn blocks_of(
         &self,
         runs: &[(DiskIndex, Extent)],
     ) -> Result<Vec<(DiskIndex, Range<u64>)>, MachineError> {
@@ -173,7 +161,7 @@ impl Machine {
     }
 
     /// Marks blocks in the open map, durably; its slot, which only holders of the control lock change.
-    fn mark_durably(
+    pub(super) fn mark_durably(
         &self,
         control: &mut Control,
         marks: &[(DiskIndex, Range<u64>)],
@@ -191,7 +179,7 @@ impl Machine {
     }
 
     /// Makes blocks that are marked in the open map owed, and the point they would be missing from impossible.
-    fn owe_marked(&self, marks: &[(DiskIndex, Range<u64>)]) {
+    pub(super) fn owe_marked(&self, marks: &[(DiskIndex, Range<u64>)]) {
         if marks.is_empty() {
             return;
         }
@@ -212,12 +200,12 @@ impl Machine {
 /// when its host became a replica, so that a later promotion begins with a machine that is new. Nothing of it may be open
 /// any more, and what it knew ([`Machine::divergence`]) must be owed by the new primary. Durable when this returns; interrupted or failed, it is called again. What is not there is no error.
 pub fn forget(ledger: &Ledger, id: MachineId, state: &StateDir) -> Result<(), ForgetError> {
-    ledger
-        .remove(&Record::key(id))
-        .map_err(|source| ForgetError::Record {
+    for key in [Record::key(id), SavedVerification::key(id)] {
+        ledger.remove(&key).map_err(|source| ForgetError::Record {
             machine: id,
             source,
         })?;
+    }
     let failed = |what: &str| {
         let what = what.to_owned();
         move |source| ForgetError::Files {
@@ -258,13 +246,16 @@ fn differing(disk: &Tracked) -> io::Result<Bits> {
 }
 
 /// The runs of all disks, at most `runs_max` and one for each disk; of a disk without a map, all of it.
-fn told(disks: &[(&Tracked, Option<Bits>)], runs_max: usize) -> Vec<(DiskIndex, Extent)> {
+pub(super) fn told<B: Borrow<Bits>>(
+    disks: &[(&Tracked, Option<B>)],
+    runs_max: usize,
+) -> Vec<(DiskIndex, Extent)> {
     let runs = |granule| {
         disks.iter().flat_map(move |(disk, bits)| {
             let all = bits.is_none().then(|| disk.blocks());
             let some = bits
                 .iter()
-                .flat_map(move |bits| coarse(bits, disk.blocks(), granule));
+                .flat_map(move |bits| coarse(bits.borrow(), disk.blocks(), granule));
             let runs = all.into_iter().chain(some).filter(|run| !run.is_empty());
             runs.map(|run| (disk.index, disk.extent(&run)))
         })
@@ -276,7 +267,7 @@ fn told(disks: &[(&Tracked, Option<Bits>)], runs_max: usize) -> Vec<(DiskIndex, 
     runs(granule).collect()
 }
 
-fn disks_blocks_max(disks: &[(&Tracked, Option<Bits>)]) -> u64 {
+fn disks_blocks_max<B>(disks: &[(&Tracked, Option<B>)]) -> u64 {
     let blocks = disks.iter().map(|(disk, _)| disk.blocks().end);
     blocks.max().unwrap_or(0)
 }

@@ -23,7 +23,7 @@ use crate::{
     },
     disk::{Content, Disk, DiskError},
     protocol::sender::Side,
-    track::{header::Slot, preserve::Held},
+    track::{bits::Bits, header::Slot, preserve::Held},
 };
 
 const _: () = assert!(
@@ -79,7 +79,7 @@ pub struct TakeError {
 
 /// Most buffers of [`FRAME_BYTES_MAX`] bytes that are used in turn: what a link keeps until it is acknowledged, and what is
 /// being packed.
-const BUFFERS_MAX: usize = 48;
+pub(super) const BUFFERS_MAX: usize = 48;
 /// A shorter piece is not worth such a buffer.
 const BUFFER_BYTES_MIN: usize = to_usize(128 * KIB);
 
@@ -88,13 +88,15 @@ const BUFFER_BYTES_MIN: usize = to_usize(128 * KIB);
 pub(super) struct Cursors {
     /// Where the search for owed blocks goes on, for each slot.
     slots: [Cursor; 2],
-    buffers: Buffers<BUFFERS_MAX>,
+    /// The same for suspects.
+    pub(super) sift: Cursor,
+    pub(super) buffers: Buffers<BUFFERS_MAX>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Cursor {
-    disk: usize,
-    block: u64,
+pub(super) struct Cursor {
+    pub(super) disk: usize,
+    pub(super) block: u64,
 }
 
 impl Core {
@@ -102,7 +104,7 @@ impl Core {
     pub(super) fn take(&self, side: Side, epoch: Epoch, max: u64) -> Result<Taken, TakeError> {
         let max = max.clamp(BLOCK_BYTES, FRAME_BYTES_MAX);
         let mut cursors = self.takes.lock();
-        let Cursors { slots, buffers } = &mut *cursors;
+        let Cursors { slots, buffers, .. } = &mut *cursors;
         loop {
             let Some(slot) = slot_of(&self.epochs.read(), side, epoch) else {
                 return Ok(Taken::Superseded);
@@ -113,7 +115,7 @@ impl Core {
                 return Ok(taken);
             }
             let cursor = &mut slots[slot.index()];
-            let Some((disk, block)) = self.find_owed(slot, *cursor) else {
+            let Some((disk, block)) = self.find(*cursor, |disk| disk.owed(slot)) else {
                 if let Some(end) = self.check_end(side, epoch) {
                     buffers.clear();
                     return Ok(end);
@@ -167,16 +169,20 @@ impl Core {
         (!owed && !preserved).then_some(Taken::Drained)
     }
 
-    /// An owed block at or after the cursor, or else before it.
-    fn find_owed(&self, slot: Slot, from: Cursor) -> Option<(&Tracked, u64)> {
+    /// A block of these sets at or after the cursor, or else before it.
+    pub(super) fn find(
+        &self,
+        from: Cursor,
+        set: impl Fn(&Tracked) -> &Bits,
+    ) -> Option<(&Tracked, u64)> {
         let count = self.disks.len();
         (0..=count).find_map(|step| {
             let disk = &self.disks[(from.disk + step) % count];
-            if disk.owed(slot).count() == 0 {
+            if set(disk).count() == 0 {
                 return None;
             }
             let start = if step == 0 { from.block } else { 0 };
-            let found = disk.owed(slot).next(start..disk.blocks().end)?;
+            let found = set(disk).next(start..disk.blocks().end)?;
             Some((disk, found))
         })
     }

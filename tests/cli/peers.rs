@@ -15,6 +15,9 @@ use understudy::{
 
 use crate::support::{Hosts, can_mount, runtime};
 
+/// Of a release to come.
+const ANOTHER: Version = Version(Version::CURRENT.0 + 1);
+
 #[test]
 fn a_replica_of_another_version_is_told_apart() {
     if !can_mount() {
@@ -37,7 +40,7 @@ fn a_replica_of_another_version_is_told_apart() {
             };
             assert_eq!(hello.version, Version::CURRENT);
             let welcome = ToPrimary::Welcome {
-                version: Version(2),
+                version: ANOTHER,
                 follows: hello.claim.generation,
                 head: Head::Empty,
                 granted: CREDIT_BYTES,
@@ -52,7 +55,8 @@ fn a_replica_of_another_version_is_told_apart() {
     let refused = primary.wait("a refusal", |m| m.state == ReplicationState::Error);
     assert_eq!(refused.health, Health::Critical);
     let reasons = refused.reasons.join(" ");
-    assert!(reasons.contains("version 2, this host 1"), "{reasons}");
+    let both = format!("version {}, this host {}", ANOTHER.0, Version::CURRENT.0);
+    assert!(reasons.contains(&both), "{reasons}");
     played.join().unwrap();
     primary.stop();
 }
@@ -68,7 +72,7 @@ fn a_primary_of_another_version_is_told_so() {
     let address = replica.status().listening.unwrap().to_string();
     let ids = SystemIds::default();
     let mut hello = Hello {
-        version: Version(2),
+        version: ANOTHER,
         machine: MachineId(ids.uuid()),
         name: Name::new("vm").unwrap(),
         claim: Claim {

@@ -34,8 +34,16 @@ pub(super) type Files = [PathBuf; 2];
 
 impl Pair {
     pub(super) fn new() -> Self {
+        Self::with([96, 32])
+    }
+
+    /// With disks of so many MiB.
+    pub(super) fn with([system, data]: [u64; 2]) -> Self {
         let hosts = Hosts::new();
-        let images = vec![hosts.image("system.vhdx", 96), hosts.image("data.raw", 32)];
+        let images = vec![
+            hosts.image("system.vhdx", system),
+            hosts.image("data.raw", data),
+        ];
         // Held together until both are known, so that they differ.
         let sockets = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
         let ports = [0, 1].map(|index: usize| sockets[index].local_addr().unwrap().port());

@@ -2,10 +2,10 @@
 
 use understudy::{
     storage::Folder,
-    volume::{Side, Standing},
+    volume::{ResyncReason, Side, Standing},
 };
 
-use super::host::{Blocks, Host, Outcome, Runs, blocks_of, drain, point, run};
+use super::host::{Blocks, Host, Outcome, Runs, blocks_of, drain, point, run, sift_nothing};
 
 /// What the host may rely on so far.
 #[derive(Default)]
@@ -26,27 +26,29 @@ fn promoted(host: &mut Host, promised: &mut Promised) -> Outcome {
     host.machine().continue_from(point(5, 5), &theirs(0))?;
     promised.continued = true;
     promised.marked.extend(blocks_of(&theirs(0)));
-    host.machine().owe(&theirs(1))?;
+    host.machine().suspect(&theirs(1), ResyncReason::Reversed)?;
     promised.marked.extend(blocks_of(&theirs(1)));
     host.write(1, 0, 4096, 2)?;
     promised.marked.insert((1, 0));
     let machine = host.machine();
     machine.maintain()?;
     machine.maintain()?;
+    sift_nothing(machine)?;
     machine.cut()?;
-    machine.owe(&theirs(2))?;
+    machine.suspect(&theirs(2), ResyncReason::Reversed)?;
     promised.marked.extend(blocks_of(&theirs(2)));
+    sift_nothing(machine)?;
     let epoch = machine.cut()?.epoch;
     drain(machine, Side::Closing, epoch)?;
     machine.disconnected();
     machine.cut()?;
     host.kill();
     host.start()?;
-    host.machine().owe(&theirs(3))?;
+    host.machine().suspect(&theirs(3), ResyncReason::Reversed)?;
     promised.marked.extend(blocks_of(&theirs(3)));
     host.close()?;
     host.start()?;
-    host.machine().owe(&theirs(4))?;
+    host.machine().suspect(&theirs(4), ResyncReason::Reversed)?;
     promised.marked.extend(blocks_of(&theirs(4)));
     Ok(())
 }

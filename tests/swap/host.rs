@@ -10,6 +10,7 @@ use understudy::{
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_usize},
     },
     disk::{Access, Disk, Fua, raw::RawDisk},
+    protocol::compare::{BlockHash, Differing, Sample},
     storage::{
         Storage,
         ledger::Ledger,
@@ -190,6 +191,51 @@ pub(crate) fn point(epoch: u64, chain: u8) -> Lineage {
         epoch: Epoch(epoch),
         chain: Digest([chain; 32]),
     }
+}
+
+/// What a replica that holds these bytes answers to a question.
+pub(crate) fn compare(samples: &[Sample], replica: &[Vec<u8>]) -> Differing {
+    let mut differing = Differing::default();
+    let mut number = 0;
+    for sample in samples {
+        let run = to_usize(sample.offset)..to_usize(sample.run().end());
+        let blocks = replica[sample.disk.index()][run].chunks(4096);
+        for (index, block) in blocks.enumerate() {
+            let same = match &sample.hashes {
+                Some(hashes) => hashes.0[index] == BlockHash::of(block),
+                None => block.iter().all(|&byte| byte == 0),
+            };
+            if !same {
+                differing.push(number);
+            }
+            number += 1;
+        }
+    }
+    differing
+}
+
+/// Where the blocks of a question are.
+pub(crate) fn runs_of(samples: &[Sample]) -> Runs {
+    let runs = samples.iter().map(|sample| (sample.disk, sample.run()));
+    runs.collect()
+}
+
+/// Has all suspects compared with a replica that holds these bytes.
+pub(crate) fn sift(machine: &Machine, replica: &[Vec<u8>]) -> Outcome {
+    loop {
+        let samples = machine.ask()?;
+        if samples.is_empty() {
+            return Ok(());
+        }
+        let differing = compare(&samples, replica);
+        machine.answered(&runs_of(&samples), &differing).unwrap();
+    }
+}
+
+/// Has all suspects found to differ.
+pub(crate) fn sift_nothing(machine: &Machine) -> Outcome {
+    let other = SIZES.map(|size| vec![0xA5; to_usize(size)]);
+    sift(machine, &other)
 }
 
 /// Everything owed to `epoch`.

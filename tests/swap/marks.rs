@@ -10,14 +10,18 @@ use understudy::{
     disk::{Disk, DiskError, Fua},
     track::state::StateDir,
     volume::{
-        CopyScope, MachineError, Piece, PieceContent, Reconcile, ReplicaHead, ResyncReason, Side,
-        Standing, Taken,
+        CopyScope, CutRefused, MachineError, Piece, PieceContent, Reconcile, ReplicaHead,
+        ResyncReason, Side, Standing, Taken,
     },
 };
 
-use super::host::{Blocks, Host, Runs, SIZES, blocks_in, blocks_of, drain, point, regions_of, run};
+use super::host::{
+    Blocks, Host, Runs, SIZES, blocks_in, blocks_of, drain, point, regions_of, run, sift,
+    sift_nothing,
+};
 
 const MIB: u64 = 1 << 20;
+const REVERSED: ResyncReason = ResyncReason::Reversed;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Restart {
@@ -94,21 +98,27 @@ fn a_continued_point_and_what_is_owed_are_one_epoch() {
         host.write(0, 2 * MIB, 4096, 2).unwrap();
         want.insert((0, 512));
         let theirs: Runs = vec![run(0, 2 * MIB + 4096, 8192), run(1, MIB, 512)];
-        host.machine().owe(&theirs).unwrap();
+        host.machine().suspect(&theirs, REVERSED).unwrap();
+        let known = host.machine().counters().owed_open_blocks;
         want.extend([(0, 513), (0, 514), (1, 256)]);
         check_divergence(&host, &want);
-        let owed = host.machine().counters().owed_open_blocks;
-        assert_eq!(owed, to_u64(want.len()), "{how:?}");
+        let counters = host.machine().counters();
+        assert_eq!(counters.owed_open_blocks, known, "{how:?}");
+        assert_eq!(known + counters.suspect_blocks, to_u64(want.len()));
         want.extend(restart(&mut host, how, &Blocks::from([(0, 512)])));
         // Both steps done again by a host that does not know how far it came.
         host.machine().continue_from(from, &rolled_back).unwrap();
-        host.machine().owe(&theirs).unwrap();
+        host.machine().suspect(&theirs, REVERSED).unwrap();
         check_divergence(&host, &want);
         let resync = host.machine().state().resync;
-        assert_eq!(resync, Option::None, "{how:?}");
+        assert_eq!(resync, Some(REVERSED), "{how:?}");
 
         let head = ReplicaHead::At(from);
         assert_eq!(host.machine().reconcile(head).unwrap(), Reconcile::InStep);
+        let suspects = host.machine().counters().suspect_blocks;
+        assert_eq!(suspects, to_u64(want.len()), "all that is marked");
+        assert!(matches!(host.machine().cut(), Err(CutRefused::Suspects(n)) if n == suspects));
+        sift_nothing(host.machine()).unwrap();
         let cut = host.machine().cut().unwrap();
         assert_eq!(cut.epoch, Epoch(42));
         let log = drain(host.machine(), Side::Closing, cut.epoch).unwrap();
@@ -195,12 +205,12 @@ fn without_tracking_everything_may_differ() {
     let host = Host::running(None);
     host.machine().continue_from(point(7, 7), &[]).unwrap();
     host.power.fail_after(0, std::io::ErrorKind::StorageFull);
-    let refused = host.machine().owe(&[run(0, 0, 1)]);
+    let refused = host.machine().suspect(&[run(0, 0, 1)], REVERSED);
     assert!(matches!(refused, Err(MachineError::State { .. })));
     assert_eq!(host.machine().at_rest(), None);
     let whole: Runs = vec![run(0, 0, SIZES[0]), run(1, 0, SIZES[1])];
     assert_eq!(host.machine().divergence(), whole);
-    let refused = host.machine().owe(&[]);
+    let refused = host.machine().suspect(&[], REVERSED);
     assert!(matches!(refused, Err(MachineError::TrackingLost(_))));
 }
 
@@ -222,7 +232,10 @@ fn runs_that_leave_the_disks_are_refused_and_nothing_is_marked() {
             "offset 0x1000 of disk number 2, but the machine has 2 disks",
         ),
     ] {
-        let error = machine.owe(&[good, bad]).unwrap_err().to_string();
+        let error = machine
+            .suspect(&[good, bad], REVERSED)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(text), "{error}");
         let refused = machine.continue_from(point(9, 9), &[good, bad]);
         assert_eq!(refused.unwrap_err().to_string(), error);
@@ -254,9 +267,9 @@ fn a_closing_epoch_does_not_complete_without_what_is_owed() {
     };
     host.write(1, 8192, 512, 2).unwrap();
     check_divergence(&host, &Blocks::from([(0, 0), (0, 1), (1, 2)]));
-    machine.owe(&[]).unwrap();
+    machine.suspect(&[], REVERSED).unwrap();
     assert_eq!(machine.closing_epoch(), Some(Epoch(8)), "nothing to add");
-    machine.owe(&[run(1, 0, 1)]).unwrap();
+    machine.suspect(&[run(1, 0, 1)], REVERSED).unwrap();
     assert_eq!(
         (machine.closing_epoch(), machine.open_epoch()),
         (None, Epoch(9))
@@ -264,6 +277,7 @@ fn a_closing_epoch_does_not_complete_without_what_is_owed() {
     let taken = machine.take(Side::Closing, Epoch(8), 4096).unwrap();
     assert_eq!(taken, Taken::Superseded);
     assert!(machine.pending(point(8, 8)).is_err());
+    sift_nothing(machine).unwrap();
     let epoch = machine.cut().unwrap().epoch;
     let mut log = vec![first];
     log.extend(drain(machine, Side::Closing, epoch).unwrap());
@@ -283,7 +297,7 @@ fn what_is_owed_during_the_initial_copy_belongs_to_epoch_1() {
     let machine = host.machine();
     host.write(0, 0, 4096, 1).unwrap();
     machine.begin_initial_copy(CopyScope::Allocated).unwrap();
-    machine.owe(&[run(0, 2 * MIB, 1)]).unwrap();
+    machine.suspect(&[run(0, 2 * MIB, 1)], REVERSED).unwrap();
     let copy = drain(machine, Side::Closing, Epoch::INITIAL).unwrap();
     assert_eq!(blocks_in(&copy), Blocks::from([(0, 0)]));
     machine.staged(point(0, 1)).unwrap();
@@ -386,7 +400,8 @@ fn runs_become_owed_while_the_guest_writes() {
                         .unwrap();
                 }
             }
-            machine.owe(&runs).unwrap();
+            machine.suspect(&runs, REVERSED).unwrap();
+            sift(machine, &replica.contents()).unwrap();
             complete += u64::from(send(&mut log));
         }
         stop.store(true, Ordering::Relaxed);

@@ -4,6 +4,8 @@
 //! The hosts meet as nodes would: the replica's part is done by hand, on plain images. A former primary may have died, lost
 //! power, or written on for a while; it comes back with what it knows, and the first epoch makes it equal.
 
+use std::collections::VecDeque;
+
 use proptest::prelude::*;
 use understudy::{
     base::{
@@ -11,11 +13,15 @@ use understudy::{
         units::{Epoch, Extent},
     },
     disk::{Disk, Fua, Space},
+    protocol::compare::Differing,
     storage::Storage,
-    volume::{Piece, Reconcile, ReplicaHead, Side, Standing, Taken},
+    volume::{
+        MachineError, Piece, Reconcile, ReplicaHead, ResyncReason, Side, Standing, Taken,
+        Verification, Verify,
+    },
 };
 
-use super::host::{Host, Outcome, Runs, SIZES, drain, point};
+use super::host::{Host, Outcome, Runs, SIZES, compare, drain, point, runs_of};
 
 #[derive(Clone, Debug)]
 struct Change {
@@ -49,6 +55,18 @@ enum Op {
     Write(Change),
     Cut,
     Take(usize),
+    /// Sends so many pieces of the open epoch ahead of its cut.
+    Ahead(usize),
+    /// Asks the replica about some suspects.
+    Ask,
+    /// The oldest question is answered.
+    Answer,
+    /// Some blocks are compared with the point that the machine names: they are equal, whatever happened.
+    Verify,
+    /// Everything is asked and answered.
+    Sift,
+    /// An operator wants everything compared.
+    Demand,
     Finish(Reply),
     Reconnect,
     Maintain,
@@ -90,6 +108,11 @@ struct World {
     /// The epoch of the last cut and what the disks held at it.
     truth: (Epoch, Vec<Vec<u8>>),
     log: Vec<Piece>,
+    /// Questions on the way, and what the replica will say.
+    asked: VecDeque<(Runs, Differing)>,
+    verification: Option<Verification>,
+    /// Questions of verifications.
+    verified: usize,
     told: Runs,
     chain: u8,
     swaps: usize,
@@ -111,6 +134,9 @@ impl World {
             points: Vec::new(),
             truth: (Epoch(0), disks),
             log: Vec::new(),
+            asked: VecDeque::new(),
+            verification: None,
+            verified: 0,
             told: Vec::new(),
             chain: 0,
             swaps: 0,
@@ -137,6 +163,7 @@ impl World {
         self.base = point;
         self.told = runs;
         self.log.clear();
+        self.asked.clear();
         let host = &mut self.hosts[host];
         host.start().unwrap();
         let machine = host.machine();
@@ -147,6 +174,7 @@ impl World {
 
     fn connect(&mut self) {
         self.log.clear();
+        self.asked.clear();
         let head = self.head();
         let met = self.host().machine().reconcile(ReplicaHead::At(head));
         let met = met.unwrap();
@@ -190,6 +218,50 @@ impl World {
         Ok(())
     }
 
+    fn ask(&mut self) -> Outcome {
+        let samples = self.host().machine().ask()?;
+        if !samples.is_empty() {
+            let held = self.hosts[1 - self.primary].contents();
+            let answer = compare(&samples, &held);
+            self.asked.push_back((runs_of(&samples), answer));
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self) {
+        if let Some((runs, differing)) = self.asked.pop_front() {
+            let sifted = self.host().machine().answered(&runs, &differing);
+            sifted.expect("an answer about as many blocks");
+        }
+    }
+
+    fn verify(&mut self) -> Outcome {
+        let running = self.verification.take().map_or_else(
+            || self.host().machine().verification(),
+            Ok::<_, MachineError>,
+        );
+        let mut running = running?;
+        let next = self.host().machine().verify(&mut running)?;
+        if let Verify::Ask(at, samples) = &next
+            && let Some(point) = self.points.iter().find(|point| point.lineage == *at)
+        {
+            let differing = compare(samples, &point.disks);
+            assert_eq!(differing, Differing::default(), "a false alarm at {at:?}");
+            self.verified += 1;
+        }
+        self.verification = (next != Verify::Done).then_some(running);
+        Ok(())
+    }
+
+    /// Compares all suspects, so that a cut is possible.
+    fn sift(&mut self) -> Outcome {
+        while self.host().machine().counters().suspect_blocks > 0 {
+            self.ask()?;
+            self.answer();
+        }
+        Ok(())
+    }
+
     fn cut(&mut self) {
         if let Ok(cut) = self.host().machine().cut() {
             self.truth = (cut.epoch, self.host().contents());
@@ -198,6 +270,7 @@ impl World {
 
     fn planned(&mut self) -> Outcome {
         self.finish(Reply::Staged)?;
+        self.sift()?;
         self.cut();
         self.finish(Reply::Staged)?;
         let head = self.head();
@@ -248,7 +321,8 @@ impl World {
         if greeted_first {
             self.connect();
         }
-        self.host().machine().owe(&differs)?;
+        let machine = self.host().machine();
+        machine.suspect(&differs, ResyncReason::Reversed)?;
         self.told.extend(differs);
         self.other().forget()?;
         if !greeted_first {
@@ -273,6 +347,25 @@ impl World {
                     }
                 }
             }
+            Op::Ahead(count) if meets => {
+                let machine = self.host().machine().clone();
+                for _ in 0..count {
+                    if machine.closing_epoch().is_none()
+                        && let Taken::Piece(piece) =
+                            machine.take(Side::Open, machine.open_epoch(), 12288)?
+                    {
+                        self.log.push(piece);
+                    }
+                }
+            }
+            Op::Ask if meets => self.ask()?,
+            Op::Verify => self.verify()?,
+            Op::Sift if meets => self.sift()?,
+            Op::Answer if meets => self.answer(),
+            Op::Demand => match self.host().machine().demand_resync() {
+                Err(MachineError::Resyncing(_)) => {}
+                demanded => demanded?,
+            },
             Op::Finish(reply) if meets => self.finish(reply)?,
             Op::Reconnect if !self.away => {
                 self.host().machine().disconnected();
@@ -289,7 +382,7 @@ impl World {
             Op::Again => {
                 let machine = self.host().machine();
                 machine.continue_from(self.base, &self.told)?;
-                machine.owe(&self.told)?;
+                machine.suspect(&self.told, ResyncReason::Reversed)?;
             }
             Op::Planned if meets => self.planned()?,
             Op::Unplanned { back, old } if !self.away => self.unplanned(back, old)?,
@@ -315,6 +408,7 @@ impl World {
         self.connect();
         for _ in 0..2 {
             self.finish(Reply::Staged).unwrap();
+            self.sift().unwrap();
             self.cut();
         }
         self.finish(Reply::Staged).unwrap();
@@ -383,6 +477,12 @@ fn op() -> impl Strategy<Value = Op> {
         10 => change().prop_map(Op::Write),
         5 => Just(Op::Cut),
         2 => (1..4_usize).prop_map(Op::Take),
+        2 => (1..4_usize).prop_map(Op::Ahead),
+        3 => Just(Op::Ask),
+        3 => Just(Op::Answer),
+        2 => Just(Op::Sift),
+        4 => Just(Op::Verify),
+        1 => Just(Op::Demand),
         5 => reply.prop_map(Op::Finish),
         1 => Just(Op::Reconnect),
         1 => Just(Op::Maintain),
@@ -426,6 +526,7 @@ fn a_machine_goes_there_and_back_from_any_point() {
                 fill += 1;
                 ops.push(write(at * (1 << 20), fill));
                 ops.extend(staged());
+                ops.push(Op::Verify);
             }
             // One block in the open epoch, one in a closing epoch, and one that the primary writes when it is none.
             ops.push(write(40_960, fill));
@@ -453,4 +554,5 @@ fn a_machine_goes_there_and_back_from_any_point() {
     let mut world = World::new(1 << 20);
     world.run(&ops);
     assert_eq!(world.swaps, 24);
+    assert!(world.verified > 10, "{}", world.verified);
 }

@@ -12,6 +12,7 @@
 //! keep      = 24
 //! hourly    = 24
 //! space-max = "200G"
+//! seed      = true                      # a new replica begins with the images that lie in its folder
 //!
 //! [machines.web]                        # a machine whose images lie here
 //! images   = ["/vm/web-os.vhdx", "/vm/web-data.vhdx"]
@@ -118,6 +119,8 @@ struct ReplicasTable {
     hourly: u32,
     #[serde(default, deserialize_with = "size")]
     space_max: Option<u64>,
+    #[serde(default)]
+    seed: bool,
     tests: Option<PathBuf>,
 }
 
@@ -251,6 +254,7 @@ impl ReplicasTable {
                 hourly: self.hourly,
             },
             space_max: self.space_max,
+            seed: self.seed,
             tests: self.tests.map(|tests| from.join(tests)),
         })
     }

@@ -167,6 +167,8 @@ impl Member {
             rpo: RpoStatus::default(),
             sync_on_flush: None,
             copy: None,
+            resync: None,
+            verify: None,
             traffic: TrafficStatus::default(),
             write_latency: None,
             disks: disks.collect(),
