@@ -10,7 +10,7 @@ use anyhow::Context;
 use super::output::Output;
 use crate::node::{
     self, StopSignals,
-    control::{ControlSocket, Operate},
+    control::{self, ControlSocket, Operate},
     host::{Host, HostConfig, HostError},
 };
 
@@ -47,7 +47,8 @@ pub(super) async fn serve(
     over: impl Future<Output = ()>,
     out: &Output,
 ) -> anyhow::Result<()> {
-    let server = tokio::spawn(socket.serve(Arc::clone(&host) as Arc<dyn Operate>));
+    let server =
+        tokio::spawn(socket.serve(control::requests(Arc::clone(&host) as Arc<dyn Operate>)));
     tokio::select! {
         () = stop.next() => {}
         () = over => {}

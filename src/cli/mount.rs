@@ -1,7 +1,11 @@
 //! `understudy mount`: a node with one machine, from flags.
 
 use std::{
-    collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr as _, sync::Arc,
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::PathBuf,
+    str::FromStr as _,
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,7 +23,7 @@ use crate::{
     net,
     node::{
         self,
-        control::Operate,
+        control::{Operate, requests},
         host::{
             Host, HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig, parse_interval,
         },
@@ -113,7 +117,8 @@ pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
                 tokio::task::spawn_blocking(move || Primary::show(machine, &images, &show));
             let primary = Arc::new(primary.await??);
             hosting::say_paths(&primary.paths(), out);
-            let server = tokio::spawn(socket.serve(Arc::clone(&primary) as Arc<dyn Operate>));
+            let server =
+                tokio::spawn(socket.serve(requests(Arc::clone(&primary) as Arc<dyn Operate>)));
             tokio::select! {
                 () = stop.next() => {}
                 () = primary.ended() => out.note(TAKEN_AWAY),
@@ -254,6 +259,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         identity: args.identity,
         listen: args.listen,
         peers,
+        operators: BTreeSet::new(),
         keeping: Keeping::default(),
         replication,
         tolerant: false,

@@ -11,7 +11,8 @@
 //! | `POST /v1/machines/{name}/cancel` with a [`CancelRequest`] | a [`CancelReport`] of what was taken back or cleaned up |
 //! | `POST /v1/machines/{name}/reverse` with a [`ReverseRequest`] | a [`FailoverReport`] |
 //!
-//! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder.
+//! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder. The
+//! same requests come over the network from [operators](super::operate).
 //! Errors are `{"error": "..."}` with status 404 (no such machine), 409 (not in this state), 422 (not understood) or 500.
 
 use std::{
@@ -34,10 +35,16 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::status::{NodeStatus, PointStatus, TestStatus};
-use crate::base::{
-    ids::{Generation, Lineage, Name},
-    units::{Epoch, MIB},
+use super::{
+    operate::{Connected, Way},
+    status::{NodeStatus, PointStatus, TestStatus},
+};
+use crate::{
+    base::{
+        ids::{Generation, Lineage, Name},
+        units::{Epoch, MIB},
+    },
+    net::{DialError, Reason},
 };
 
 /// Where nodes bind their sockets unless told otherwise.
@@ -246,19 +253,9 @@ impl ControlSocket {
     }
 
     /// Answers requests until the task is dropped.
-    pub async fn serve(mut self, node: Arc<dyn Operate>) -> io::Result<()> {
+    pub async fn serve(mut self, requests: Router) -> io::Result<()> {
         let listener = self.listener.take().expect("a socket is served once");
-        let router = Router::new()
-            .route("/v1/status", get(status))
-            .route("/v1/machines/{name}/cut", post(cut))
-            .route("/v1/machines/{name}/points", get(points))
-            .route("/v1/machines/{name}/tests", post(start_test))
-            .route("/v1/machines/{name}/failover", post(failover))
-            .route("/v1/machines/{name}/commit", post(commit))
-            .route("/v1/machines/{name}/cancel", post(cancel))
-            .route("/v1/machines/{name}/reverse", post(reverse))
-            .with_state(node);
-        axum::serve(listener, router).await
+        axum::serve(listener, requests).await
     }
 }
 
@@ -266,6 +263,20 @@ impl Drop for ControlSocket {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// The requests that a node answers, wherever they come from.
+pub fn requests(node: Arc<dyn Operate>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/machines/{name}/cut", post(cut))
+        .route("/v1/machines/{name}/points", get(points))
+        .route("/v1/machines/{name}/tests", post(start_test))
+        .route("/v1/machines/{name}/failover", post(failover))
+        .route("/v1/machines/{name}/commit", post(commit))
+        .route("/v1/machines/{name}/cancel", post(cancel))
+        .route("/v1/machines/{name}/reverse", post(reverse))
+        .with_state(node)
 }
 
 type Node = State<Arc<dyn Operate>>;
@@ -322,7 +333,7 @@ fn machine(name: &str) -> Result<Name, OperateError> {
     Name::new(name).map_err(|error| OperateError::NotNow(error.to_string()))
 }
 
-async fn answer<T: Serialize + Send + 'static>(
+pub(super) async fn answer<T: Serialize + Send + 'static>(
     work: impl FnOnce() -> Result<T, OperateError> + Send + 'static,
 ) -> Response {
     match tokio::task::spawn_blocking(work).await {
@@ -355,6 +366,9 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// There is no link to that host.
+    #[error(transparent)]
+    Dial(#[from] DialError),
     /// The conversation broke off.
     #[error("the node did not answer")]
     Broken(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -366,66 +380,72 @@ pub enum ClientError {
     Failed(String),
 }
 
-fn broken(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
+pub(super) fn broken(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
     ClientError::Broken(error.into())
 }
 
-/// Asks the node on `socket` for its report.
-pub async fn ask_status(socket: &Path) -> Result<NodeStatus, ClientError> {
-    tokio::time::timeout(ANSWER_WITHIN, ask(socket, "GET", "/v1/status", &()))
+/// Asks a node for its report.
+pub async fn ask_status(way: impl Into<Way>) -> Result<NodeStatus, ClientError> {
+    tokio::time::timeout(ANSWER_WITHIN, ask(way, "GET", "/v1/status", &()))
         .await
         .map_err(broken)?
 }
 
-/// Asks the node on `socket` to cut `machine`; answers when the epoch is durable on the replica.
-pub async fn ask_cut(socket: &Path, machine: &Name) -> Result<Lineage, ClientError> {
-    ask(socket, "POST", &path_of(machine, "cut"), &()).await
+/// Asks a node to cut `machine`; answers when the epoch is durable on the replica.
+pub async fn ask_cut(way: impl Into<Way>, machine: &Name) -> Result<Lineage, ClientError> {
+    ask(way, "POST", &path_of(machine, "cut"), &()).await
 }
 
-/// Asks the node on `socket` for the recovery points of `machine`, oldest first.
-pub async fn ask_points(socket: &Path, machine: &Name) -> Result<Vec<PointStatus>, ClientError> {
-    ask(socket, "GET", &path_of(machine, "points"), &()).await
+/// Asks a node for the recovery points of `machine`, oldest first.
+pub async fn ask_points(
+    way: impl Into<Way>,
+    machine: &Name,
+) -> Result<Vec<PointStatus>, ClientError> {
+    ask(way, "GET", &path_of(machine, "points"), &()).await
 }
 
-/// Asks the node on `socket` to start a test failover of `machine`; answers when its disks can be opened.
+/// Asks a node to start a test failover of `machine`; answers when its disks can be opened.
 pub async fn ask_test(
-    socket: &Path,
+    way: impl Into<Way>,
     machine: &Name,
     request: TestRequest,
 ) -> Result<TestStatus, ClientError> {
-    ask(socket, "POST", &path_of(machine, "tests"), &request).await
+    ask(way, "POST", &path_of(machine, "tests"), &request).await
 }
 
-/// Asks the node on `socket` to move `machine`; answers when its disks can be opened on the one host or the other.
+/// Asks a node to move `machine`; answers when its disks can be opened on the one host or the other.
 pub async fn ask_failover(
-    socket: &Path,
+    way: impl Into<Way>,
     machine: &Name,
     request: FailoverRequest,
 ) -> Result<FailoverReport, ClientError> {
-    ask(socket, "POST", &path_of(machine, "failover"), &request).await
+    ask(way, "POST", &path_of(machine, "failover"), &request).await
 }
 
-/// Asks the node on `socket` to keep the failover of `machine`.
-pub async fn ask_commit(socket: &Path, machine: &Name) -> Result<FailoverReport, ClientError> {
-    ask(socket, "POST", &path_of(machine, "commit"), &()).await
+/// Asks a node to keep the failover of `machine`.
+pub async fn ask_commit(
+    way: impl Into<Way>,
+    machine: &Name,
+) -> Result<FailoverReport, ClientError> {
+    ask(way, "POST", &path_of(machine, "commit"), &()).await
 }
 
-/// Asks the node on `socket` to let `machine` follow its new primary.
+/// Asks a node to let `machine` follow its new primary.
 pub async fn ask_reverse(
-    socket: &Path,
+    way: impl Into<Way>,
     machine: &Name,
     request: ReverseRequest,
 ) -> Result<FailoverReport, ClientError> {
-    ask(socket, "POST", &path_of(machine, "reverse"), &request).await
+    ask(way, "POST", &path_of(machine, "reverse"), &request).await
 }
 
-/// Asks the node on `socket` to take back a failover of `machine`, or to end test failovers; answers when that is done.
+/// Asks a node to take back a failover of `machine`, or to end test failovers; answers when that is done.
 pub async fn ask_cancel(
-    socket: &Path,
+    way: impl Into<Way>,
     machine: &Name,
     request: CancelRequest,
 ) -> Result<CancelReport, ClientError> {
-    ask(socket, "POST", &path_of(machine, "cancel"), &request).await
+    ask(way, "POST", &path_of(machine, "cancel"), &request).await
 }
 
 fn path_of(machine: &Name, what: &str) -> String {
@@ -449,19 +469,14 @@ pub fn sockets() -> Vec<PathBuf> {
     paths
 }
 
-async fn ask<T: DeserializeOwned>(
-    socket: &Path,
+pub(super) async fn ask<T: DeserializeOwned>(
+    way: impl Into<Way>,
     method: &str,
     path: &str,
     body: &impl Serialize,
 ) -> Result<T, ClientError> {
     let body = serde_json::to_vec(body).map_err(broken)?;
-    let stream = UnixStream::connect(socket)
-        .await
-        .map_err(|source| ClientError::Connect {
-            path: socket.to_owned(),
-            source,
-        })?;
+    let Connected { stream, link } = way.into().connect().await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(broken)?;
@@ -482,6 +497,9 @@ async fn ask<T: DeserializeOwned>(
         .map_err(broken)?
         .to_bytes();
     driver.abort();
+    if let Some(link) = link {
+        link.close(Reason::Done, "asked and answered");
+    }
     if status.is_success() {
         return serde_json::from_slice(&body).map_err(broken);
     }
@@ -548,7 +566,7 @@ mod tests {
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o600
         );
-        let server = tokio::spawn(socket.serve(Arc::new(Stage)));
+        let server = tokio::spawn(socket.serve(requests(Arc::new(Stage))));
         assert_eq!(ask_status(&path).await.unwrap().pid, 7);
         let name = Name::new("SQL Server-ß").unwrap();
         assert_eq!(ask_cut(&path, &name).await.unwrap().epoch, Epoch(3));

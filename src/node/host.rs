@@ -180,6 +180,7 @@ impl Host {
         let listener = match (config.listen, &identity) {
             (Some(listen), Some(identity)) => {
                 let allow: Allow = config.peers.keys().cloned().collect();
+                let allow = allow.operators(config.operators.iter().cloned());
                 Some(Listener::bind(listen, identity, allow)?)
             }
             _ => None,

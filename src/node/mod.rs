@@ -8,7 +8,8 @@
 //!   call       short questions about roles                            test_failover   several exposures
 //!   exposure   a recovery point as writable disks in a mount          progress    what the status knows of a link
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
-//!   control    the socket that `status` and operators use           sync_flush   flushes that wait for the replica
+//!   control    what operators ask, on a socket                        operate      the same over the network
+//!   sync_flush   flushes that wait for the replica
 //! ```
 //! Async code is confined to links and sockets. What owns state (a replication, a receiving session, a merge) is one
 //! thread with one loop: select, handle, act.
@@ -23,6 +24,7 @@ mod driver;
 mod exposure;
 pub mod host;
 pub mod images;
+pub mod operate;
 mod pipeline;
 pub mod primary;
 mod progress;

@@ -1,6 +1,11 @@
 //! What an operator says about a host.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::PathBuf,
+    time::Duration,
+};
 
 use crate::{
     base::ids::Name,
@@ -19,6 +24,8 @@ pub struct HostConfig {
     pub listen: Option<SocketAddr>,
     /// The hosts that may feed or claim machines here, by the names in their certificates.
     pub peers: BTreeMap<Name, PeerConfig>,
+    /// Who may operate this host over the network, by the names in their certificates. None of them is a peer.
+    pub operators: BTreeSet<Name>,
     /// How replicas are kept.
     pub keeping: Keeping,
     /// How a machine replicates that is not configured otherwise, because it was promoted here.

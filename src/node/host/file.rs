@@ -8,6 +8,8 @@
 //! [peers.host-b]                        # the only hosts that are let in
 //! address = "host-b.example:7171"       # where it listens, to replicate to it
 //!
+//! # operators = ["coord"]               # identities that may operate this host over the network
+//!
 //! [replicas]                            # how machines of other hosts are kept
 //! keep      = 24
 //! hourly    = 24
@@ -24,7 +26,7 @@
 //! it were.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -104,6 +106,8 @@ struct HostTable {
     #[serde(default)]
     peers: BTreeMap<Name, PeerTable>,
     #[serde(default)]
+    operators: BTreeSet<Name>,
+    #[serde(default)]
     machines: BTreeMap<Name, MachineTable>,
 }
 
@@ -177,9 +181,20 @@ type Wrong = (String, String);
 impl HostTable {
     /// What it means, with paths below `from`.
     fn config(self, from: &Path) -> Result<HostConfig, Wrong> {
-        if self.identity.is_none() && (self.listen.is_some() || !self.peers.is_empty()) {
+        let linked = self.listen.is_some() || !self.peers.is_empty() || !self.operators.is_empty();
+        if self.identity.is_none() && linked {
             let why = "needed to listen and to call peers: there is no link without certificates";
             return Err(("identity".into(), why.into()));
+        }
+        let both = |operator: &&Name| {
+            let mut peers = self.peers.keys();
+            peers.any(|peer| peer.as_str().eq_ignore_ascii_case(operator.as_str()))
+        };
+        if let Some(operator) = self.operators.iter().find(both) {
+            let why = format!(
+                "{operator} is a peer: whoever operates this host has an identity of its own, which replicates nothing"
+            );
+            return Err(("operators".into(), why));
         }
         let replication = ReplicationConfig {
             interval: self
@@ -211,6 +226,7 @@ impl HostTable {
             identity: self.identity.map(|identity| from.join(identity)),
             listen: self.listen,
             peers,
+            operators: self.operators,
             keeping: self.replicas.config(from)?,
             replication,
             tolerant: true,
@@ -336,6 +352,7 @@ mod tests {
         identity = "/etc/understudy/a"
         listen = "0.0.0.0:7171"
         interval = "500ms"
+        operators = ["coord"]
         [peers.b]
         address = "b.example:7171"
         [peers.c]
@@ -373,6 +390,7 @@ mod tests {
         assert_eq!(host.keeping.space_max, Some(2 << 30));
         let c = &host.peers[&Name::new("c").unwrap()];
         assert_eq!(c.address, None);
+        assert_eq!(host.operators, [Name::new("coord").unwrap()].into());
     }
 
     #[test]
@@ -382,6 +400,7 @@ mod tests {
             ("identity = \"/etc/understudy/a\"", "", "identity: needed"),
             ("peer = \"b\"", "peer = \"x\"", "no [peers.x]"),
             ("b.example:7171", "b.example", "peers.b.address"),
+            ("\"coord\"", "\"B\"", "operators: B is a peer"),
             ("500ms", "5 parsecs", "has no unit"),
             ("keep = 24", "keep = 4000000000", "replicas.keep"),
             ("os.vhdx", "os", "machines.web.images"),

@@ -1,0 +1,4 @@
+//! Several machines on two hosts, driven from a third one: operators, jobs, recovery plans, with real nodes and mounts.
+
+mod operators;
+mod stage;
