@@ -1,4 +1,7 @@
 //! Several machines on two hosts, driven from a third one: operators, jobs, recovery plans, with real nodes and mounts.
 
+mod deaths;
+mod groups;
 mod operators;
 mod stage;
+mod verbs;

@@ -141,7 +141,7 @@ pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
             let _ = server.await;
         }
         What::Host { machine, config } => {
-            let host = hosting::start(config).await?;
+            let host = hosting::start(*config).await?;
             hosting::say_paths(&host.paths(), out);
             hosting::say_address(&host, "peers", out);
             let progress = out.progress("initial copy");
@@ -195,7 +195,10 @@ enum What {
         show: ShowConfig,
     },
     /// A host with one machine.
-    Host { machine: Name, config: HostConfig },
+    Host {
+        machine: Name,
+        config: Box<HostConfig>,
+    },
 }
 
 fn config(args: MountArgs) -> anyhow::Result<What> {
@@ -260,10 +263,12 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         listen: args.listen,
         peers,
         operators: BTreeSet::new(),
+        coordinator: None,
         keeping: Keeping::default(),
         replication,
         tolerant: false,
         machines: [(machine.clone(), configured)].into_iter().collect(),
     };
+    let config = Box::new(config);
     Ok(What::Host { machine, config })
 }

@@ -92,6 +92,7 @@ fn config(args: ReplicaArgs) -> HostConfig {
         listen: Some(args.listen),
         peers,
         operators: BTreeSet::new(),
+        coordinator: None,
         keeping: Keeping {
             format: args.format,
             retention: Retention {

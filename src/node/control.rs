@@ -34,6 +34,7 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::net::{UnixListener, UnixStream};
+use uuid::Uuid;
 
 use super::{
     operate::{Connected, Way},
@@ -104,6 +105,9 @@ pub struct TestRequest {
     /// The rescue point instead.
     #[serde(default)]
     pub rescue: bool,
+    /// Asked again with the same key while the test runs, it is the same test.
+    #[serde(default)]
+    pub key: Option<Uuid>,
 }
 
 /// How a machine is moved.
@@ -539,6 +543,7 @@ mod tests {
                 listening: None,
                 at: Timestamp(9),
                 machines: vec![],
+                coordinates: vec![],
             }
         }
 

@@ -35,7 +35,9 @@ use tokio::runtime::Handle;
 
 pub(super) use self::member::Member;
 pub use self::{
-    config::{HostConfig, MachineConfig, PeerConfig, ReplicationConfig, parse_interval},
+    config::{
+        CoordinatorConfig, HostConfig, MachineConfig, PeerConfig, ReplicationConfig, parse_interval,
+    },
     file::{ConfigError, read},
 };
 use self::{
@@ -329,6 +331,11 @@ impl Host {
         }
     }
 
+    /// What a coordinator needs of its own host.
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     fn all(&self) -> Vec<Arc<Member>> {
         self.members.lock().values().cloned().collect()
     }
@@ -420,6 +427,7 @@ impl Operate for Host {
             listening: self.address,
             at: self.shared.clock.wall(),
             machines: self.all().iter().map(|member| member.status()).collect(),
+            coordinates: Vec::new(),
         }
     }
 

@@ -9,6 +9,7 @@
 //!   exposure   a recovery point as writable disks in a mount          progress    what the status knows of a link
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
 //!   control    what operators ask, on a socket                        operate      the same over the network
+//!   coordinator   jobs and plans: what concerns several hosts
 //!   sync_flush   flushes that wait for the replica
 //! ```
 //! Async code is confined to links and sockets. What owns state (a replication, a receiving session, a merge) is one
@@ -20,6 +21,7 @@ mod call;
 pub mod control;
 mod conversation;
 pub mod convert;
+pub mod coordinator;
 mod driver;
 mod exposure;
 pub mod host;

@@ -461,6 +461,7 @@ impl Operate for Primary {
             listening: None,
             at: self.clock.wall(),
             machines: vec![self.machine_status()],
+            coordinates: Vec::new(),
         }
     }
 

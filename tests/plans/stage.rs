@@ -3,23 +3,27 @@
 use std::{
     fs,
     net::UdpSocket,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
 use understudy::{
     base::ids::Name,
-    coord::{role::Part, state::ReplicationState},
+    coord::{job::Outcome, role::Part, state::ReplicationState},
     net::Identity,
-    node::{operate::Way, status::MachineStatus},
+    node::{control::ask_cut, coordinator::JobStatus, operate::Way, status::MachineStatus},
 };
 
-use crate::support::{Hosts, Node, mark, marked};
+use crate::support::{Hosts, Node, PROGRAM, call, mark, marked, runtime};
 
 /// How long anything may take before a test gives up; it is no measure of speed.
 pub(super) const PATIENCE: Duration = Duration::from_mins(2);
 /// Time between two looks.
 pub(super) const LOOK: Duration = Duration::from_millis(10);
+/// Between two looks at a log: less than a step that is made durable takes.
+pub(super) const GLANCE: Duration = Duration::from_millis(1);
 /// The machines; their images lie on `alpha`.
 pub(super) const MACHINES: [&str; 2] = ["db", "web"];
 /// The third host: it has no machines.
@@ -73,7 +77,33 @@ impl Stage {
         self.start(name, &text)
     }
 
-    pub(super) fn start(&self, name: &str, config: &str) -> Node {
+    /// The third host.
+    pub(super) fn coordinator(&self) -> Node {
+        let text = format!(
+            "store = \"coord-store\"\n[coordinator]\nidentity = \"{COORDINATOR}\"\n[coordinator.hosts]\n\
+             alpha = {:?}\nbeta = {:?}\n",
+            self.address(0),
+            self.address(1)
+        );
+        self.start(COORDINATOR, &text)
+    }
+
+    /// A plan in a file of its name.
+    pub(super) fn plan(&self, name: &str, groups: &str) -> String {
+        let file = self.hosts.path(format!("{name}.plan"));
+        fs::write(&file, format!("name = {name:?}\n{groups}")).unwrap();
+        file.to_str().unwrap().to_owned()
+    }
+
+    /// A script in a file of its name; its text is for a shell.
+    pub(super) fn script(&self, name: &str, text: &str) -> String {
+        let file = self.hosts.path(name);
+        fs::write(&file, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o700)).unwrap();
+        file.to_str().unwrap().to_owned()
+    }
+
+    fn start(&self, name: &str, config: &str) -> Node {
         let file = self.hosts.path(format!("{name}.toml"));
         fs::write(&file, config).unwrap();
         let args = ["serve", "--config", file.to_str().unwrap()];
@@ -85,6 +115,15 @@ impl Stage {
         let identity = Identity::load(&self.hosts.path(identity)).unwrap();
         let name = Name::new(["alpha", "beta"][host]).unwrap();
         Way::to(self.address(host), Some(name), identity)
+    }
+
+    /// Makes a point of everything that was written on a host.
+    pub(super) fn cut(&self, host: usize) {
+        let way = self.way(host, COORDINATOR);
+        for machine in MACHINES {
+            let machine = Name::new(machine).unwrap();
+            runtime().block_on(ask_cut(&way, &machine)).unwrap();
+        }
     }
 
     pub(super) fn address(&self, host: usize) -> String {
@@ -104,6 +143,56 @@ impl Stage {
                 .join(file),
         }
     }
+}
+
+/// A job, once it is as wished.
+pub(super) fn job(coordinator: &Node, id: u64, wished: impl Fn(&JobStatus) -> bool) -> JobStatus {
+    let began = Instant::now();
+    loop {
+        let (code, out, err) = call(coordinator, &["jobs", &id.to_string(), "--json"]);
+        // One that was only just sent may not be there yet.
+        if code == 0 {
+            let job: JobStatus = serde_json::from_str(&out).unwrap();
+            if wished(&job) {
+                return job;
+            }
+        }
+        assert!(began.elapsed() < PATIENCE, "{out}{err}");
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// How a job ended.
+pub(super) fn ended(coordinator: &Node, id: u64) -> (Outcome, JobStatus) {
+    let job = job(coordinator, id, |job| job.job.ended.is_some());
+    (job.job.ended.unwrap().outcome, job)
+}
+
+/// Calls a verb of a coordinator that must succeed; what it printed.
+pub(super) fn does(coordinator: &Node, args: &[&str]) -> String {
+    let (code, out, err) = call(coordinator, args);
+    assert_eq!(code, 0, "{args:?}: {out}{err}");
+    out
+}
+
+/// Calls a verb that must end with this code; all it said.
+pub(super) fn fails(coordinator: &Node, args: &[&str], code: i32) -> String {
+    let (found, out, err) = call(coordinator, args);
+    assert_eq!(found, code, "{args:?}: {out}{err}");
+    assert!(!err.contains("panicked"), "{err}");
+    format!("{out}{err}")
+}
+
+/// Sends a verb, and does not wait for it.
+pub(super) fn send(coordinator: &Node, args: &[&str]) -> Child {
+    Command::new(PROGRAM)
+        .args(args)
+        .arg("--control")
+        .arg(coordinator.socket())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 /// A machine on a node.
@@ -133,7 +222,7 @@ pub(super) fn protected(primary: &Node, replica: &Node) {
             machine.part == Some(Part::Replica { abandoned: false }) && replicating(&machine)
         })
     };
-    while !MACHINES.iter().all(|name| fine(name)) {
+    while !MACHINES.iter().all(fine) {
         let found = MACHINES.map(|name| [machine(primary, name), machine(replica, name)]);
         assert!(began.elapsed() < PATIENCE, "not protected: {found:#?}");
         std::thread::sleep(LOOK);

@@ -10,6 +10,11 @@
 //!
 //! # operators = ["coord"]               # identities that may operate this host over the network
 //!
+//! [coordinator]                         # other hosts whose machines are moved from here
+//! identity = "/etc/understudy/coord"    # an operator of each of them
+//! [coordinator.hosts]
+//! host-b = "host-b.example:7171"
+//!
 //! [replicas]                            # how machines of other hosts are kept
 //! keep      = 24
 //! hourly    = 24
@@ -36,7 +41,10 @@ use std::{
 
 use serde::Deserialize;
 
-use super::{HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig, parse_interval};
+use super::{
+    CoordinatorConfig, HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig,
+    parse_interval,
+};
 use crate::{
     base::{
         ids::Name,
@@ -107,6 +115,7 @@ struct HostTable {
     peers: BTreeMap<Name, PeerTable>,
     #[serde(default)]
     operators: BTreeSet<Name>,
+    coordinator: Option<CoordinatorTable>,
     #[serde(default)]
     machines: BTreeMap<Name, MachineTable>,
 }
@@ -123,6 +132,13 @@ struct ReplicasTable {
     #[serde(default, deserialize_with = "size")]
     space_max: Option<u64>,
     tests: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct CoordinatorTable {
+    identity: PathBuf,
+    hosts: BTreeMap<Name, String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -227,10 +243,27 @@ impl HostTable {
             listen: self.listen,
             peers,
             operators: self.operators,
+            coordinator: self
+                .coordinator
+                .map(|coordinator| coordinator.config(from))
+                .transpose()?,
             keeping: self.replicas.config(from)?,
             replication,
             tolerant: true,
             machines,
+        })
+    }
+}
+
+impl CoordinatorTable {
+    fn config(self, from: &Path) -> Result<CoordinatorConfig, Wrong> {
+        for (name, address) in &self.hosts {
+            net::host_of(address)
+                .map_err(|error| (format!("coordinator.hosts.{name}"), error.to_string()))?;
+        }
+        Ok(CoordinatorConfig {
+            identity: from.join(self.identity),
+            hosts: self.hosts,
         })
     }
 }
@@ -356,6 +389,10 @@ mod tests {
         [peers.b]
         address = "b.example:7171"
         [peers.c]
+        [coordinator]
+        identity = "coord"
+        [coordinator.hosts]
+        b = "b.example:7171"
         [replicas]
         keep = 24
         hourly = 12
@@ -390,6 +427,9 @@ mod tests {
         assert_eq!(host.keeping.space_max, Some(2 << 30));
         let c = &host.peers[&Name::new("c").unwrap()];
         assert_eq!(c.address, None);
+        let coordinator = host.coordinator.unwrap();
+        assert_eq!(coordinator.identity, Path::new("/etc/understudy/coord"));
+        assert_eq!(coordinator.hosts.len(), 1);
         assert_eq!(host.operators, [Name::new("coord").unwrap()].into());
     }
 
@@ -399,7 +439,13 @@ mod tests {
             ("listen", "lisen", "unknown field `lisen`"),
             ("identity = \"/etc/understudy/a\"", "", "identity: needed"),
             ("peer = \"b\"", "peer = \"x\"", "no [peers.x]"),
-            ("b.example:7171", "b.example", "peers.b.address"),
+            (
+                "address = \"b.example:7171\"",
+                "address = \"b\"",
+                "peers.b.address",
+            ),
+            ("b = \"b.example:7171\"", "b = \"b\"", "coordinator.hosts.b"),
+            ("identity = \"coord\"", "", "missing field `identity`"),
             ("\"coord\"", "\"B\"", "operators: B is a peer"),
             ("500ms", "5 parsecs", "has no unit"),
             ("keep = 24", "keep = 4000000000", "replicas.keep"),
