@@ -2,6 +2,7 @@
 
 mod deaths;
 mod groups;
+mod hosts;
 mod operators;
 mod stage;
 mod verbs;

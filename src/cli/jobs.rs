@@ -13,7 +13,7 @@ use crate::{
     coord::job::{At, Deed, JobId, Outcome, Step, StepState},
     node::{
         control::{self, ClientError},
-        coordinator::{JobStatus, ask_cancel_job, ask_continue_job, ask_job, ask_jobs},
+        coordinator::{JobStatus, JobSummary, ask_cancel_job, ask_continue_job, ask_job, ask_jobs},
     },
 };
 
@@ -89,12 +89,7 @@ pub async fn run(args: &JobsArgs, out: &Output) -> anyhow::Result<()> {
             if args.json {
                 return out.json(&job);
             }
-            out.line(&format!(
-                "{}, begun {}: {}",
-                title(&job),
-                job.job.begun,
-                outcome(&job)
-            ));
+            out.line(&headline(&JobSummary::from(&job.job)));
             for (at, step) in job.job.steps() {
                 show(&job, at, step, out);
             }
@@ -106,12 +101,7 @@ pub async fn run(args: &JobsArgs, out: &Output) -> anyhow::Result<()> {
                 return out.json(&jobs);
             }
             for job in &jobs {
-                out.line(&format!(
-                    "{}, begun {}: {}",
-                    title(job),
-                    job.job.begun,
-                    outcome(job)
-                ));
+                out.line(&headline(job));
             }
             Ok(())
         }
@@ -227,21 +217,25 @@ pub(super) fn conclude(job: &JobStatus) -> anyhow::Result<()> {
 
 /// What people call a job.
 pub(super) fn title(status: &JobStatus) -> String {
-    let job = &status.job;
+    name(&JobSummary::from(&status.job))
+}
+
+fn name(job: &JobSummary) -> String {
     if let Some(plan) = &job.plan {
         return format!("job {} (plan {plan}, {})", job.id, job.kind);
     }
-    let machines: Vec<_> = job.machines().into_iter().map(Name::as_str).collect();
+    let machines: Vec<_> = job.machines.iter().map(Name::as_str).collect();
     format!("job {} ({} {})", job.id, job.kind, machines.join(" "))
 }
 
-fn outcome(status: &JobStatus) -> String {
-    match status.job.ended {
+fn headline(job: &JobSummary) -> String {
+    let is = match job.ended {
         Some(ended) => format!("{}, {}", ended.outcome, ended.at),
-        None if status.job.manual().next().is_some() => "waits for a person".into(),
-        None if status.job.cancel => "is being cancelled".into(),
+        None if job.waits => "waits for a person".into(),
+        None if job.cancel => "is being cancelled".into(),
         None => "under way".into(),
-    }
+    };
+    format!("{}, begun {}: {is}", name(job), job.begun)
 }
 
 fn show(status: &JobStatus, at: At, step: &Step, out: &Output) {

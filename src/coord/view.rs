@@ -92,21 +92,25 @@ fn present(view: &View) -> impl Iterator<Item = (&Name, &Sight)> {
     })
 }
 
-/// Where `kind` has to be done for `machine`. `to`: the host on which it is wanted, for a failover.
+/// Where `kind` has to be done for `machine`. `to`: the host on which it is wanted, for a failover. Where two hosts would
+/// fit, a person has to decide.
 pub fn place(kind: Kind, machine: &Name, view: &View, to: Option<&Name>) -> Result<Place, Nowhere> {
     let nowhere = |wanted| Nowhere {
         machine: machine.clone(),
         wanted,
         view: view.clone(),
     };
-    // The first rule that a host fits decides; where two hosts fit one rule, a person has to.
-    let wished = |host: &Name| to.is_none_or(|to| to == host);
-    let one = |wanted, fits: &dyn Fn(&Name, &Sight) -> bool| {
-        let mut found = present(view).filter(|(host, sight)| fits(host, sight));
+    let found = |fits: fn(&Part) -> bool| present(view).filter(move |(_, sight)| fits(&sight.part));
+    let one = |wanted, fits: fn(&Part) -> bool| {
+        let mut found = found(fits);
         match (found.next(), found.next()) {
             (Some((host, sight)), None) => Ok(Place::On(host.clone(), sight.generation)),
             _ => Err(nowhere(wanted)),
         }
+    };
+    let already = |what: &str, fits: fn(&Part) -> bool| {
+        let place = |(host, _)| Place::Already(format!("{host} {what} already"));
+        found(fits).next().map(place)
     };
     if let (Some(to), Kind::Planned | Kind::Unplanned) = (to, kind) {
         match view.get(to) {
@@ -114,51 +118,51 @@ pub fn place(kind: Kind, machine: &Name, view: &View, to: Option<&Name>) -> Resu
                 return Ok(Place::Already(format!("{to} is the primary already")));
             }
             Some(Seen::Present(sight)) if !matches!(sight.part, Part::Split { .. }) => {}
-            // Whether it can take over is asked of the host that hands over.
-            Some(Seen::Silent(_)) if kind == Kind::Planned => {}
             _ => return Err(nowhere("the host it is to go to has no part in it")),
         }
     }
+    let keeps = |part: &Part| matches!(part, Part::Replica { .. } | Part::FailedOver { .. });
     match kind {
-        Kind::Planned => one("a planned failover needs one primary", &|_, sight| {
-            matches!(sight.part, Part::Primary | Part::SteppedDown { .. })
-        }),
-        Kind::Unplanned => one("an unplanned failover needs one replica", &|host, sight| {
-            wished(host) && matches!(sight.part, Part::Replica { .. } | Part::FailedOver { .. })
-        }),
-        Kind::Test => one("a test failover needs one replica", &|host, sight| {
-            wished(host) && matches!(sight.part, Part::Replica { .. } | Part::FailedOver { .. })
-        }),
-        Kind::Commit => one("there is no failover to commit", &|_, sight| {
-            matches!(sight.part, Part::FailedOver { .. })
-        })
-        .or_else(|nowhere| {
-            let mut primaries = present(view).filter(|(_, sight)| sight.part == Part::Primary);
-            match primaries.next() {
-                Some((host, _)) => Ok(Place::Already(format!("{host} is the primary"))),
-                None => Err(nowhere),
+        Kind::Planned => {
+            let place = one("a planned failover needs one primary", |part| {
+                matches!(part, Part::Primary | Part::SteppedDown { .. })
+            })?;
+            // Looked at before anything is done: the first thing that is done may be to shut the guest down.
+            let begun = |part: &Part| matches!(part, Part::SteppedDown { .. });
+            let follows = |part: &Part| *part == Part::Replica { abandoned: false };
+            let wished = |(host, _): (&Name, _)| to.is_none_or(|to| to == host);
+            if found(begun).next().is_some() || found(follows).any(wished) {
+                return Ok(place);
             }
-        }),
-        Kind::Cancel => one("there is no failover to cancel", &|_, sight| {
-            matches!(
-                sight.part,
-                Part::FailedOver { .. } | Part::SteppedDown { .. }
-            )
-        }),
-        Kind::Reverse => one("no host was fenced", &|_, sight| {
-            matches!(sight.part, Part::Fenced { .. })
+            Err(nowhere(
+                "a planned failover needs a replica that takes over",
+            ))
+        }
+        Kind::Unplanned => match one("an unplanned failover needs one replica", keeps)? {
+            Place::On(host, _) if to.is_some_and(|to| *to != host) => {
+                Err(nowhere("the host it is to go to keeps no replica"))
+            }
+            place => Ok(place),
+        },
+        Kind::Test => one("a test failover needs one replica", keeps),
+        Kind::Commit => one("there is no failover to commit", |part| {
+            matches!(part, Part::FailedOver { .. })
         })
-        .or_else(|nowhere| {
-            let follows = |part: Part| {
+        .or_else(|none| already("is the primary", |part| *part == Part::Primary).ok_or(none)),
+        Kind::Cancel => one("there is no failover to cancel", |part| {
+            matches!(part, Part::FailedOver { .. } | Part::SteppedDown { .. })
+        }),
+        Kind::Reverse => one("no host was fenced", |part| {
+            matches!(part, Part::Fenced { .. })
+        })
+        .or_else(|none| {
+            let follows = already("follows", |part| {
                 matches!(
                     part,
                     Part::Returning { .. } | Part::Replica { abandoned: false }
                 )
-            };
-            match present(view).find(|(_, sight)| follows(sight.part)) {
-                Some((host, _)) => Ok(Place::Already(format!("{host} follows"))),
-                None => Err(nowhere),
-            }
+            });
+            follows.ok_or(none)
         }),
     }
 }
@@ -279,6 +283,11 @@ mod tests {
             ("a", Some(Part::Fenced { by: generation(4) })),
             ("b", Some(Part::Primary)),
         ]);
+        let alone = view(&[("a", Some(Part::Primary)), ("b", None)]);
+        let begun = view(&[
+            ("a", Some(Part::SteppedDown { head: point() })),
+            ("b", None),
+        ]);
         let on = |host: &str| Some(Place::On(name(host), generation(3)));
         for (kind, view, to, place_is) in [
             (Kind::Planned, &normal, None, on("a")),
@@ -288,6 +297,8 @@ mod tests {
             (Kind::Test, &normal, None, on("b")),
             (Kind::Cancel, &normal, None, None),
             (Kind::Planned, &lost, None, None),
+            (Kind::Planned, &alone, None, None),
+            (Kind::Planned, &begun, None, on("a")),
             (Kind::Unplanned, &lost, None, on("b")),
             (Kind::Unplanned, &lost, Some("a"), None),
             (Kind::Commit, &lost, None, on("b")),

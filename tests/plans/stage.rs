@@ -52,6 +52,19 @@ impl Stage {
     }
 
     pub(super) fn alpha(&self) -> Node {
+        self.alpha_with("")
+    }
+
+    /// `alpha`, which coordinates `beta` and itself.
+    pub(super) fn alpha_coordinating(&self) -> Node {
+        let coordinator = format!(
+            "[coordinator]\nidentity = \"{COORDINATOR}\"\n[coordinator.hosts]\nbeta = {:?}\n",
+            self.address(1)
+        );
+        self.alpha_with(&coordinator)
+    }
+
+    fn alpha_with(&self, more: &str) -> Node {
         let machine = |name: &&str| {
             let path = |path: PathBuf| path.to_str().unwrap().to_owned();
             format!(
@@ -61,7 +74,7 @@ impl Stage {
             )
         };
         let machines: String = MACHINES.iter().map(machine).collect();
-        self.serve("alpha", 0, ("beta", 1), &machines)
+        self.serve("alpha", 0, ("beta", 1), &format!("{more}{machines}"))
     }
 
     pub(super) fn beta(&self) -> Node {
@@ -208,10 +221,27 @@ pub(super) fn part(node: &Node, name: &str) -> Option<Part> {
     machine(node, name)?.part
 }
 
+/// Waits until one host serves both machines, with nothing left to do, and the other one follows; which one serves.
+pub(super) fn protected_somewhere(nodes: [&Node; 2]) -> usize {
+    let began = Instant::now();
+    loop {
+        let mut hosts = [0, 1].into_iter();
+        if let Some(primary) = hosts.find(|&at| are_protected(nodes[at], nodes[1 - at])) {
+            return primary;
+        }
+        let found = nodes.map(|node| MACHINES.map(|name| machine(node, name)));
+        assert!(began.elapsed() < PATIENCE, "not protected: {found:#?}");
+        std::thread::sleep(LOOK);
+    }
+}
+
 /// Waits until `primary` serves both machines, with nothing left to do, and `replica` follows.
 pub(super) fn protected(primary: &Node, replica: &Node) {
-    let began = Instant::now();
-    let fine = |name: &&str| {
+    assert_eq!(protected_somewhere([primary, replica]), 0);
+}
+
+fn are_protected(primary: &Node, replica: &Node) -> bool {
+    MACHINES.iter().all(|name| {
         let (here, there) = (machine(primary, name), machine(replica, name));
         let replicating = |machine: &MachineStatus| machine.state == ReplicationState::Replicating;
         here.is_some_and(|machine| {
@@ -221,12 +251,7 @@ pub(super) fn protected(primary: &Node, replica: &Node) {
         }) && there.is_some_and(|machine| {
             machine.part == Some(Part::Replica { abandoned: false }) && replicating(&machine)
         })
-    };
-    while !MACHINES.iter().all(fine) {
-        let found = MACHINES.map(|name| [machine(primary, name), machine(replica, name)]);
-        assert!(began.elapsed() < PATIENCE, "not protected: {found:#?}");
-        std::thread::sleep(LOOK);
-    }
+    })
 }
 
 /// Writes a number that [`check`] finds again.

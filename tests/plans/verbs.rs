@@ -8,7 +8,7 @@ use understudy::{
     },
     node::{
         control::{FailoverReport, ask_cut},
-        coordinator::JobStatus,
+        coordinator::JobSummary,
         status::{MachineStatus, TestStatus},
     },
 };
@@ -101,11 +101,8 @@ fn refuses(coord: &Node) {
 
 /// What was done before is listed, and told step by step.
 fn tells_its_jobs(coord: &Node) {
-    let jobs: Vec<JobStatus> = parsed(coord, &["jobs"]);
-    let outcomes: Vec<_> = jobs
-        .iter()
-        .map(|job| job.job.ended.unwrap().outcome)
-        .collect();
+    let jobs: Vec<JobSummary> = parsed(coord, &["jobs"]);
+    let outcomes: Vec<_> = jobs.iter().map(|job| job.ended.unwrap().outcome).collect();
     assert_eq!(
         outcomes,
         [

@@ -2,7 +2,7 @@
 //!
 //! | method and path | answer |
 //! | --- | --- |
-//! | `GET /v1/jobs` | a [`JobStatus`] for each job that is kept, oldest first |
+//! | `GET /v1/jobs` | a [`JobSummary`] for each job that is kept, oldest first |
 //! | `GET /v1/jobs/{id}` | its [`JobStatus`] |
 //! | `POST /v1/jobs/{id}/cancel` | its [`JobStatus`], once the wish is durable |
 //! | `POST /v1/jobs/{id}/continue` | its [`JobStatus`], once a manual action is taken as done |
@@ -21,8 +21,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Coordinator, parse, runner::Running};
 use crate::{
-    base::ids::Name,
-    coord::job::{At, Event, Job, JobId, Kind},
+    base::{clock::Timestamp, ids::Name},
+    coord::job::{At, Ended, Event, Job, JobId, Kind},
     node::{
         control::{ClientError, OperateError, answer, ask},
         operate::Way,
@@ -37,6 +37,42 @@ pub struct JobStatus {
     pub job: Job,
     /// What steps that are under way wait for, where that is known.
     pub notes: Vec<(At, String)>,
+}
+
+/// A job in a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSummary {
+    /// Its number.
+    pub id: JobId,
+    /// The plan it carries out, if it is one.
+    pub plan: Option<Name>,
+    /// Which failover it is.
+    pub kind: Kind,
+    /// The machines it is about.
+    pub machines: Vec<Name>,
+    /// When it was asked for.
+    pub begun: Timestamp,
+    /// Whether somebody wants it to stop.
+    pub cancel: bool,
+    /// Whether it waits for a person.
+    pub waits: bool,
+    /// What became of it, once nothing is left to do.
+    pub ended: Option<Ended>,
+}
+
+impl From<&Job> for JobSummary {
+    fn from(job: &Job) -> Self {
+        Self {
+            id: job.id,
+            plan: job.plan.clone(),
+            kind: job.kind,
+            machines: job.machines().into_iter().cloned().collect(),
+            begun: job.begun,
+            cancel: job.cancel,
+            waits: job.manual().next().is_some(),
+            ended: job.ended,
+        }
+    }
 }
 
 /// A plan to run.
@@ -79,10 +115,8 @@ fn status(running: &Running) -> JobStatus {
 async fn jobs(State(coordinator): Front) -> Response {
     answer(move || {
         let jobs: Vec<_> = coordinator.jobs.lock().values().cloned().collect();
-        Ok(jobs
-            .iter()
-            .map(|running| status(running))
-            .collect::<Vec<_>>())
+        let jobs = jobs.iter().map(|running| JobSummary::from(&running.job()));
+        Ok(jobs.collect::<Vec<_>>())
     })
     .await
 }
@@ -114,7 +148,7 @@ async fn run(State(coordinator): Front, Json(request): Json<PlanRequest>) -> Res
 }
 
 /// Asks a coordinator for all jobs that are kept, oldest first.
-pub async fn ask_jobs(way: impl Into<Way>) -> Result<Vec<JobStatus>, ClientError> {
+pub async fn ask_jobs(way: impl Into<Way>) -> Result<Vec<JobSummary>, ClientError> {
     ask(way, "GET", "/v1/jobs", &()).await
 }
 

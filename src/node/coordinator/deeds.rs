@@ -12,7 +12,9 @@ use super::{Coordinator, Looked, NotAsked, runner::Running, script};
 use crate::{
     base::ids::Name,
     coord::{
-        job::{At, Deed, Event, Failure, Job, Report, Script, StepState, Task, Verb, deed::Look},
+        job::{
+            At, Deed, Event, Failure, Job, JobId, Report, Script, StepState, Task, Verb, deed::Look,
+        },
         view::Seen,
     },
     node::{
@@ -35,6 +37,7 @@ const SILENT_MAX: Duration = Duration::from_mins(1);
 pub(super) struct Doing {
     coordinator: Arc<Coordinator>,
     running: Arc<Running>,
+    job: JobId,
     at: At,
     attempts: u32,
     deed: Deed,
@@ -59,6 +62,7 @@ impl Doing {
         Some(Self {
             coordinator: Arc::clone(coordinator),
             running: Arc::clone(running),
+            job: job.id,
             at,
             attempts: step.attempts,
             deed: step.deed.clone(),
@@ -72,7 +76,7 @@ impl Doing {
         match &self.deed {
             Deed::Machine(task) => self.machine(task, cancel).await,
             Deed::Script(script) => tokio::select! {
-                ended = script::run(script, &self.environment) => match ended {
+                ended = self.script(script) => match ended {
                     Ok(report) => Event::Done(at, report),
                     Err(failure) => Event::Failed(at, failure),
                 },
@@ -81,6 +85,22 @@ impl Doing {
             },
             Deed::Manual { .. } | Deed::Nothing { .. } => Event::Done(at, Report::default()),
         }
+    }
+
+    async fn script(&self, script: &Script) -> Result<Report, Failure> {
+        if self.attempts > 1 {
+            script::kill_left(&self.name()).await?;
+        }
+        let mut told = self.environment.clone();
+        told.push((script::STEP, self.name()));
+        script::run(script, &told).await
+    }
+
+    /// The step, told from those of any other job and coordinator.
+    fn name(&self) -> String {
+        let store = self.coordinator.host.shared().folder.path().display();
+        let (job, At { stage, step }) = (self.job, self.at);
+        format!("{store}:{job}:{stage}.{step}")
     }
 
     async fn machine(&self, task: &Task, mut cancel: watch::Receiver<bool>) -> Event {

@@ -36,7 +36,8 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 pub use self::api::{
-    JobStatus, PlanRequest, ask_cancel_job, ask_check, ask_continue_job, ask_job, ask_jobs, ask_run,
+    JobStatus, JobSummary, PlanRequest, ask_cancel_job, ask_check, ask_continue_job, ask_job,
+    ask_jobs, ask_run,
 };
 use self::{journal::Journal, runner::Running};
 use super::{

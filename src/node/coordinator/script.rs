@@ -1,13 +1,17 @@
 //! Running a script of a plan: its own process group, a cleared environment, a time limit, the end of what it prints.
 
 use std::{
-    collections::VecDeque, fs, io, os::unix::fs::PermissionsExt, path::Path, process::Stdio,
-    time::Duration,
+    collections::VecDeque,
+    fs, io,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::Stdio,
+    time::{Duration, Instant},
 };
 
 use nix::{
     sys::signal::{Signal, killpg},
-    unistd::Pid,
+    unistd::{Pid, getpgid},
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
@@ -21,6 +25,10 @@ use crate::coord::job::{Failure, OUTPUT_BYTES_MAX, Report, Script};
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How long the output of a script that has ended is waited for: what it left running may hold the other end for ever.
 const OUTPUT_WITHIN: Duration = Duration::from_millis(500);
+/// How long a script that was left may take to die.
+const KILLED_WITHIN: Duration = Duration::from_secs(10);
+/// Pause before it is looked whether it has.
+const KILL_AGAIN: Duration = Duration::from_millis(20);
 /// Bytes that are read at once.
 const CHUNK_BYTES: usize = 4096;
 
@@ -35,6 +43,38 @@ pub(super) fn complaint(program: &Path) -> Option<String> {
         }
         Ok(_) => None,
     }
+}
+
+/// The variable by which a script that a dead coordinator left is known.
+pub(super) const STEP: &str = "UNDERSTUDY_STEP";
+
+/// Kills the process group of a script that a coordinator began and did not live to see the end of: two of them beside each
+/// other would be worse than one that is begun again. What such a script has put into a group of its own lives on.
+pub(super) async fn kill_left(step: &str) -> Result<(), Failure> {
+    let began = Instant::now();
+    while let Some(process) = left(step) {
+        tracing::warn!(%process, "kills a script that was under way when the coordinator died");
+        // An error says that it is gone.
+        let _ = killpg(process, Signal::SIGKILL);
+        if began.elapsed() >= KILLED_WITHIN {
+            let why = format!("process {process} of the last attempt cannot be killed");
+            return Err(Failure::of(why));
+        }
+        tokio::time::sleep(KILL_AGAIN).await;
+    }
+    Ok(())
+}
+
+/// The leader of a process group that was told to be this step. One that is dead says nothing any more.
+fn left(step: &str) -> Option<Pid> {
+    let ours = format!("{STEP}={step}");
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    ids.map(Pid::from_raw).find(|&process| {
+        let told = fs::read(format!("/proc/{process}/environ")).unwrap_or_default();
+        let mut told = told.split(|byte| *byte == 0);
+        told.any(|variable| variable == ours.as_bytes()) && getpgid(Some(process)) == Ok(process)
+    })
 }
 
 /// Runs `script` to its end, its time limit, or until the future is dropped: then nothing of its process group is left.
@@ -180,7 +220,7 @@ async fn copy(mut from: impl AsyncRead + Unpin, to: mpsc::Sender<Vec<u8>>) -> io
 
 #[cfg(test)]
 mod tests {
-    use std::{process, time::Instant};
+    use std::process;
 
     use super::*;
     use crate::coord::job::Phase;
@@ -290,6 +330,24 @@ mod tests {
         job.abort();
         assert!(job.await.unwrap_err().is_cancelled());
         wait_gone(fs::read_to_string(&file).unwrap().trim());
+    }
+
+    #[tokio::test]
+    async fn a_script_that_was_left_is_killed_and_no_other() {
+        let step = |number: u32| format!("{}:{number}", process::id());
+        let begin = |number: u32| {
+            let mut left = process::Command::new("/bin/sleep");
+            left.arg("1000").env(STEP, step(number));
+            std::os::unix::process::CommandExt::process_group(&mut left, 0);
+            left.spawn().unwrap()
+        };
+        let (mut left, mut other) = (begin(1), begin(11));
+        kill_left(&step(1)).await.unwrap();
+        assert!(!lives(&left.id().to_string()));
+        left.wait().unwrap();
+        assert!(lives(&other.id().to_string()));
+        other.kill().unwrap();
+        other.wait().unwrap();
     }
 
     #[test]
