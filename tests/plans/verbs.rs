@@ -136,7 +136,7 @@ fn a_planned_failover_that_hangs_is_finished_or_taken_back() {
         return;
     }
     let stage = Stage::new();
-    let (alpha, coord) = (stage.alpha(), stage.coordinator());
+    let (alpha, mut coord) = (stage.alpha(), stage.coordinator());
     let mut beta = stage.beta();
     for (id, (machine_name, cancel)) in [("web", false), ("db", true)].into_iter().enumerate() {
         if machine_name == "web" {
@@ -166,6 +166,9 @@ fn a_planned_failover_that_hangs_is_finished_or_taken_back() {
                 "{said}"
             );
         }
+        // A coordinator that is asked to stop does not wait for the end of its jobs.
+        coord.stop();
+        coord = stage.coordinator();
         if cancel {
             does(&coord, &["jobs", "cancel", &id.to_string()]);
         }

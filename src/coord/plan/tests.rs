@@ -33,7 +33,7 @@ fn name(text: &str) -> Name {
 /// On host a, whatever the machine.
 fn on(machine: &Name) -> Result<Place, Nowhere> {
     let sight = view::Sight {
-        part: Part::Primary,
+        part: Part::Replica { abandoned: false },
         generation: Generation {
             number: 1,
             id: Uuid::from_u128(1),
@@ -44,7 +44,7 @@ fn on(machine: &Name) -> Result<Place, Nowhere> {
         tests: Vec::new(),
     };
     let view = view::View::from([(name("a"), view::Seen::Present(sight))]);
-    view::place(Kind::Planned, machine, &view, None)
+    view::place(Kind::Test, machine, &view, None)
 }
 
 fn nowhere(machine: &Name) -> Result<Place, Nowhere> {
@@ -214,4 +214,17 @@ fn limits_are_limits() {
         .collect();
     let groups = groups.concat();
     assert!(refused(&format!("name = \"x\"\n{groups}")).contains("more than 64"));
+}
+
+#[test]
+fn the_plan_in_the_readme_is_one() {
+    let readme = include_str!("../../../README.md");
+    let plan = readme
+        .lines()
+        .skip_while(|line| !line.contains("name = \"shop\""));
+    let plan = plan.take_while(|line| line.is_empty() || line.starts_with("    "));
+    let plan: Vec<_> = plan.collect();
+    let plan = Plan::parse(&plan.join("\n")).unwrap();
+    assert_eq!(plan.machines().count(), 3);
+    assert_eq!(plan.actions(Kind::Planned).count(), 3);
 }

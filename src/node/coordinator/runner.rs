@@ -2,7 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     time::Duration,
 };
 
@@ -26,6 +30,7 @@ const JOURNAL_AGAIN: Duration = Duration::from_secs(1);
 pub(super) struct Running {
     job: Mutex<Job>,
     changed: Condvar,
+    stopped: AtomicBool,
     /// What is being waited for, for people; not in the journal.
     notes: Mutex<BTreeMap<At, String>>,
     inbox: mpsc::Sender<Message>,
@@ -47,6 +52,7 @@ impl Running {
         let running = Arc::new(Self {
             job: Mutex::new(job.clone()),
             changed: Condvar::new(),
+            stopped: AtomicBool::new(false),
             notes: Mutex::default(),
             inbox,
         });
@@ -91,13 +97,18 @@ impl Running {
 
     /// Ends the work, not the job.
     pub(super) fn stop(&self) {
+        // Nobody listens any more once it has ended.
         let _ = self.inbox.send(Message::Stop);
+        // Under the lock, so that nobody begins to wait in between.
+        let _job = self.job.lock();
+        self.stopped.store(true, Ordering::Release);
+        self.changed.notify_all();
     }
 
-    /// Waits until it has ended.
+    /// Waits until it has ended, or the work on it has.
     pub(super) fn wait(&self) -> Job {
         let mut job = self.job.lock();
-        while job.ended.is_none() {
+        while job.ended.is_none() && !self.stopped.load(Ordering::Acquire) {
             self.changed.wait(&mut job);
         }
         job.clone()

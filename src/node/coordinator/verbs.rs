@@ -174,6 +174,7 @@ impl Front {
 /// What became of the one step of a job.
 fn report(running: &Running) -> Result<FailoverReport, OperateError> {
     let job = running.wait();
+    let failed = |why: String| Err(OperateError::Failed(why));
     let (generation, state) = only(&job)?;
     match state {
         StepState::Done(report) => Ok(FailoverReport {
@@ -184,13 +185,12 @@ fn report(running: &Running) -> Result<FailoverReport, OperateError> {
         StepState::Failed(failure) if failure.refused => {
             Err(OperateError::NotNow(failure.why.clone()))
         }
-        StepState::Failed(failure) => Err(OperateError::Failed(failure.why.clone())),
-        StepState::Undone(text) => Err(OperateError::Failed(format!(
-            "job {} was cancelled: {text}",
+        StepState::Failed(failure) => failed(failure.why.clone()),
+        StepState::Undone(text) => failed(format!("job {} was cancelled: {text}", job.id)),
+        StepState::Skipped => failed(format!("job {} was cancelled", job.id)),
+        StepState::Waiting | StepState::UnderWay => failed(format!(
+            "the coordinator is being stopped; job {} goes on when it is started again",
             job.id
-        ))),
-        StepState::Waiting | StepState::UnderWay | StepState::Skipped => Err(OperateError::Failed(
-            format!("job {} was cancelled", job.id),
         )),
     }
 }
