@@ -1,13 +1,15 @@
 //! Who may operate a host over the network, and that a peer is not one of them.
 
+use uuid::Uuid;
+
 use understudy::{
     base::ids::Name,
     coord::role::Part,
     net::{DialError, Identity, Refusal, RefusedBy, dial},
     node::{
         control::{
-            ClientError, FailoverKind, FailoverRequest, ask_cut, ask_failover, ask_points,
-            ask_status,
+            CancelRequest, ClientError, FailoverKind, FailoverRequest, TestRequest, ask_cancel,
+            ask_cut, ask_failover, ask_points, ask_status, ask_test,
         },
         operate::Way,
     },
@@ -45,6 +47,21 @@ fn an_operator_does_over_the_network_what_the_socket_does() {
     let cut = run.block_on(ask_cut(&to_alpha, &web)).unwrap();
     let points = run.block_on(ask_points(&to_beta, &web)).unwrap();
     assert_eq!(points.last().unwrap().point, cut);
+
+    // A test that is asked for again with its key is the same one; without a key each is another.
+    let keyed = TestRequest {
+        key: Some(Uuid::from_u128(7)),
+        ..TestRequest::default()
+    };
+    let tests = [keyed, keyed, TestRequest::default(), TestRequest::default()];
+    let tests = tests.map(|test| run.block_on(ask_test(&to_beta, &web, test)).unwrap());
+    assert_eq!(tests.map(|test| test.number), [1, 1, 2, 3]);
+    let all = CancelRequest {
+        tests: true,
+        ..CancelRequest::default()
+    };
+    let ended = run.block_on(ask_cancel(&to_beta, &web, all)).unwrap();
+    assert_eq!(ended.ended, [1, 2, 3]);
 
     // What the host refuses is refused, in its own words.
     let refused = run
