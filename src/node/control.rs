@@ -20,7 +20,7 @@ use std::{
     os::unix::{fs::DirBuilderExt, fs::PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -37,6 +37,7 @@ use tokio::net::{UnixListener, UnixStream};
 use uuid::Uuid;
 
 use super::{
+    LEFT_OPEN_AGAIN, LEFT_OPEN_MAX,
     operate::{Connected, Way},
     status::{NodeStatus, PointStatus, TestStatus},
 };
@@ -235,11 +236,15 @@ impl ControlSocket {
             Path::new(RUN_FOLDER).join(format!("{}.sock", std::process::id()))
         };
         if path.exists() {
-            if UnixStream::connect(&path).await.is_ok() {
-                return Err(io::Error::new(
-                    io::ErrorKind::AddrInUse,
-                    "another node listens on this control socket",
-                ));
+            let began = Instant::now();
+            while UnixStream::connect(&path).await.is_ok() {
+                if began.elapsed() >= LEFT_OPEN_MAX {
+                    return Err(io::Error::new(
+                        io::ErrorKind::AddrInUse,
+                        "another node listens on this control socket",
+                    ));
+                }
+                tokio::time::sleep(LEFT_OPEN_AGAIN).await;
             }
             fs::remove_file(&path)?;
         }

@@ -43,7 +43,7 @@ use std::{
     fs::{File, TryLockError},
     io,
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -55,6 +55,12 @@ pub const STATE_FOLDER: &str = "/var/lib/understudy";
 /// Time between two attempts to unmount what is still in use.
 const UNMOUNT_AGAIN: Duration = Duration::from_millis(500);
 
+/// How long what another process holds may be what a dead one left: a node that is killed while it begins a script leaves its
+/// files open in the child until that has become the script.
+const LEFT_OPEN_MAX: Duration = Duration::from_millis(500);
+/// Pause before it is looked again.
+const LEFT_OPEN_AGAIN: Duration = Duration::from_millis(10);
+
 /// Locks a folder for this process by a file in it; nothing if another process holds it. The lock lasts as long as the
 /// file is open.
 fn lock_folder(folder: &Path) -> io::Result<Option<File>> {
@@ -63,10 +69,16 @@ fn lock_folder(folder: &Path) -> io::Result<Option<File>> {
         .truncate(false)
         .write(true)
         .open(folder.join("lock"))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(Some(lock)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(error)) => Err(error),
+    let began = Instant::now();
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(Some(lock)),
+            Err(TryLockError::WouldBlock) if began.elapsed() < LEFT_OPEN_MAX => {
+                std::thread::sleep(LEFT_OPEN_AGAIN);
+            }
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
     }
 }
 
