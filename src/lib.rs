@@ -55,6 +55,12 @@
 //! and hands over. An *unplanned* one promotes the replica at a point, on a layer that `commit` keeps and `cancel` drops.
 //! A host that meets a higher generation is fenced; `reverse` tells the new primary where it may differ, and it follows.
 //!
+//! # Several hosts, several machines
+//! A coordinator ([`node::coordinator`]), part of every host, drives machines on all hosts it knows. It asks them as an
+//! *operator* ([`node::operate`]): the requests of the control socket, over links of their own protocol, for identities
+//! that replicate nothing. What it does is a *job* ([`coord::job`]), durable step by step; a recovery *plan*
+//! ([`coord::plan`]) becomes one. It owns no truth: it looks at the hosts, asks for what is not so yet, and looks again.
+//!
 //! # Invariants
 //! - A block that differs between primary and replica is marked in a map, or its region is in the intent log.
 //! - Marks precede the write; intent precedes the first write into a cold region; both precede the reply.
@@ -75,9 +81,9 @@
 //! | 0 | [`base`]: units, identities, clocks, checksums, limits |
 //! | 1 | [`storage`]: bytes that last; [`delta`]: the `.hrl` codec; [`protocol`]: messages, sender, receiver |
 //! | 2 | [`disk`]: what a guest sees; [`track`]: which blocks changed |
-//! | 3 | [`volume`]: a disk that remembers; [`replica`]: stage, points, views, thinning, merge; [`coord`]: states and health |
+//! | 3 | [`volume`]: a disk that remembers; [`replica`]: stage, points, views, thinning, merge; [`coord`]: roles, health, jobs, plans |
 //! | 4 | [`shim`]: FUSE; [`net`]: QUIC; [`mod@bench`]: measuring |
-//! | 5 | [`node`]: configuration, loops, control socket |
+//! | 5 | [`node`]: configuration, loops, control socket, coordinator |
 //! | 6 | [`cli`]: the verbs |
 //!
 //! Four seams are traits, each with a real and a testing implementation: [`storage::Storage`] with
@@ -95,6 +101,8 @@
 //! - *generation*: a counter of the machine, one more at each promotion, with a random identity: the fencing token.
 //! - *lineage*: an epoch and the chain hash over everything that led to it.
 //! - *host*: a process that serves machines and keeps replicas; *member*: one machine on one host.
+//! - *operator*: who may give a host orders over the network. *coordinator*: what does that for several hosts.
+//! - *job*: what a coordinator does, in *steps* of *stages*; *plan*: machines in *groups*, and the *actions* around them.
 //! - *primary*, *replica*: the two roles. *fenced*: was primary, and another host was promoted since.
 //! - *RPO as achieved*: now minus the cut time of the last epoch that is durable on the replica.
 

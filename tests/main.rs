@@ -11,6 +11,7 @@ mod fuzzing;
 mod model;
 mod mount;
 mod net;
+mod plans;
 mod replicate;
 mod roles;
 mod staging;

@@ -32,6 +32,8 @@ use understudy::{
     },
 };
 
+use crate::swap::host::sift;
+
 pub(crate) type Outcome = Result<(), Box<dyn Error>>;
 
 /// Two disks that do not end at a block.
@@ -255,7 +257,9 @@ impl World {
         }
     }
 
+    /// What may differ is compared first, as the replica would do it.
     fn cut(&mut self) -> Outcome {
+        sift(&self.machine(), &self.replica)?;
         match self.machine().cut() {
             Ok(cut) => {
                 self.truths.insert(cut.epoch, self.contents());

@@ -4,7 +4,7 @@
 //! their disks.
 
 mod cuts;
-mod host;
+pub(crate) mod host;
 mod marks;
 mod roles;
 mod sift;

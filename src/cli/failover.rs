@@ -1,6 +1,6 @@
 //! `understudy failover`, `commit`, `cancel`, `reverse`: which host a machine runs on, and back.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::bail;
 
@@ -138,6 +138,7 @@ async fn test(args: &FailoverArgs, out: &Output) -> anyhow::Result<()> {
     let request = TestRequest {
         point: args.point,
         rescue: args.rescue,
+        key: None,
     };
     let test = told(control::ask_test(&socket, machine, request).await)?;
     if *json {
@@ -215,16 +216,26 @@ pub(super) async fn socket_of(asked: &Asked) -> anyhow::Result<PathBuf> {
     }
     let mut nodes = 0;
     let mut found: Vec<PathBuf> = Vec::new();
+    let mut coordinators: Vec<PathBuf> = Vec::new();
     for socket in control::sockets() {
-        match has(&socket, &asked.machine).await {
-            Ok(has) => {
+        match control::ask_status(&socket).await {
+            Ok(node) => {
                 nodes += 1;
-                found.extend(has.then_some(socket));
+                let mut machines = node.machines.iter();
+                if machines.any(|known| known.name == asked.machine) {
+                    found.push(socket);
+                } else if !node.coordinates.is_empty() {
+                    coordinators.push(socket);
+                }
             }
             // A socket that a killed node left behind answers nobody.
             Err(ClientError::Connect { .. }) => {}
             Err(error) => return Err(error.into()),
         }
+    }
+    if found.is_empty() {
+        // Whoever has no part in it may know the hosts that have.
+        found = coordinators;
     }
     match &found[..] {
         [socket] => Ok(socket.clone()),
@@ -239,9 +250,4 @@ pub(super) async fn socket_of(asked: &Asked) -> anyhow::Result<PathBuf> {
             asked.machine
         ))),
     }
-}
-
-async fn has(socket: &Path, machine: &Name) -> Result<bool, ClientError> {
-    let node = control::ask_status(socket).await?;
-    Ok(node.machines.iter().any(|known| known.name == *machine))
 }

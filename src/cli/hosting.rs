@@ -10,7 +10,8 @@ use anyhow::Context;
 use super::output::Output;
 use crate::node::{
     self, StopSignals,
-    control::{ControlSocket, Operate},
+    control::ControlSocket,
+    coordinator::Coordinator,
     host::{Host, HostConfig, HostError},
 };
 
@@ -47,12 +48,16 @@ pub(super) async fn serve(
     over: impl Future<Output = ()>,
     out: &Output,
 ) -> anyhow::Result<()> {
-    let server = tokio::spawn(socket.serve(Arc::clone(&host) as Arc<dyn Operate>));
+    let coordinating = Arc::clone(&host);
+    let coordinator = tokio::task::spawn_blocking(move || Coordinator::start(&coordinating));
+    let coordinator = coordinator.await??;
+    let server = tokio::spawn(socket.serve(coordinator.requests()));
     tokio::select! {
         () = stop.next() => {}
         () = over => {}
         failed = host.run() => failed?,
     }
+    coordinator.stop();
     shut_down(&host, stop, out).await?;
     server.abort();
     let _ = server.await;

@@ -9,9 +9,11 @@ pub mod demo;
 pub mod failover;
 mod hosting;
 pub mod image;
+pub mod jobs;
 pub mod mount;
 pub mod output;
 pub mod pki;
+pub mod plan;
 pub mod points;
 pub mod replica;
 pub mod resize;
@@ -70,6 +72,10 @@ enum Verb {
     Reverse(failover::ReverseArgs),
     /// Make a disk of a machine larger while its guest uses it; its replica follows.
     Resize(resize::ResizeArgs),
+    /// Move several machines as a recovery plan says: check it, try it, run it.
+    Plan(plan::PlanArgs),
+    /// Show what a coordinator does step by step; cancel it, or let it go on after a manual action.
+    Jobs(jobs::JobsArgs),
     /// Create, examine, check, convert and resize image files.
     Image(image::ImageArgs),
     /// Measure throughput and latency of files and mounts, side by side.
@@ -123,6 +129,8 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Failover(args) => runtime()?.block_on(failover::run(&args, out)),
         Verb::Commit(args) => runtime()?.block_on(failover::commit(&args, out)),
         Verb::Cancel(args) => runtime()?.block_on(failover::cancel(&args, out)),
+        Verb::Plan(args) => runtime()?.block_on(plan::run(&args, out)),
+        Verb::Jobs(args) => runtime()?.block_on(jobs::run(&args, out)),
         Verb::Reverse(args) => runtime()?.block_on(failover::reverse(&args, out)),
         Verb::Resize(args) => runtime()?.block_on(resize::run(&args, out)),
     }

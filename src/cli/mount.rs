@@ -1,7 +1,11 @@
 //! `understudy mount`: a node with one machine, from flags.
 
 use std::{
-    collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr as _, sync::Arc,
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::PathBuf,
+    str::FromStr as _,
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,7 +23,7 @@ use crate::{
     net,
     node::{
         self,
-        control::Operate,
+        control::{Operate, requests},
         host::{
             Host, HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig, parse_interval,
         },
@@ -113,7 +117,8 @@ pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
                 tokio::task::spawn_blocking(move || Primary::show(machine, &images, &show));
             let primary = Arc::new(primary.await??);
             hosting::say_paths(&primary.paths(), out);
-            let server = tokio::spawn(socket.serve(Arc::clone(&primary) as Arc<dyn Operate>));
+            let server =
+                tokio::spawn(socket.serve(requests(Arc::clone(&primary) as Arc<dyn Operate>)));
             tokio::select! {
                 () = stop.next() => {}
                 () = primary.ended() => out.note(TAKEN_AWAY),
@@ -136,7 +141,7 @@ pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
             let _ = server.await;
         }
         What::Host { machine, config } => {
-            let host = hosting::start(config).await?;
+            let host = hosting::start(*config).await?;
             hosting::say_paths(&host.paths(), out);
             hosting::say_address(&host, "peers", out);
             let progress = out.progress("initial copy");
@@ -190,7 +195,10 @@ enum What {
         show: ShowConfig,
     },
     /// A host with one machine.
-    Host { machine: Name, config: HostConfig },
+    Host {
+        machine: Name,
+        config: Box<HostConfig>,
+    },
 }
 
 fn config(args: MountArgs) -> anyhow::Result<What> {
@@ -254,10 +262,13 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         identity: args.identity,
         listen: args.listen,
         peers,
+        operators: BTreeSet::new(),
+        coordinator: None,
         keeping: Keeping::default(),
         replication,
         tolerant: false,
         machines: [(machine.clone(), configured)].into_iter().collect(),
     };
+    let config = Box::new(config);
     Ok(What::Host { machine, config })
 }

@@ -101,10 +101,14 @@ pub(super) async fn replica_socket(
         return Ok(socket.to_owned());
     }
     let mut nodes = 0;
+    let mut coordinator = None;
     for socket in control::sockets() {
         match control::ask_status(&socket).await {
             Ok(node) => {
                 nodes += 1;
+                if !node.coordinates.is_empty() {
+                    coordinator = Some(socket.clone());
+                }
                 let mut machines = node.machines.iter();
                 // One that is failed over and not committed has its points still.
                 let has_points =
@@ -117,6 +121,10 @@ pub(super) async fn replica_socket(
             Err(ClientError::Connect { .. }) => {}
             Err(error) => return Err(error.into()),
         }
+    }
+    if let Some(coordinator) = coordinator {
+        // It asks the host that does.
+        return Ok(coordinator);
     }
     if nodes == 0 {
         bail!("no node runs on this host: ask on the host of the replica");

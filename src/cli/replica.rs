@@ -1,6 +1,10 @@
 //! `understudy replica`: a node that receives machines.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::PathBuf,
+};
 
 use super::{hosting, output::Output};
 use crate::{
@@ -91,6 +95,8 @@ fn config(args: ReplicaArgs) -> HostConfig {
         identity: Some(args.identity),
         listen: Some(args.listen),
         peers,
+        operators: BTreeSet::new(),
+        coordinator: None,
         keeping: Keeping {
             format: args.format,
             retention: Retention {

@@ -18,7 +18,7 @@ use super::{
     identity::{self, Identity},
     link::{Control, Link, Reason},
     refusal::{Refusal, RefusedBy},
-    transport::{self, HANDSHAKE_MAX},
+    transport::{self, HANDSHAKE_MAX, Protocol},
 };
 use crate::base::ids::Name;
 
@@ -78,8 +78,19 @@ pub enum DialError {
     },
 }
 
-/// Opens a link to `address`, as `HOST:PORT`. The peer must prove to be HOST, or `peer` where that is given.
+/// Opens a link for replication to `address`, as `HOST:PORT`. The peer must prove to be HOST, or `peer` where that is
+/// given.
 pub async fn dial(
+    address: &str,
+    peer: Option<&Name>,
+    identity: &Identity,
+) -> Result<(Link, Control), DialError> {
+    dial_for(Protocol::Replicate, address, peer, identity).await
+}
+
+/// As [`dial`], for any protocol.
+pub async fn dial_for(
+    protocol: Protocol,
     address: &str,
     peer: Option<&Name>,
     identity: &Identity,
@@ -99,7 +110,7 @@ pub async fn dial(
         let (name, identity) = (name.to_owned(), identity.clone());
         attempts.spawn(async move {
             sleep(STAGGER * turn).await;
-            timeout(HANDSHAKE_MAX, connect(address, &name, &identity))
+            timeout(HANDSHAKE_MAX, connect(protocol, address, &name, &identity))
                 .await
                 .unwrap_or(Err(DialError::Unanswered(address)))
         });
@@ -135,6 +146,7 @@ pub fn host_of(address: &str) -> Result<&str, DialError> {
 }
 
 async fn connect(
+    protocol: Protocol,
     address: SocketAddr,
     name: &str,
     identity: &Identity,
@@ -146,7 +158,7 @@ async fn connect(
     let local = SocketAddr::new(unspecified, 0);
     let endpoint = transport::endpoint(local, identity.reset(), None)
         .map_err(|source| DialError::Socket { address, source })?;
-    let config = transport::client_config(identity.client());
+    let config = transport::client_config(identity.client(protocol));
     let connecting = endpoint
         .connect_with(config, address, name)
         .map_err(|source| DialError::Socket {
@@ -156,11 +168,12 @@ async fn connect(
     let connection = connecting
         .await
         .map_err(|error| connection_failed(address, error))?;
-    accepted(address, connection, endpoint).await
+    accepted(protocol, address, connection, endpoint).await
 }
 
 /// Waits for the listener's first message: only now has it checked our certificate and its allow list.
 async fn accepted(
+    protocol: Protocol,
     address: SocketAddr,
     connection: Connection,
     endpoint: Endpoint,
@@ -171,7 +184,7 @@ async fn accepted(
         refusal: Refusal::Unnamed,
         text,
     })?;
-    let link = Link::new(connection.clone(), name, Some(endpoint));
+    let link = Link::new(connection.clone(), protocol, name, Some(endpoint));
     let greeted = async {
         let (send, recv) = connection.open_bi().await.ok()?;
         let mut control = Control::new(&link, send, recv);

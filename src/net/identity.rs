@@ -21,7 +21,7 @@ use rustls::{
 };
 use x509_parser::prelude::{GeneralName, X509Certificate};
 
-use super::transport::{self, ResetKey};
+use super::transport::{self, Protocol, ResetKey};
 use crate::base::{
     clock::{Clock, SystemClock, Timestamp},
     ids::Name,
@@ -43,7 +43,8 @@ pub struct Identity {
     valid_until: Timestamp,
     reset: ResetKey,
     server: Arc<QuicServerConfig>,
-    client: Arc<QuicClientConfig>,
+    replicate: Arc<QuicClientConfig>,
+    operate: Arc<QuicClientConfig>,
 }
 
 /// Why an identity cannot be used.
@@ -135,13 +136,17 @@ impl Identity {
         };
         let reset = ResetKey::of(&key);
         let server = transport::server_crypto(&roots, chain.clone(), key.clone_key());
-        let client = transport::client_crypto(&roots, chain, key);
+        let client = |protocol| {
+            let client = transport::client_crypto(&roots, chain.clone(), key.clone_key(), protocol);
+            client.map(Arc::new).map_err(refused)
+        };
         Ok(Self {
             name: facts.name,
             valid_until: facts.not_after,
             reset,
             server: Arc::new(server.map_err(refused)?),
-            client: Arc::new(client.map_err(refused)?),
+            replicate: client(Protocol::Replicate)?,
+            operate: client(Protocol::Operate)?,
         })
     }
 
@@ -163,8 +168,11 @@ impl Identity {
         Arc::clone(&self.server)
     }
 
-    pub(super) fn client(&self) -> Arc<QuicClientConfig> {
-        Arc::clone(&self.client)
+    pub(super) fn client(&self, protocol: Protocol) -> Arc<QuicClientConfig> {
+        Arc::clone(match protocol {
+            Protocol::Replicate => &self.replicate,
+            Protocol::Operate => &self.operate,
+        })
     }
 }
 

@@ -21,6 +21,9 @@ use quinn::{
     Connection, ConnectionError, Endpoint, ReadError, RecvStream, SendStream, VarInt, WriteError,
 };
 
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::transport::Protocol;
 use crate::base::{ids::Name, limits::MESSAGE_BYTES_MAX, units::to_usize};
 
 /// Bytes of a message's length.
@@ -184,16 +187,23 @@ pub struct LinkStats {
 #[derive(Clone)]
 pub struct Link {
     connection: Connection,
+    protocol: Protocol,
     peer: Arc<Peer>,
     /// The socket of a dialled link, which serves it alone.
     own_endpoint: Option<Endpoint>,
 }
 
 impl Link {
-    pub(super) fn new(connection: Connection, name: Name, own_endpoint: Option<Endpoint>) -> Self {
+    pub(super) fn new(
+        connection: Connection,
+        protocol: Protocol,
+        name: Name,
+        own_endpoint: Option<Endpoint>,
+    ) -> Self {
         let address = connection.remote_address();
         Self {
             connection,
+            protocol,
             peer: Arc::new(Peer { name, address }),
             own_endpoint,
         }
@@ -202,6 +212,11 @@ impl Link {
     /// Who is at the other end.
     pub fn peer(&self) -> &Peer {
         &self.peer
+    }
+
+    /// What it is for.
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
     }
 
     /// Opens a log stream. Waits while the peer already has as many as it takes.
@@ -303,6 +318,12 @@ impl Control {
                 partial: Partial::Length(BytesMut::with_capacity(LENGTH_BYTES)),
             },
         }
+    }
+
+    /// The stream as plain bytes both ways, for a protocol that frames itself. To be called between two messages, on
+    /// both sides.
+    pub fn into_stream(self) -> impl AsyncRead + AsyncWrite + Unpin + Send + 'static {
+        tokio::io::join(self.receiver.stream, self.sender.stream)
     }
 }
 

@@ -19,33 +19,54 @@ use super::{
     identity::Identity,
     link::{Control, Link, Reason},
     refusal::{Refusal, RefusedBy},
-    transport::{self, HANDSHAKE_MAX, HANDSHAKES_MAX, HANDSHAKES_UNPROVED_MAX, LINKS_MAX},
+    transport::{
+        self, HANDSHAKE_MAX, HANDSHAKES_MAX, HANDSHAKES_UNPROVED_MAX, LINKS_MAX, Protocol,
+    },
 };
 use crate::base::ids::Name;
 
 /// Outcomes that wait for [`Listener::accept`]; refusals beyond are only logged.
 const OUTCOMES_MAX: usize = 32;
 
-/// The names a listener lets in. Whoever is not named is not let in.
+/// The names a listener lets in, and what for. Whoever is not named is not let in. Names are compared without regard to
+/// case.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Allow(BTreeSet<String>);
+pub struct Allow {
+    replicate: BTreeSet<String>,
+    operate: BTreeSet<String>,
+}
 
 impl Allow {
-    /// Whether `name` is let in. Host names are compared without regard to case.
-    pub fn contains(&self, name: &Name) -> bool {
-        self.0.contains(&name.as_str().to_ascii_lowercase())
+    /// Also lets these names in, to operate the host and for nothing else.
+    #[must_use]
+    pub fn operators(mut self, names: impl IntoIterator<Item = Name>) -> Self {
+        self.operate.extend(lowercase(names));
+        self
+    }
+
+    /// Whether `name` is let in for `protocol`.
+    pub fn contains(&self, protocol: Protocol, name: &Name) -> bool {
+        let names = match protocol {
+            Protocol::Replicate => &self.replicate,
+            Protocol::Operate => &self.operate,
+        };
+        names.contains(&name.as_str().to_ascii_lowercase())
     }
 }
 
 impl FromIterator<Name> for Allow {
+    /// Hosts that may replicate.
     fn from_iter<I: IntoIterator<Item = Name>>(names: I) -> Self {
-        Self(
-            names
-                .into_iter()
-                .map(|name| name.as_str().to_ascii_lowercase())
-                .collect(),
-        )
+        Self {
+            replicate: lowercase(names).collect(),
+            operate: BTreeSet::new(),
+        }
     }
+}
+
+fn lowercase(names: impl IntoIterator<Item = Name>) -> impl Iterator<Item = String> {
+    let names = names.into_iter();
+    names.map(|name| name.as_str().to_ascii_lowercase())
 }
 
 /// Why a listener could not begin.
@@ -218,8 +239,20 @@ async fn handshake(
         refuse(&connection, Reason::Unnamed, &text);
         refused(address, None, Refusal::Unnamed, text)
     })?;
-    if !allow.contains(&name) {
-        let text = format!("the certificate names {name}");
+    let Some(protocol) = Protocol::of(&connection) else {
+        // The TLS library lets nobody in who names none of ours.
+        let text = "no protocol was named";
+        refuse(&connection, Reason::Protocol, text);
+        let refusal = Refusal::NoCommonProtocol;
+        return Err(refused(address, Some(name), refusal, text.into()));
+    };
+    if !allow.contains(protocol, &name) {
+        let text = match protocol {
+            Protocol::Replicate => format!("the certificate names {name}"),
+            Protocol::Operate => {
+                format!("the certificate names {name}, which is not one of the operators")
+            }
+        };
         refuse(&connection, Reason::NotAllowed, &text);
         return Err(refused(
             address,
@@ -228,7 +261,7 @@ async fn handshake(
             String::new(),
         ));
     }
-    let link = Link::new(connection.clone(), name.clone(), None);
+    let link = Link::new(connection.clone(), protocol, name.clone(), None);
     let greeted = async {
         let (send, recv) = connection.accept_bi().await.ok()?;
         let mut control = Control::new(&link, send, recv);

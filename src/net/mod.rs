@@ -29,7 +29,7 @@ mod socket;
 pub mod transport;
 
 pub use backoff::Backoff;
-pub use dial::{DialError, dial, host_of};
+pub use dial::{DialError, dial, dial_for, host_of};
 pub use identity::{Identity, IdentityError};
 pub use link::{
     Control, ControlReceiver, ControlSender, Link, LinkError, LinkStats, LogReceiver, LogSender,
@@ -37,3 +37,4 @@ pub use link::{
 };
 pub use listener::{AcceptError, Allow, BindError, Listener};
 pub use refusal::{Refusal, RefusedBy};
+pub use transport::Protocol;

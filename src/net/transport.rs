@@ -27,9 +27,9 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn::{
-    ClientConfig, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout,
-    MtuDiscoveryConfig, Runtime, ServerConfig, TokioRuntime, TransportConfig, VarInt,
-    crypto::rustls::{QuicClientConfig, QuicServerConfig},
+    ClientConfig, Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig,
+    IdleTimeout, MtuDiscoveryConfig, Runtime, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+    crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig},
     udp::{UdpSockRef, UdpSocketState},
 };
 use ring::{
@@ -47,8 +47,37 @@ use rustls::{
 
 use super::socket::RowSocket;
 
-/// The protocol both sides must name in the handshake.
-pub const ALPN: &[u8] = b"understudy/1";
+/// What a link is for. The dialler names it in the handshake, so that a listener knows whom to let in before the first
+/// byte: whoever may feed a host may not operate it, and the other way round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// A host replicates machines to another, and asks about their roles.
+    Replicate,
+    /// An operator asks a host for its status, and gives it orders.
+    Operate,
+}
+
+impl Protocol {
+    const ALL: [Self; 2] = [Self::Replicate, Self::Operate];
+
+    /// Its name in the handshake (ALPN, RFC 7301).
+    pub const fn alpn(self) -> &'static [u8] {
+        match self {
+            Self::Replicate => b"understudy/1",
+            Self::Operate => b"understudy-operate/1",
+        }
+    }
+
+    /// What the handshake of a connection agreed on.
+    pub(super) fn of(connection: &Connection) -> Option<Self> {
+        let data = connection.handshake_data()?;
+        let named = data.downcast::<HandshakeData>().ok()?.protocol?;
+        Self::ALL
+            .into_iter()
+            .find(|protocol| protocol.alpn() == named)
+    }
+}
+
 /// Log streams that a peer may have open at once: one for each machine under way, and some room.
 pub const LOG_STREAMS_MAX: u32 = 8;
 /// Bytes under way on one stream: twice 1 Gbit/s x 100 ms.
@@ -98,24 +127,27 @@ pub(super) fn server_crypto(
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = Protocol::ALL
+        .map(|protocol| protocol.alpn().to_vec())
+        .to_vec();
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.max_early_data_size = 0;
     Ok(QuicServerConfig::try_from(config).expect("ring has the cipher suite QUIC begins with"))
 }
 
-/// TLS for the dialling side.
+/// TLS for the dialling side of a link for `protocol`.
 pub(super) fn client_crypto(
     roots: &Arc<RootCertStore>,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
+    protocol: Protocol,
 ) -> Result<QuicClientConfig, rustls::Error> {
     let mut config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .with_root_certificates(Arc::clone(roots))
         .with_client_auth_cert(chain, key)?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![protocol.alpn().to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
     Ok(QuicClientConfig::try_from(config).expect("ring has the cipher suite QUIC begins with"))

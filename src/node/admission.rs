@@ -5,11 +5,11 @@ use std::{sync::Arc, time::Duration};
 use super::{
     driver::chain,
     host::{Host, Member},
-    session,
+    operate, session,
 };
 use crate::{
     base::ids::{Generation, Lineage, MachineId, Name},
-    net::{Control, ControlReceiver, ControlSender, Link, Reason},
+    net::{Control, ControlReceiver, ControlSender, Link, Protocol, Reason},
     protocol::message::{self, Hello, RUNS_PER_MESSAGE_MAX, Refusal, ToPrimary, ToReplica},
 };
 
@@ -20,8 +20,15 @@ const TAKEN_WITHIN: Duration = Duration::from_mins(1);
 /// How long a new connection waits for the one it replaces to end.
 const REPLACE_WITHIN: Duration = Duration::from_secs(10);
 
-/// Hears the first message of a link, and does what it asks for.
+/// Hears what a link is for, and does what it asks for.
 pub(super) async fn greet(host: Arc<Host>, link: Link, control: Control) {
+    match link.protocol() {
+        Protocol::Replicate => replicate(host, link, control).await,
+        Protocol::Operate => operate::serve(host, &link, control).await,
+    }
+}
+
+async fn replicate(host: Arc<Host>, link: Link, control: Control) {
     let Control {
         mut sender,
         mut receiver,

@@ -14,15 +14,19 @@
 //! | `POST /v1/machines/{name}/reverse` with a [`ReverseRequest`] | a [`FailoverReport`] |
 //! | `POST /v1/machines/{name}/resize` with a [`ResizeRequest`] | a [`ResizeReport`] |
 //!
-//! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder.
+//! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder. The
+//! same requests come over the network from [operators](super::operate).
 //! Errors are `{"error": "..."}` with status 404 (no such machine), 409 (not in this state), 422 (not understood) or 500.
+
+mod client;
+mod request;
 
 use std::{
     fs, io,
     os::unix::{fs::DirBuilderExt, fs::PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::Instant,
 };
 
 use axum::{
@@ -32,23 +36,28 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use http_body_util::{BodyExt, Full};
-use hyper_util::rt::TokioIo;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::status::{NodeStatus, PointStatus, TestStatus};
-use crate::base::{
-    ids::{Generation, Lineage, Name},
-    units::{Epoch, MIB},
+pub(super) use self::client::ask;
+pub use self::{
+    client::{
+        ClientError, ask_cancel, ask_commit, ask_cut, ask_failover, ask_points, ask_resize,
+        ask_resync, ask_reverse, ask_status, ask_test, ask_verify, sockets,
+    },
+    request::{
+        CancelReport, CancelRequest, FailoverKind, FailoverReport, FailoverRequest, ResizeReport,
+        ResizeRequest, ReverseRequest, TestRequest, VerifyRequest,
+    },
 };
+use super::{
+    LEFT_OPEN_AGAIN, LEFT_OPEN_MAX,
+    status::{NodeStatus, PointStatus, TestStatus},
+};
+use crate::base::ids::{Lineage, Name};
 
 /// Where nodes bind their sockets unless told otherwise.
 pub const RUN_FOLDER: &str = "/run/understudy";
-/// How long a client waits for an answer that needs no work.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
-/// Largest answer a client reads, in bytes: a status of thousands of machines.
-const ANSWER_BYTES_MAX: u64 = 16 * MIB;
 
 /// What a node lets its operator see and do. Calls may block.
 pub trait Operate: Send + Sync + 'static {
@@ -105,121 +114,6 @@ pub trait Operate: Send + Sync + 'static {
     }
 }
 
-/// How a machine is verified.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VerifyRequest {
-    /// Whether what differs is sent again.
-    #[serde(default)]
-    pub repair: bool,
-    /// Bytes that are read in a second, at most.
-    #[serde(default)]
-    pub throttle: Option<u64>,
-}
-
-/// Which point to test.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TestRequest {
-    /// Its epoch; the latest point if there is none.
-    #[serde(default)]
-    pub point: Option<Epoch>,
-    /// The rescue point instead.
-    #[serde(default)]
-    pub rescue: bool,
-}
-
-/// How a machine is moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FailoverKind {
-    /// With the primary: nothing is lost.
-    Planned,
-    /// Without it.
-    Unplanned,
-}
-
-/// A failover.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FailoverRequest {
-    /// Planned on the primary, unplanned on the replica.
-    pub kind: FailoverKind,
-    /// Unplanned: the epoch to go to; the latest point if there is none.
-    #[serde(default)]
-    pub point: Option<Epoch>,
-    /// Unplanned: also while the primary is connected.
-    #[serde(default)]
-    pub force: bool,
-}
-
-/// What a change of roles led to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FailoverReport {
-    /// The generation that this host obeys or is active in.
-    pub generation: Generation,
-    /// The machine's disks, as raw files, if they are served here now.
-    pub files: Vec<PathBuf>,
-    /// What was done, and what comes next.
-    pub text: String,
-}
-
-/// How a former primary follows the new one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ReverseRequest {
-    /// Also if a disk is still in use here, whose user gets errors from then on.
-    #[serde(default)]
-    pub force: bool,
-}
-
-/// A larger disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ResizeRequest {
-    /// Which.
-    pub disk: Name,
-    /// The bytes it shall have.
-    pub size: u64,
-}
-
-/// A disk that has grown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ResizeReport {
-    /// The bytes it had.
-    pub before: u64,
-    /// The bytes it has.
-    pub size: u64,
-}
-
-/// What to take back, or which test failovers to end.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CancelRequest {
-    /// One of them; all if there is none.
-    #[serde(default)]
-    pub number: Option<u32>,
-    /// All test failovers, and nothing else.
-    #[serde(default)]
-    pub tests: bool,
-    /// The rescue point, and nothing else.
-    #[serde(default)]
-    pub rescue: bool,
-    /// Also those that somebody uses, who gets errors from then on.
-    #[serde(default)]
-    pub force: bool,
-}
-
-/// What was ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CancelReport {
-    /// Numbers of the test failovers.
-    pub ended: Vec<u32>,
-    /// What became of the failover that was taken back.
-    #[serde(default)]
-    pub failover: Option<String>,
-}
-
 /// Why an operator's wish was not done.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OperateError {
@@ -273,11 +167,15 @@ impl ControlSocket {
             Path::new(RUN_FOLDER).join(format!("{}.sock", std::process::id()))
         };
         if path.exists() {
-            if UnixStream::connect(&path).await.is_ok() {
-                return Err(io::Error::new(
-                    io::ErrorKind::AddrInUse,
-                    "another node listens on this control socket",
-                ));
+            let began = Instant::now();
+            while UnixStream::connect(&path).await.is_ok() {
+                if began.elapsed() >= LEFT_OPEN_MAX {
+                    return Err(io::Error::new(
+                        io::ErrorKind::AddrInUse,
+                        "another node listens on this control socket",
+                    ));
+                }
+                tokio::time::sleep(LEFT_OPEN_AGAIN).await;
             }
             fs::remove_file(&path)?;
         }
@@ -295,22 +193,9 @@ impl ControlSocket {
     }
 
     /// Answers requests until the task is dropped.
-    pub async fn serve(mut self, node: Arc<dyn Operate>) -> io::Result<()> {
+    pub async fn serve(mut self, requests: Router) -> io::Result<()> {
         let listener = self.listener.take().expect("a socket is served once");
-        let router = Router::new()
-            .route("/v1/status", get(status))
-            .route("/v1/machines/{name}/cut", post(cut))
-            .route("/v1/machines/{name}/resync", post(resync))
-            .route("/v1/machines/{name}/verify", post(verify))
-            .route("/v1/machines/{name}/points", get(points))
-            .route("/v1/machines/{name}/tests", post(start_test))
-            .route("/v1/machines/{name}/failover", post(failover))
-            .route("/v1/machines/{name}/commit", post(commit))
-            .route("/v1/machines/{name}/cancel", post(cancel))
-            .route("/v1/machines/{name}/reverse", post(reverse))
-            .route("/v1/machines/{name}/resize", post(resize))
-            .with_state(node);
-        axum::serve(listener, router).await
+        axum::serve(listener, requests).await
     }
 }
 
@@ -318,6 +203,23 @@ impl Drop for ControlSocket {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// The requests that a node answers, wherever they come from.
+pub fn requests(node: Arc<dyn Operate>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/machines/{name}/cut", post(cut))
+        .route("/v1/machines/{name}/resync", post(resync))
+        .route("/v1/machines/{name}/verify", post(verify))
+        .route("/v1/machines/{name}/points", get(points))
+        .route("/v1/machines/{name}/tests", post(start_test))
+        .route("/v1/machines/{name}/failover", post(failover))
+        .route("/v1/machines/{name}/commit", post(commit))
+        .route("/v1/machines/{name}/cancel", post(cancel))
+        .route("/v1/machines/{name}/reverse", post(reverse))
+        .route("/v1/machines/{name}/resize", post(resize))
+        .with_state(node)
 }
 
 type Node = State<Arc<dyn Operate>>;
@@ -394,7 +296,7 @@ fn machine(name: &str) -> Result<Name, OperateError> {
     Name::new(name).map_err(|error| OperateError::NotNow(error.to_string()))
 }
 
-async fn answer<T: Serialize + Send + 'static>(
+pub(super) async fn answer<T: Serialize + Send + 'static>(
     work: impl FnOnce() -> Result<T, OperateError> + Send + 'static,
 ) -> Response {
     match tokio::task::spawn_blocking(work).await {
@@ -415,192 +317,6 @@ async fn answer<T: Serialize + Send + 'static>(
     }
 }
 
-/// Why a node could not be asked.
-#[derive(Debug, thiserror::Error)]
-pub enum ClientError {
-    /// Nobody answers there.
-    #[error("no node answers on {}", path.display())]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The conversation broke off.
-    #[error("the node did not answer")]
-    Broken(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The node said no.
-    #[error("{0}")]
-    Refused(String),
-    /// The node tried and failed.
-    #[error("{0}")]
-    Failed(String),
-}
-
-fn broken(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
-    ClientError::Broken(error.into())
-}
-
-/// Asks the node on `socket` for its report.
-pub async fn ask_status(socket: &Path) -> Result<NodeStatus, ClientError> {
-    tokio::time::timeout(ANSWER_WITHIN, ask(socket, "GET", "/v1/status", &()))
-        .await
-        .map_err(broken)?
-}
-
-/// Asks the node on `socket` to cut `machine`; answers when the epoch is durable on the replica.
-pub async fn ask_cut(socket: &Path, machine: &Name) -> Result<Lineage, ClientError> {
-    ask(socket, "POST", &path_of(machine, "cut"), &()).await
-}
-
-/// Asks the node on `socket` to bring the replica of `machine` back in step; answers when that is durably begun.
-pub async fn ask_resync(socket: &Path, machine: &Name) -> Result<(), ClientError> {
-    ask(socket, "POST", &path_of(machine, "resync"), &()).await
-}
-
-/// Asks the node on `socket` to verify the replica of `machine`; answers when that is begun.
-pub async fn ask_verify(
-    socket: &Path,
-    machine: &Name,
-    request: VerifyRequest,
-) -> Result<(), ClientError> {
-    ask(socket, "POST", &path_of(machine, "verify"), &request).await
-}
-
-/// Asks the node on `socket` for the recovery points of `machine`, oldest first.
-pub async fn ask_points(socket: &Path, machine: &Name) -> Result<Vec<PointStatus>, ClientError> {
-    ask(socket, "GET", &path_of(machine, "points"), &()).await
-}
-
-/// Asks the node on `socket` to start a test failover of `machine`; answers when its disks can be opened.
-pub async fn ask_test(
-    socket: &Path,
-    machine: &Name,
-    request: TestRequest,
-) -> Result<TestStatus, ClientError> {
-    ask(socket, "POST", &path_of(machine, "tests"), &request).await
-}
-
-/// Asks the node on `socket` to move `machine`; answers when its disks can be opened on the one host or the other.
-pub async fn ask_failover(
-    socket: &Path,
-    machine: &Name,
-    request: FailoverRequest,
-) -> Result<FailoverReport, ClientError> {
-    ask(socket, "POST", &path_of(machine, "failover"), &request).await
-}
-
-/// Asks the node on `socket` to keep the failover of `machine`.
-pub async fn ask_commit(socket: &Path, machine: &Name) -> Result<FailoverReport, ClientError> {
-    ask(socket, "POST", &path_of(machine, "commit"), &()).await
-}
-
-/// Asks the node on `socket` to let `machine` follow its new primary.
-pub async fn ask_reverse(
-    socket: &Path,
-    machine: &Name,
-    request: ReverseRequest,
-) -> Result<FailoverReport, ClientError> {
-    ask(socket, "POST", &path_of(machine, "reverse"), &request).await
-}
-
-/// Asks the node on `socket` to make a disk of `machine` larger; answers when its guest can use it.
-pub async fn ask_resize(
-    socket: &Path,
-    machine: &Name,
-    request: &ResizeRequest,
-) -> Result<ResizeReport, ClientError> {
-    ask(socket, "POST", &path_of(machine, "resize"), request).await
-}
-
-/// Asks the node on `socket` to take back a failover of `machine`, or to end test failovers; answers when that is done.
-pub async fn ask_cancel(
-    socket: &Path,
-    machine: &Name,
-    request: CancelRequest,
-) -> Result<CancelReport, ClientError> {
-    ask(socket, "POST", &path_of(machine, "cancel"), &request).await
-}
-
-fn path_of(machine: &Name, what: &str) -> String {
-    format!("/v1/machines/{}/{what}", url_escaped(machine.as_str()))
-}
-
-/// The sockets of all nodes of this host.
-pub fn sockets() -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(RUN_FOLDER) else {
-        return Vec::new();
-    };
-    let mut paths: Vec<_> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "sock")
-        })
-        .collect();
-    paths.sort();
-    paths
-}
-
-async fn ask<T: DeserializeOwned>(
-    socket: &Path,
-    method: &str,
-    path: &str,
-    body: &impl Serialize,
-) -> Result<T, ClientError> {
-    let body = serde_json::to_vec(body).map_err(broken)?;
-    let stream = UnixStream::connect(socket)
-        .await
-        .map_err(|source| ClientError::Connect {
-            path: socket.to_owned(),
-            source,
-        })?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(broken)?;
-    let driver = tokio::spawn(connection);
-    let request = hyper::Request::builder()
-        .method(method)
-        .uri(path)
-        .header("host", "understudy")
-        .header("content-type", "application/json")
-        .body(Full::<bytes::Bytes>::from(body))
-        .map_err(broken)?;
-    let response = sender.send_request(request).await.map_err(broken)?;
-    let status = response.status();
-    let limit = crate::base::units::to_usize(ANSWER_BYTES_MAX);
-    let body = http_body_util::Limited::new(response.into_body(), limit)
-        .collect()
-        .await
-        .map_err(broken)?
-        .to_bytes();
-    driver.abort();
-    if status.is_success() {
-        return serde_json::from_slice(&body).map_err(broken);
-    }
-    let problem: Problem = serde_json::from_slice(&body).map_err(broken)?;
-    Err(if status.is_server_error() {
-        ClientError::Failed(problem.error)
-    } else {
-        ClientError::Refused(problem.error)
-    })
-}
-
-/// Percent-encodes all but unreserved characters (RFC 3986 section 2.3).
-fn url_escaped(text: &str) -> String {
-    use std::fmt::Write;
-    text.bytes().fold(String::new(), |mut out, byte| {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            out.push(char::from(byte));
-        } else {
-            write!(out, "%{byte:02X}").expect("writing to a string does not fail");
-        }
-        out
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -616,6 +332,7 @@ mod tests {
                 listening: None,
                 at: Timestamp(9),
                 machines: vec![],
+                coordinates: vec![],
             }
         }
 
@@ -643,7 +360,7 @@ mod tests {
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o600
         );
-        let server = tokio::spawn(socket.serve(Arc::new(Stage)));
+        let server = tokio::spawn(socket.serve(requests(Arc::new(Stage))));
         assert_eq!(ask_status(&path).await.unwrap().pid, 7);
         let name = Name::new("SQL Server-ß").unwrap();
         assert_eq!(ask_cut(&path, &name).await.unwrap().epoch, Epoch(3));

@@ -37,7 +37,9 @@ use tokio::runtime::Handle;
 
 pub(super) use self::member::Member;
 pub use self::{
-    config::{HostConfig, MachineConfig, PeerConfig, ReplicationConfig, parse_interval},
+    config::{
+        CoordinatorConfig, HostConfig, MachineConfig, PeerConfig, ReplicationConfig, parse_interval,
+    },
     file::{ConfigError, read},
 };
 use self::{
@@ -182,6 +184,7 @@ impl Host {
         let listener = match (config.listen, &identity) {
             (Some(listen), Some(identity)) => {
                 let allow: Allow = config.peers.keys().cloned().collect();
+                let allow = allow.operators(config.operators.iter().cloned());
                 Some(Listener::bind(listen, identity, allow)?)
             }
             _ => None,
@@ -330,6 +333,11 @@ impl Host {
         }
     }
 
+    /// What a coordinator needs of its own host.
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     fn all(&self) -> Vec<Arc<Member>> {
         self.members.lock().values().cloned().collect()
     }
@@ -421,6 +429,7 @@ impl Operate for Host {
             listening: self.address,
             at: self.shared.clock.wall(),
             machines: self.all().iter().map(|member| member.status()).collect(),
+            coordinates: Vec::new(),
         }
     }
 

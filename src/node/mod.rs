@@ -8,8 +8,9 @@
 //!   call       short questions about roles                            test_failover   several exposures
 //!   exposure   a recovery point as writable disks in a mount          progress    what the status knows of a link
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
-//!   control    the socket that `status` and operators use           sync_flush   flushes that wait for the replica
-//!   verify     how far a verification is, and what it found
+//!   control    what operators ask, on a socket                        operate      the same over the network
+//!   coordinator   jobs and plans: what concerns several hosts
+//!   sync_flush   flushes that wait for the replica                 verify   how far a verification is, and what it found
 //! ```
 //! Async code is confined to links and sockets. What owns state (a replication, a receiving session, a merge) is one
 //! thread with one loop: select, handle, act.
@@ -20,10 +21,12 @@ mod call;
 pub mod control;
 mod conversation;
 pub mod convert;
+pub mod coordinator;
 mod driver;
 mod exposure;
 pub mod host;
 pub mod images;
+pub mod operate;
 mod pipeline;
 pub mod primary;
 mod progress;
@@ -41,7 +44,7 @@ use std::{
     fs::{File, TryLockError},
     io,
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -53,6 +56,12 @@ pub const STATE_FOLDER: &str = "/var/lib/understudy";
 /// Time between two attempts to unmount what is still in use.
 const UNMOUNT_AGAIN: Duration = Duration::from_millis(500);
 
+/// How long what another process holds may be what a dead one left: a node that is killed while it begins a script leaves its
+/// files open in the child until that has become the script.
+const LEFT_OPEN_MAX: Duration = Duration::from_millis(500);
+/// Pause before it is looked again.
+const LEFT_OPEN_AGAIN: Duration = Duration::from_millis(10);
+
 /// Locks a folder for this process by a file in it; nothing if another process holds it. The lock lasts as long as the
 /// file is open.
 fn lock_folder(folder: &Path) -> io::Result<Option<File>> {
@@ -61,10 +70,16 @@ fn lock_folder(folder: &Path) -> io::Result<Option<File>> {
         .truncate(false)
         .write(true)
         .open(folder.join("lock"))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(Some(lock)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(error)) => Err(error),
+    let began = Instant::now();
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(Some(lock)),
+            Err(TryLockError::WouldBlock) if began.elapsed() < LEFT_OPEN_MAX => {
+                std::thread::sleep(LEFT_OPEN_AGAIN);
+            }
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::{
     base::{
@@ -35,6 +36,9 @@ pub struct NodeStatus {
     pub at: Timestamp,
     /// Every machine it serves, by name.
     pub machines: Vec<MachineStatus>,
+    /// The hosts that it coordinates, itself among them; none if it knows no other.
+    #[serde(default)]
+    pub coordinates: Vec<Name>,
 }
 
 /// One machine on one node.
@@ -149,6 +153,9 @@ pub struct TestStatus {
     pub written: u64,
     /// Its disks, as raw files.
     pub files: Vec<PathBuf>,
+    /// By which whoever started it knows it again.
+    #[serde(default)]
+    pub key: Option<Uuid>,
 }
 
 /// The last test failover of a machine.

@@ -19,6 +19,7 @@ use std::{
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::{
     control::{CancelReport, CancelRequest, OperateError, TestRequest},
@@ -47,6 +48,9 @@ struct TestRecord {
     started: Timestamp,
     /// Where it is mounted.
     at: PathBuf,
+    /// By which whoever started it knows it again.
+    #[serde(default)]
+    key: Option<Uuid>,
 }
 
 /// A test that is running.
@@ -164,17 +168,23 @@ impl TestFailovers {
             started: test.record.started,
             written: test.exposure.held(),
             files: test.exposure.paths(&self.machine),
+            key: test.record.key,
         }
     }
 
-    /// Starts a test of a point, by default of the latest one.
+    /// Starts a test of a point, by default of the latest one. With a key that a running test has, it is that one.
     pub(super) fn start(
         &self,
         store: &MachineReplica,
         request: TestRequest,
     ) -> Result<TestStatus, OperateError> {
-        let chosen = choose(store, &self.machine, request)?;
         let mut running = self.running.lock();
+        let mut known = running.values();
+        let known = known.find(|test| test.record.key.is_some() && test.record.key == request.key);
+        if let Some(known) = known {
+            return Ok(self.describe(known));
+        }
+        let chosen = choose(store, &self.machine, request)?;
         let number = self.next_number(&running);
         let record = TestRecord {
             number,
@@ -182,6 +192,7 @@ impl TestFailovers {
             rescue: request.rescue,
             cut: chosen.cut,
             started: self.clock.wall(),
+            key: request.key,
             at: self
                 .places
                 .mounts
@@ -386,7 +397,7 @@ impl From<LedgerError> for OperateError {
 pub(super) fn choose(
     store: &MachineReplica,
     machine: &Name,
-    TestRequest { point, rescue }: TestRequest,
+    TestRequest { point, rescue, .. }: TestRequest,
 ) -> Result<Point, OperateError> {
     let none = |text: String| OperateError::NotNow(text);
     if rescue {

@@ -52,6 +52,15 @@ fn busy_guest(disk: &File, end: &AtomicBool) -> u8 {
     number
 }
 
+/// Tells the guest to end, also if the test fails: it is waited for.
+struct EndOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// A point from before the growth has the new size, and zeros behind the old end.
 fn older_point(beta: &Node, point: Epoch) {
     let test = start(beta, Some(point));
@@ -79,10 +88,11 @@ fn disks_grow_under_a_guest_and_the_replica_follows() {
     let end = AtomicBool::new(false);
     let last = thread::scope(|scope| {
         let busy = scope.spawn(|| busy_guest(&guest, &end));
+        let ending = EndOnDrop(&end);
         let report = resize(&alpha, "system", "160M");
         assert_eq!((report.before, report.size), (96 * MIB, 160 * MIB));
         resize(&alpha, "data", "64M");
-        end.store(true, Ordering::Release);
+        drop(ending);
         busy.join().unwrap()
     });
     wait_for_size(&here[0], 160 * MIB);

@@ -335,6 +335,28 @@ fn a_lost_primary_comes_back_as_a_replica_with_what_it_had_kept_aside() {
 }
 
 #[test]
+fn a_failover_that_is_not_committed_outlives_a_clean_stop() {
+    if !can_mount() {
+        return;
+    }
+    let pair = Pair::new();
+    let (alpha, beta) = (pair.alpha(), pair.beta());
+    alpha.wait_replicating();
+    let (here, there) = (pair.on_alpha(), pair.on_beta());
+    epoch(&alpha, &here, 1);
+    alpha.stop();
+    verb(&beta, &["failover", MACHINE, "--unplanned", "--force"]);
+    check(&there, 1);
+    mark(&there[0], 2000, 99);
+    beta.stop();
+    let beta = pair.beta();
+    assert!(matches!(part(&beta), Part::FailedOver { .. }));
+    assert_eq!(marked(&there[0], 2000), 99);
+    assert_eq!(call(&beta, &["cancel", MACHINE]).0, 0);
+    assert_eq!(part(&beta), Part::Replica { abandoned: true });
+}
+
+#[test]
 fn a_promoted_host_that_dies_knows_what_changed() {
     if !can_mount() {
         return;

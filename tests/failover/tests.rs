@@ -1,10 +1,6 @@
 //! Test failovers: any point, several at once, beside a replication that does not notice.
 
-use std::{
-    fs,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-};
+use std::{fs, os::unix::fs::FileExt, path::PathBuf};
 
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use understudy::{
@@ -13,28 +9,8 @@ use understudy::{
     node::status::{PointStatus, TestResult, TestStatus},
 };
 
-use crate::support::{
-    Aligned, BLOCK, Hosts, MACHINE, Node, PROGRAM, assert_identical, can_mount, have, must,
-    open_direct, run,
-};
-
-/// Runs a verb against a node: exit code, standard output, standard error.
-pub(super) fn call(node: &Node, args: &[&str]) -> (i32, String, String) {
-    let socket = node.socket().to_str().unwrap();
-    let done = run(PROGRAM, [args, &["--control", socket]].concat());
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (
-        done.status.code().unwrap(),
-        text(done.stdout),
-        text(done.stderr),
-    )
-}
-
-pub(super) fn parsed<T: serde::de::DeserializeOwned>(node: &Node, args: &[&str]) -> T {
-    let (code, out, err) = call(node, &[args, &["--json"]].concat());
-    assert_eq!((code, err.as_str()), (0, ""), "{args:?}");
-    serde_json::from_str(&out).unwrap()
-}
+use crate::support::{Hosts, MACHINE, Node, assert_identical, can_mount, have, must, open_direct};
+pub(super) use crate::support::{call, mark, marked, parsed};
 
 pub(super) fn points(node: &Node) -> Vec<PointStatus> {
     parsed(node, &["points", MACHINE])
@@ -47,23 +23,6 @@ pub(super) fn start(node: &Node, point: Option<Epoch>) -> TestStatus {
         args.extend(["--point", point]);
     }
     parsed(node, &args)
-}
-
-/// Writes a number all over a block, past the page cache.
-pub(super) fn mark(disk: &Path, block: u64, number: u8) {
-    let mut bytes = Aligned::new(BLOCK);
-    bytes.get_mut().fill(number);
-    let file = open_direct(disk, OFlag::O_DSYNC).unwrap();
-    file.write_all_at(bytes.get(), block * 4096).unwrap();
-}
-
-/// The number in a block.
-pub(super) fn marked(disk: &Path, block: u64) -> u8 {
-    let mut bytes = [0; BLOCK];
-    let file = fs::File::open(disk).unwrap();
-    file.read_exact_at(&mut bytes, block * 4096).unwrap();
-    assert!(bytes.iter().all(|byte| *byte == bytes[0]));
-    bytes[0]
 }
 
 /// A machine of two disks in two formats, replicated.

@@ -15,7 +15,7 @@ use rustls::{
     client::{ClientSessionStore, Resumption, Tls12ClientSessionValue, Tls13ClientSessionValue},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
 };
-use understudy::net::{AcceptError, LinkError, Listener, Refusal, RefusedBy, transport::ALPN};
+use understudy::net::{AcceptError, LinkError, Listener, Protocol, Refusal, RefusedBy};
 
 use super::{Authority, anywhere, listen, now, patiently};
 
@@ -79,7 +79,11 @@ async fn refused_by(listener: &mut Listener) -> (RefusedBy, Refusal) {
 async fn a_caller_without_a_certificate_is_refused() {
     let authority = Authority::new();
     let mut listener = listen(&authority.identity("replica"), &["primary"]);
-    let stranger = Stranger::new(&authority.issue("primary", now()), false, ALPN);
+    let stranger = Stranger::new(
+        &authority.issue("primary", now()),
+        false,
+        Protocol::Replicate.alpn(),
+    );
     let dialled = stranger.dial(listener.address().unwrap());
     let ((_endpoint, _connection), refused) = tokio::join!(dialled, refused_by(&mut listener));
     assert_eq!(refused, (RefusedBy::Us, Refusal::NoCertificate));
@@ -101,7 +105,11 @@ async fn a_caller_of_another_protocol_is_refused() {
 async fn a_message_over_the_limit_is_refused_at_its_length() {
     let authority = Authority::new();
     let mut listener = listen(&authority.identity("replica"), &["primary"]);
-    let stranger = Stranger::new(&authority.issue("primary", now()), true, ALPN);
+    let stranger = Stranger::new(
+        &authority.issue("primary", now()),
+        true,
+        Protocol::Replicate.alpn(),
+    );
     let (_endpoint, connection) = stranger.dial(listener.address().unwrap()).await;
     let connection = connection.unwrap();
     let (mut send, _recv) = connection.open_bi().await.unwrap();
@@ -141,7 +149,11 @@ impl ClientSessionStore for CountTickets {
 async fn no_caller_ever_gets_a_ticket() {
     let authority = Authority::new();
     let mut listener = listen(&authority.identity("replica"), &["primary"]);
-    let mut stranger = Stranger::new(&authority.issue("primary", now()), true, ALPN);
+    let mut stranger = Stranger::new(
+        &authority.issue("primary", now()),
+        true,
+        Protocol::Replicate.alpn(),
+    );
     let tickets = Arc::new(CountTickets::default());
     stranger.tls.resumption =
         Resumption::store(Arc::clone(&tickets) as Arc<dyn ClientSessionStore>);

@@ -36,7 +36,7 @@ use understudy::{
     storage::file::FileStorage,
 };
 
-use super::{must, sparse_file};
+use super::{must, run, sparse_file};
 
 /// How long anything may take before a test gives up; it is no measure of speed.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -407,6 +407,24 @@ impl Node {
     fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
     }
+}
+
+/// Runs a verb against a node: exit code, standard output, standard error.
+pub(crate) fn call(node: &Node, args: &[&str]) -> (i32, String, String) {
+    let socket = node.socket().to_str().unwrap();
+    let done = run(PROGRAM, [args, &["--control", socket]].concat());
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (
+        done.status.code().unwrap(),
+        text(done.stdout),
+        text(done.stderr),
+    )
+}
+
+pub(crate) fn parsed<T: serde::de::DeserializeOwned>(node: &Node, args: &[&str]) -> T {
+    let (code, out, err) = call(node, &[args, &["--json"]].concat());
+    assert_eq!((code, err.as_str()), (0, ""), "{args:?}");
+    serde_json::from_str(&out).unwrap()
 }
 
 impl Drop for Node {

@@ -54,6 +54,23 @@ pub(crate) fn open_direct(path: &Path, flags: OFlag) -> io::Result<File> {
         .open(path)
 }
 
+/// Writes a number all over a block, past the page cache.
+pub(crate) fn mark(disk: &Path, block: u64, number: u8) {
+    let mut bytes = Aligned::new(BLOCK);
+    bytes.get_mut().fill(number);
+    let file = open_direct(disk, OFlag::O_DSYNC).unwrap();
+    file.write_all_at(bytes.get(), block * 4096).unwrap();
+}
+
+/// The number in a block.
+pub(crate) fn marked(disk: &Path, block: u64) -> u8 {
+    let mut bytes = [0; BLOCK];
+    let file = File::open(disk).unwrap();
+    file.read_exact_at(&mut bytes, block * 4096).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+    bytes[0]
+}
+
 /// What a block must hold.
 #[derive(Clone, Copy, Default)]
 struct Known {

@@ -102,6 +102,21 @@ pub enum Part {
     },
 }
 
+impl Part {
+    /// What it is, for people.
+    pub fn describe(&self) -> &'static str {
+        match self {
+            Self::Primary => "the primary",
+            Self::SteppedDown { .. } => "a primary that stepped down",
+            Self::Replica { .. } => "a replica",
+            Self::FailedOver { .. } => "in a failover that is not committed",
+            Self::Fenced { .. } => "fenced",
+            Self::Returning { .. } => "about to become a replica",
+            Self::Split { .. } => "in a split brain",
+        }
+    }
+}
+
 /// The parts in which a node serves a guest, or just did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -285,15 +300,7 @@ impl RoleState {
 
     /// What the node is, for people.
     pub fn describe(&self) -> &'static str {
-        match self.part {
-            Part::Primary => "the primary",
-            Part::SteppedDown { .. } => "a primary that stepped down",
-            Part::Replica { .. } => "a replica",
-            Part::FailedOver { .. } => "in a failover that is not committed",
-            Part::Fenced { .. } => "fenced",
-            Part::Returning { .. } => "about to become a replica",
-            Part::Split { .. } => "in a split brain",
-        }
+        self.part.describe()
     }
 
     /// What is true after `event`.

@@ -1,6 +1,11 @@
 //! What an operator says about a host.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::PathBuf,
+    time::Duration,
+};
 
 use crate::{
     base::ids::Name,
@@ -19,6 +24,10 @@ pub struct HostConfig {
     pub listen: Option<SocketAddr>,
     /// The hosts that may feed or claim machines here, by the names in their certificates.
     pub peers: BTreeMap<Name, PeerConfig>,
+    /// Who may operate this host over the network, by the names in their certificates. None of them is a peer.
+    pub operators: BTreeSet<Name>,
+    /// The other hosts that this one coordinates.
+    pub coordinator: Option<CoordinatorConfig>,
     /// How replicas are kept.
     pub keeping: Keeping,
     /// How a machine replicates that is not configured otherwise, because it was promoted here.
@@ -35,6 +44,15 @@ pub struct HostConfig {
 pub struct PeerConfig {
     /// Where it listens, as `HOST:PORT`: needed to replicate to it.
     pub address: Option<String>,
+}
+
+/// Other hosts to coordinate.
+#[derive(Clone, Debug)]
+pub struct CoordinatorConfig {
+    /// Folder of the identity that operates them: one of their operators, and no host's that replicates.
+    pub identity: PathBuf,
+    /// Where they listen, as `HOST:PORT`, by the names in their certificates.
+    pub hosts: BTreeMap<Name, String>,
 }
 
 /// A machine whose images lie on this host.

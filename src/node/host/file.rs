@@ -8,6 +8,13 @@
 //! [peers.host-b]                        # the only hosts that are let in
 //! address = "host-b.example:7171"       # where it listens, to replicate to it
 //!
+//! # operators = ["coord"]               # identities that may operate this host over the network
+//!
+//! [coordinator]                         # other hosts whose machines are moved from here
+//! identity = "/etc/understudy/coord"    # an operator of each of them
+//! [coordinator.hosts]
+//! host-b = "host-b.example:7171"
+//!
 //! [replicas]                            # how machines of other hosts are kept
 //! keep      = 24
 //! hourly    = 24
@@ -25,7 +32,7 @@
 //! it were.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -35,7 +42,10 @@ use std::{
 
 use serde::Deserialize;
 
-use super::{HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig, parse_interval};
+use super::{
+    CoordinatorConfig, HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig,
+    parse_interval,
+};
 use crate::{
     base::{
         ids::Name,
@@ -105,6 +115,9 @@ struct HostTable {
     #[serde(default)]
     peers: BTreeMap<Name, PeerTable>,
     #[serde(default)]
+    operators: BTreeSet<Name>,
+    coordinator: Option<CoordinatorTable>,
+    #[serde(default)]
     machines: BTreeMap<Name, MachineTable>,
 }
 
@@ -122,6 +135,13 @@ struct ReplicasTable {
     #[serde(default)]
     seed: bool,
     tests: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct CoordinatorTable {
+    identity: PathBuf,
+    hosts: BTreeMap<Name, String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -180,9 +200,20 @@ type Wrong = (String, String);
 impl HostTable {
     /// What it means, with paths below `from`.
     fn config(self, from: &Path) -> Result<HostConfig, Wrong> {
-        if self.identity.is_none() && (self.listen.is_some() || !self.peers.is_empty()) {
+        let linked = self.listen.is_some() || !self.peers.is_empty() || !self.operators.is_empty();
+        if self.identity.is_none() && linked {
             let why = "needed to listen and to call peers: there is no link without certificates";
             return Err(("identity".into(), why.into()));
+        }
+        let both = |operator: &&Name| {
+            let mut peers = self.peers.keys();
+            peers.any(|peer| peer.as_str().eq_ignore_ascii_case(operator.as_str()))
+        };
+        if let Some(operator) = self.operators.iter().find(both) {
+            let why = format!(
+                "{operator} is a peer: whoever operates this host has an identity of its own, which replicates nothing"
+            );
+            return Err(("operators".into(), why));
         }
         let replication = ReplicationConfig {
             interval: self
@@ -214,10 +245,28 @@ impl HostTable {
             identity: self.identity.map(|identity| from.join(identity)),
             listen: self.listen,
             peers,
+            operators: self.operators,
+            coordinator: self
+                .coordinator
+                .map(|coordinator| coordinator.config(from))
+                .transpose()?,
             keeping: self.replicas.config(from)?,
             replication,
             tolerant: true,
             machines,
+        })
+    }
+}
+
+impl CoordinatorTable {
+    fn config(self, from: &Path) -> Result<CoordinatorConfig, Wrong> {
+        for (name, address) in &self.hosts {
+            net::host_of(address)
+                .map_err(|error| (format!("coordinator.hosts.{name}"), error.to_string()))?;
+        }
+        Ok(CoordinatorConfig {
+            identity: from.join(self.identity),
+            hosts: self.hosts,
         })
     }
 }
@@ -340,9 +389,14 @@ mod tests {
         identity = "/etc/understudy/a"
         listen = "0.0.0.0:7171"
         interval = "500ms"
+        operators = ["coord"]
         [peers.b]
         address = "b.example:7171"
         [peers.c]
+        [coordinator]
+        identity = "coord"
+        [coordinator.hosts]
+        b = "b.example:7171"
         [replicas]
         keep = 24
         hourly = 12
@@ -377,6 +431,10 @@ mod tests {
         assert_eq!(host.keeping.space_max, Some(2 << 30));
         let c = &host.peers[&Name::new("c").unwrap()];
         assert_eq!(c.address, None);
+        let coordinator = host.coordinator.unwrap();
+        assert_eq!(coordinator.identity, Path::new("/etc/understudy/coord"));
+        assert_eq!(coordinator.hosts.len(), 1);
+        assert_eq!(host.operators, [Name::new("coord").unwrap()].into());
     }
 
     #[test]
@@ -385,7 +443,14 @@ mod tests {
             ("listen", "lisen", "unknown field `lisen`"),
             ("identity = \"/etc/understudy/a\"", "", "identity: needed"),
             ("peer = \"b\"", "peer = \"x\"", "no [peers.x]"),
-            ("b.example:7171", "b.example", "peers.b.address"),
+            (
+                "address = \"b.example:7171\"",
+                "address = \"b\"",
+                "peers.b.address",
+            ),
+            ("b = \"b.example:7171\"", "b = \"b\"", "coordinator.hosts.b"),
+            ("identity = \"coord\"", "", "missing field `identity`"),
+            ("\"coord\"", "\"B\"", "operators: B is a peer"),
             ("500ms", "5 parsecs", "has no unit"),
             ("keep = 24", "keep = 4000000000", "replicas.keep"),
             ("os.vhdx", "os", "machines.web.images"),

@@ -118,20 +118,26 @@ impl Member {
         }
     }
 
-    /// Lets go of all disks.
+    /// Lets go of all disks. Only a mount that is still in use leaves everything as it was.
     pub(super) fn idle(&self, how: Unmount) -> Result<(), StartError> {
         let running = self.running.lock().clone();
-        match running {
+        let below = match &running {
             Running::Idle => return Ok(()),
-            Running::Serving(serving) => {
-                if let Some(below) = serving.close(how)? {
-                    below.close().map_err(StartError::other)?;
+            Running::Serving(serving) => match serving.close(how) {
+                Err(StartError::Primary(error @ PrimaryError::Unmount(_))) => {
+                    return Err(error.into());
                 }
-            }
-            Running::Following(served) => served.close().map_err(StartError::other)?,
-        }
+                closed => closed,
+            },
+            Running::Following(served) => Ok(Some(Arc::clone(served))),
+        };
         *self.running.lock() = Running::Idle;
-        Ok(())
+        // The layers hold the point below them.
+        drop(running);
+        match below? {
+            Some(below) => below.close().map_err(StartError::other),
+            None => Ok(()),
+        }
     }
 
     fn follow(&self, record: &Record) -> Result<(), StartError> {

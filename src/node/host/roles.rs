@@ -160,7 +160,7 @@ impl Member {
         }
         let wanted = TestRequest {
             point: request.point,
-            rescue: false,
+            ..TestRequest::default()
         };
         let point = choose(&served.store, self.name(), wanted)?;
         // Nothing arrives any more from whoever fed it, before the promotion is durable.
