@@ -5,4 +5,5 @@ mod deaths;
 mod flow;
 mod flushes;
 mod guest;
+mod policies;
 mod troubles;

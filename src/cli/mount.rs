@@ -23,6 +23,7 @@ use crate::{
         host::{
             Host, HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig, parse_interval,
         },
+        policy::{Bandwidth, Limit},
         primary::{ImageConfig, Primary, PrimaryError, ShowConfig},
         sync_flush::SyncOnFlush,
     },
@@ -91,6 +92,16 @@ pub struct MountArgs {
     /// Compression on the link: none, lz4, zstd, or auto for what pays.
     #[arg(long, value_name = "CODEC", default_value_t = Setting::Auto)]
     compression: Setting,
+    /// Most bytes per second that are sent to the replica: 50M, with K, M or G (powers of 1024), at least 64K; or none. A
+    /// machine that may send less than its guest writes has older recovery points; the guest does not notice, but for
+    /// flushes with --sync-on-flush.
+    #[arg(
+        long,
+        value_name = "LIMIT",
+        default_value = "none",
+        requires = "replicate_to"
+    )]
+    bandwidth: Limit,
     /// Threads that serve the mount: the queue depth that the images see.
     #[arg(long, value_name = "N", default_value_t = THREADS_DEFAULT, value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: u16,
@@ -136,7 +147,7 @@ pub async fn run(args: MountArgs, out: &Output) -> anyhow::Result<()> {
             let _ = server.await;
         }
         What::Host { machine, config } => {
-            let host = hosting::start(config).await?;
+            let host = hosting::start(*config).await?;
             hosting::say_paths(&host.paths(), out);
             hosting::say_address(&host, "peers", out);
             let progress = out.progress("initial copy");
@@ -190,7 +201,10 @@ enum What {
         show: ShowConfig,
     },
     /// A host with one machine.
-    Host { machine: Name, config: HostConfig },
+    Host {
+        machine: Name,
+        config: Box<HostConfig>,
+    },
 }
 
 fn config(args: MountArgs) -> anyhow::Result<What> {
@@ -228,8 +242,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
             show,
         });
     };
-    let mut peers = BTreeMap::new();
-    let mut peer = None;
+    let (mut peers, mut peer) = (BTreeMap::new(), None);
     if let Some(to) = args.replicate_to {
         let name = match args.peer {
             Some(name) => name,
@@ -242,22 +255,27 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         interval: args.interval,
         compression: args.compression,
         sync_on_flush: args.sync_on_flush,
+        bandwidth: args.bandwidth.into(),
+        group: None,
     };
     let configured = MachineConfig {
         images,
         show,
         peer,
-        replication,
+        replication: replication.clone(),
     };
-    let config = HostConfig {
+    let config = Box::new(HostConfig {
         store: state.join(machine.as_str()),
         identity: args.identity,
         listen: args.listen,
         peers,
+        bandwidth: Bandwidth::default(),
+        groups: BTreeMap::new(),
         keeping: Keeping::default(),
         replication,
+        kept: BTreeMap::new(),
         tolerant: false,
         machines: [(machine.clone(), configured)].into_iter().collect(),
-    };
+    });
     Ok(What::Host { machine, config })
 }

@@ -14,6 +14,7 @@ use crate::{
     node::{
         self,
         host::{HostConfig, Keeping, PeerConfig, ReplicationConfig},
+        policy::Bandwidth,
     },
     replica::Retention,
 };
@@ -87,6 +88,8 @@ fn config(args: ReplicaArgs) -> HostConfig {
         identity: Some(args.identity),
         listen: Some(args.listen),
         peers,
+        bandwidth: Bandwidth::default(),
+        groups: BTreeMap::new(),
         keeping: Keeping {
             format: args.format,
             retention: Retention {
@@ -97,6 +100,7 @@ fn config(args: ReplicaArgs) -> HostConfig {
             tests: args.tests,
         },
         replication: ReplicationConfig::default(),
+        kept: BTreeMap::new(),
         tolerant: true,
         machines: BTreeMap::new(),
     }

@@ -16,6 +16,7 @@ use tokio::{runtime::Handle, sync::watch};
 use super::{
     call::{Callee, bring_back},
     conversation::{Conversation, End},
+    pacing::Pacing,
     pipeline::Pipeline,
     progress::{Phase, Progress},
     sync_flush::Flushes,
@@ -50,6 +51,7 @@ pub(super) struct Target {
     pub(super) callee: Callee,
     pub(super) interval: Duration,
     pub(super) compression: Setting,
+    pub(super) pacing: Pacing,
 }
 
 /// The machine as its replica should know it.
@@ -169,7 +171,7 @@ pub(super) struct Host {
 pub(super) struct Driver {
     pub(super) machine: Arc<Machine>,
     pub(super) subject: Subject,
-    target: Target,
+    pub(super) target: Target,
     pub(super) progress: Arc<Mutex<Progress>>,
     /// The guest's flushes, if they wait for the replica.
     pub(super) flushes: Option<Arc<Flushes>>,

@@ -8,6 +8,7 @@
 //!   call       short questions about roles                            test_failover   several exposures
 //!   exposure   a recovery point as writable disks in a mount          progress    what the status knows of a link
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
+//!   policy     when and how fast an operator lets it replicate        pacing      keeps to that while sending
 //!   control    the socket that `status` and operators use           sync_flush   flushes that wait for the replica
 //! ```
 //! Async code is confined to links and sockets. What owns state (a replication, a receiving session, a merge) is one
@@ -23,7 +24,9 @@ mod driver;
 mod exposure;
 pub mod host;
 pub mod images;
+mod pacing;
 mod pipeline;
+pub mod policy;
 pub mod primary;
 mod progress;
 mod served;

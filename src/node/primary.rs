@@ -13,6 +13,7 @@ use super::{
     control::{Operate, OperateError},
     driver::{Host, Replication, Subject, Target},
     images::ImageError,
+    pacing::Pacing,
     progress::Progress,
     sources::{Source, Stamped, open_images, spec},
     status::{DiskStatus, LatencyStatus, MachineStatus, NodeStatus, RpoStatus, TrafficStatus},
@@ -173,6 +174,7 @@ struct Running {
     replication: Replication,
     peer: String,
     interval: Duration,
+    pacing: Pacing,
 }
 
 impl Primary {
@@ -241,6 +243,7 @@ impl Primary {
             flushes.unlinked("connecting to the replica");
         }
         let (peer, interval) = (target.callee.address.clone(), target.interval);
+        let pacing = target.pacing.clone();
         let machine = Arc::clone(&tracked.machine);
         let told = (Arc::clone(&self.progress), flushes);
         let replication = Replication::start(machine, subject, target, told, host)
@@ -249,6 +252,7 @@ impl Primary {
             replication,
             peer,
             interval,
+            pacing,
         });
         Ok(())
     }
@@ -395,6 +399,9 @@ impl Primary {
             traffic(&progress, tracked)
         });
         traffic.written = latency.bytes();
+        traffic.rate = progress.meter.rate(self.clock.monotonic());
+        let wall = self.clock.wall();
+        traffic.limit = running.and_then(|running| running.pacing.limit(wall));
         MachineStatus {
             name: self.name.clone(),
             id: tracked.map(|tracked| tracked.machine.id()),
@@ -517,6 +524,7 @@ fn traffic(progress: &Progress, tracked: &Tracked) -> TrafficStatus {
         folded: counters.folded_blocks * BLOCK_BYTES,
         epochs: progress.epochs,
         merged: counters.merged_epochs,
+        ..TrafficStatus::default()
     }
 }
 

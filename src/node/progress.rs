@@ -6,6 +6,7 @@ use super::status::{CopyStatus, RpoRecord};
 use crate::{
     base::{
         clock::{Clock, Timestamp},
+        rate::Meter,
         units::BLOCK_BYTES,
     },
     coord::state::ReplicationState,
@@ -70,6 +71,8 @@ pub(super) struct Progress {
     pub(super) sent: u64,
     /// Epochs that became durable.
     pub(super) epochs: u64,
+    /// Log bytes as the link takes them.
+    pub(super) meter: Meter,
 }
 
 impl Default for Progress {
@@ -81,6 +84,7 @@ impl Default for Progress {
             raw: 0,
             sent: 0,
             epochs: 0,
+            meter: Meter::default(),
         }
     }
 }
