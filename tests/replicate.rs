@@ -5,6 +5,7 @@ mod deaths;
 mod flow;
 mod flushes;
 mod guest;
+mod policies;
 mod resync;
 mod seed;
 mod troubles;

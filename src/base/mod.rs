@@ -1,4 +1,4 @@
-//! Floor 0: the words everything else is written in: units, identities, time, checksums, limits.
+//! Floor 0: the words everything else is written in: units, identities, time, checksums, limits, rates.
 //!
 //! Nothing here does input or output. Conversions between integer types live in [`units`], so that an `as` anywhere
 //! else is a finding.
@@ -9,4 +9,5 @@ pub mod checksum;
 pub mod clock;
 pub mod ids;
 pub mod limits;
+pub mod rate;
 pub mod units;

@@ -27,6 +27,7 @@ use crate::{
         host::{
             Host, HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig, parse_interval,
         },
+        policy::{Bandwidth, Limit},
         primary::{ImageConfig, Primary, PrimaryError, ShowConfig},
         sync_flush::SyncOnFlush,
     },
@@ -95,6 +96,16 @@ pub struct MountArgs {
     /// Compression on the link: none, lz4, zstd, or auto for what pays.
     #[arg(long, value_name = "CODEC", default_value_t = Setting::Auto)]
     compression: Setting,
+    /// Most bytes per second that are sent to the replica: 50M, with K, M or G (powers of 1024), at least 64K; or none. A
+    /// machine that may send less than its guest writes has older recovery points; the guest does not notice, but for
+    /// flushes with --sync-on-flush.
+    #[arg(
+        long,
+        value_name = "LIMIT",
+        default_value = "none",
+        requires = "replicate_to"
+    )]
+    bandwidth: Limit,
     /// Threads that serve the mount: the queue depth that the images see.
     #[arg(long, value_name = "N", default_value_t = THREADS_DEFAULT, value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: u16,
@@ -236,8 +247,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
             show,
         });
     };
-    let mut peers = BTreeMap::new();
-    let mut peer = None;
+    let (mut peers, mut peer) = (BTreeMap::new(), None);
     if let Some(to) = args.replicate_to {
         let name = match args.peer {
             Some(name) => name,
@@ -250,25 +260,29 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         interval: args.interval,
         compression: args.compression,
         sync_on_flush: args.sync_on_flush,
+        bandwidth: args.bandwidth.into(),
+        group: None,
     };
     let configured = MachineConfig {
         images,
         show,
         peer,
-        replication,
+        replication: replication.clone(),
     };
-    let config = HostConfig {
+    let config = Box::new(HostConfig {
         store: state.join(machine.as_str()),
         identity: args.identity,
         listen: args.listen,
         peers,
         operators: BTreeSet::new(),
         coordinator: None,
+        bandwidth: Bandwidth::default(),
+        groups: BTreeMap::new(),
         keeping: Keeping::default(),
         replication,
+        kept: BTreeMap::new(),
         tolerant: false,
         machines: [(machine.clone(), configured)].into_iter().collect(),
-    };
-    let config = Box::new(config);
+    });
     Ok(What::Host { machine, config })
 }

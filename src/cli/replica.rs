@@ -18,6 +18,7 @@ use crate::{
     node::{
         self,
         host::{HostConfig, Keeping, PeerConfig, ReplicationConfig},
+        policy::Bandwidth,
     },
     replica::Retention,
 };
@@ -97,6 +98,8 @@ fn config(args: ReplicaArgs) -> HostConfig {
         peers,
         operators: BTreeSet::new(),
         coordinator: None,
+        bandwidth: Bandwidth::default(),
+        groups: BTreeMap::new(),
         keeping: Keeping {
             format: args.format,
             retention: Retention {
@@ -108,6 +111,7 @@ fn config(args: ReplicaArgs) -> HostConfig {
             tests: args.tests,
         },
         replication: ReplicationConfig::default(),
+        kept: BTreeMap::new(),
         tolerant: true,
         machines: BTreeMap::new(),
     }

@@ -11,7 +11,7 @@ pub struct ServeArgs {
     /// The host's configuration, a TOML file.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Read the configuration, say what is wrong with it, and end.
+    /// Read the configuration, say what is wrong with it or what every machine ends up with, and end.
     #[arg(long)]
     check: bool,
     /// Path of the control socket [default: PID.sock in /run/understudy].
@@ -24,6 +24,7 @@ pub async fn run(args: ServeArgs, out: &Output) -> anyhow::Result<()> {
     let config = host::read(&args.config)?;
     if args.check {
         out.line(&format!("{}: no complaints", args.config.display()));
+        config.describe().iter().for_each(|line| out.line(line));
         return Ok(());
     }
     let mut stop = node::stop_signals()?;

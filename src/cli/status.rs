@@ -13,10 +13,11 @@ use crate::{
     coord::state::Role,
     node::{
         control,
+        policy::Limit,
         status::{
             CopyStatus, DiskStatus, LastTest, LatencyStatus, MachineStatus, NodeStatus,
             RecoveryStatus, ResyncStatus, RpoStatus, SyncStatus, TestResult, TestStatus,
-            VerifyStatus,
+            TrafficStatus, VerifyStatus,
         },
     },
 };
@@ -155,29 +156,7 @@ fn rows(machine: &MachineStatus) -> Vec<(&'static str, String)> {
         "RPO",
         format!("now {}, p50 {}, p99 {}", ms(now_ms), ms(p50_ms), ms(p99_ms)),
     ));
-    let traffic = &machine.traffic;
-    let (sent, raw, folded) = (
-        Bytes(traffic.sent),
-        Bytes(traffic.raw),
-        Bytes(traffic.folded),
-    );
-    if primary {
-        rows.push(("owed", Bytes(traffic.owed).to_string()));
-        rows.push((
-            "epochs",
-            format!("{} durable, {} merged", traffic.epochs, traffic.merged),
-        ));
-        rows.push((
-            "sent",
-            format!("{sent} on the wire for {raw} of blocks, {folded} folded away"),
-        ));
-    } else {
-        rows.push(("epochs", format!("{} durable", traffic.epochs)));
-        rows.push((
-            "received",
-            format!("{sent} on the wire, {raw} written to images"),
-        ));
-    }
+    rows.extend(traffic_rows(&machine.traffic, primary));
     rows.extend(
         machine
             .write_latency
@@ -185,6 +164,30 @@ fn rows(machine: &MachineStatus) -> Vec<(&'static str, String)> {
     );
     rows.extend(machine.disks.iter().map(|disk| ("disk", disk_row(disk))));
     rows
+}
+
+fn traffic_rows(traffic: &TrafficStatus, primary: bool) -> Vec<(&'static str, String)> {
+    let (sent, raw, folded) = (
+        Bytes(traffic.sent),
+        Bytes(traffic.raw),
+        Bytes(traffic.folded),
+    );
+    if !primary {
+        let received = format!("{sent} on the wire, {raw} written to images");
+        return vec![
+            ("epochs", format!("{} durable", traffic.epochs)),
+            ("received", received),
+        ];
+    }
+    let epochs = format!("{} durable, {} merged", traffic.epochs, traffic.merged);
+    let sent = format!("{sent} on the wire for {raw} of blocks, {folded} folded away");
+    let sending = format!("{}/s, {}", Bytes(traffic.rate), Limit(traffic.limit));
+    vec![
+        ("owed", Bytes(traffic.owed).to_string()),
+        ("epochs", epochs),
+        ("sent", sent),
+        ("sending", sending),
+    ]
 }
 
 /// What a replica can go back to, and how that was tried.

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use crossbeam_channel::{Receiver, never, select};
 
 mod compare;
@@ -22,7 +23,7 @@ use crate::{
     base::{
         ids::Lineage,
         limits::FRAME_BYTES_MAX,
-        units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_u64},
+        units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
     delta::{DiskEntry, EncodedFrame, Encoder, Header, LogKind},
     net::{self, Link, LinkError, LogSender, Reason},
@@ -396,11 +397,10 @@ impl<'a> Conversation<'a> {
         Ok(())
     }
 
-    fn write(&mut self, parts: &mut [bytes::Bytes]) -> Result<(), End> {
-        let len: usize = parts.iter().map(bytes::Bytes::len).sum();
-        self.sender.sent(to_u64(len));
+    fn write(&mut self, parts: &mut [Bytes]) -> Result<(), End> {
         let log = self.log.as_mut().expect("bytes belong to an open log");
-        done(self.driver.until_stopped(log.stream.write_chunks(parts)))
+        self.sender.sent(self.driver.write(&mut log.stream, parts)?);
+        Ok(())
     }
 
     fn measure(&mut self, bytes: u64, took: Duration) {
@@ -434,11 +434,8 @@ impl<'a> Conversation<'a> {
             .machine
             .pending(lineage)
             .map_err(|error| End::Lost(chain(&error)))?;
-        self.sender.sent(to_u64(trailer.len()));
-        done(
-            self.driver
-                .until_stopped(stream.write_chunks(&mut [trailer])),
-        )?;
+        let sent = self.driver.write(&mut stream, &mut [trailer])?;
+        self.sender.sent(sent);
         stream.finish().map_err(|error| End::Lost(chain(&error)))?;
         self.sender.sealed(lineage);
         Ok(())
@@ -512,6 +509,45 @@ impl<'a> Conversation<'a> {
             let _ = answer.send(self.driver.begin_demanded());
         }
     }
+}
+
+impl Driver {
+    /// Sends `parts` of a log as fast as the link takes them and the limits allow; how many bytes these are.
+    fn write(&self, stream: &mut LogSender, parts: &mut [Bytes]) -> Result<u64, End> {
+        let len = parts.iter().map(|part| to_u64(part.len())).sum();
+        let mut left = len;
+        while left > 0 {
+            let bytes = match self.target.pacing.pass(left) {
+                Ok(bytes) => bytes,
+                Err(wait) => {
+                    let waited = self.until_stopped(async { tokio::time::sleep(wait).await });
+                    waited.ok_or(End::Stop)?;
+                    continue;
+                }
+            };
+            if bytes == left {
+                done(self.until_stopped(stream.write_chunks(parts)))?;
+            } else {
+                let mut first = split_first(parts, to_usize(bytes));
+                done(self.until_stopped(stream.write_chunks(&mut first)))?;
+            }
+            left -= bytes;
+            let now = self.host.clock.monotonic();
+            self.progress.lock().meter.add(bytes, now);
+        }
+        Ok(len)
+    }
+}
+
+/// Takes the first `count` bytes out of `parts`, which hold more.
+fn split_first(parts: &mut [Bytes], mut count: usize) -> Vec<Bytes> {
+    let mut first = Vec::with_capacity(parts.len());
+    for part in parts {
+        let taken = part.split_to(count.min(part.len()));
+        count -= taken.len();
+        first.push(taken);
+    }
+    first
 }
 
 /// What became of a call on the link: nothing means that the node is being stopped.

@@ -17,6 +17,7 @@ use super::{
     call::{Callee, bring_back},
     control::VerifyRequest,
     conversation::{Conversation, End},
+    pacing::Pacing,
     pipeline::Pipeline,
     progress::{Phase, Progress},
     sync_flush::Flushes,
@@ -52,6 +53,7 @@ pub(super) struct Target {
     pub(super) callee: Callee,
     pub(super) interval: Duration,
     pub(super) compression: Setting,
+    pub(super) pacing: Pacing,
 }
 
 /// The machine as its replica should know it.
@@ -193,7 +195,7 @@ pub(super) struct Host {
 pub(super) struct Driver {
     pub(super) machine: Arc<Machine>,
     pub(super) subject: Subject,
-    target: Target,
+    pub(super) target: Target,
     pub(super) progress: Arc<Mutex<Progress>>,
     /// The guest's flushes, if they wait for the replica.
     pub(super) flushes: Option<Arc<Flushes>>,

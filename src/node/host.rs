@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   config    what an operator says            file      the same as TOML
-//!                                              record    what is remembered of each machine's role
+//!   policy    what a group passes on           record    what is remembered of each machine's role
 //!   member    one machine: from part to part   parts     what runs in each of them
 //!   serving   a machine that is written here   report    what a machine tells
 //!   roles     what operators ask for           peers     what the other host asks for
@@ -17,6 +17,7 @@ mod grow;
 mod member;
 mod parts;
 mod peers;
+mod policy;
 mod record;
 mod report;
 mod roles;
@@ -38,12 +39,14 @@ use tokio::runtime::Handle;
 pub(super) use self::member::Member;
 pub use self::{
     config::{
-        CoordinatorConfig, HostConfig, MachineConfig, PeerConfig, ReplicationConfig, parse_interval,
+        CoordinatorConfig, HostConfig, KeptConfig, MachineConfig, PeerConfig, ReplicationConfig,
+        parse_interval,
     },
     file::{ConfigError, read},
 };
 use self::{
     member::StartError,
+    policy::Limiters,
     record::{PREFIX, Record},
 };
 pub use super::served::Keeping;
@@ -148,6 +151,7 @@ impl HostError {
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) config: HostConfig,
+    limiters: Limiters,
     pub(super) folder: FileFolder,
     pub(super) ledger: Arc<Ledger>,
     pub(super) clock: Arc<dyn Clock>,
@@ -193,6 +197,7 @@ impl Host {
         let address = address.map_err(|error| HostError::Listener(error.to_string()))?;
         let ledger = Arc::new(Ledger::open_in(&folder, LEDGER_FILE)?);
         let shared = Arc::new(Shared {
+            limiters: Limiters::of(&config),
             config,
             folder,
             ledger,

@@ -8,6 +8,7 @@
 //!   call       short questions about roles                            test_failover   several exposures
 //!   exposure   a recovery point as writable disks in a mount          progress    what the status knows of a link
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
+//!   policy     when and how fast an operator lets it replicate        pacing      keeps to that while sending
 //!   control    what operators ask, on a socket                        operate      the same over the network
 //!   coordinator   jobs and plans: what concerns several hosts
 //!   sync_flush   flushes that wait for the replica                 verify   how far a verification is, and what it found
@@ -27,7 +28,9 @@ mod exposure;
 pub mod host;
 pub mod images;
 pub mod operate;
+mod pacing;
 mod pipeline;
+pub mod policy;
 pub mod primary;
 mod progress;
 mod served;

@@ -18,6 +18,7 @@ use super::{
     control::{Operate, OperateError, VerifyRequest},
     driver::{Host, Pending, Replication, Subject, Target},
     images::ImageError,
+    pacing::Pacing,
     progress::Progress,
     sources::{Source, Stamped, open_images, spec},
     status::NodeStatus,
@@ -181,6 +182,7 @@ struct Running {
     replication: Replication,
     peer: String,
     interval: Duration,
+    pacing: Pacing,
 }
 
 impl Primary {
@@ -249,6 +251,7 @@ impl Primary {
             flushes.unlinked("connecting to the replica");
         }
         let (peer, interval) = (target.callee.address.clone(), target.interval);
+        let pacing = target.pacing.clone();
         let told = (Arc::clone(&self.progress), flushes);
         let replication = Replication::start(machine, subject, target, told, host)
             .map_err(PrimaryError::Thread)?;
@@ -256,6 +259,7 @@ impl Primary {
             replication,
             peer,
             interval,
+            pacing,
         });
         Ok(())
     }

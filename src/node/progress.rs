@@ -9,6 +9,7 @@ use super::{
 use crate::{
     base::{
         clock::{Clock, Timestamp},
+        rate::Meter,
         units::BLOCK_BYTES,
     },
     coord::state::ReplicationState,
@@ -91,6 +92,8 @@ pub(super) struct Progress {
     pub(super) sent: u64,
     /// Epochs that became durable.
     pub(super) epochs: u64,
+    /// Log bytes as the link takes them.
+    pub(super) meter: Meter,
 }
 
 impl Default for Progress {
@@ -104,6 +107,7 @@ impl Default for Progress {
             raw: 0,
             sent: 0,
             epochs: 0,
+            meter: Meter::default(),
         }
     }
 }

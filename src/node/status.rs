@@ -332,6 +332,12 @@ pub struct TrafficStatus {
     pub epochs: u64,
     /// Epochs merged into the next one because the pre-images did not fit or the link was lost.
     pub merged: u64,
+    /// Primary: delta-log bytes that were sent in each of the last seconds.
+    #[serde(default)]
+    pub rate: u64,
+    /// Primary: most of them that may be sent in a second at this time, if there is a limit.
+    #[serde(default)]
+    pub limit: Option<u64>,
 }
 
 /// Percentiles of a latency, in microseconds.

@@ -10,7 +10,10 @@ use std::{
 use crate::{
     base::ids::Name,
     delta::policy::Setting,
-    node::{images::ImageConfig, primary::ShowConfig, served::Keeping, sync_flush::SyncOnFlush},
+    node::{
+        images::ImageConfig, policy::Bandwidth, primary::ShowConfig, served::Keeping,
+        sync_flush::SyncOnFlush,
+    },
 };
 
 /// A host.
@@ -28,15 +31,36 @@ pub struct HostConfig {
     pub operators: BTreeSet<Name>,
     /// The other hosts that this one coordinates.
     pub coordinator: Option<CoordinatorConfig>,
-    /// How replicas are kept.
+    /// What all machines of the host together may send.
+    pub bandwidth: Bandwidth,
+    /// What all machines of a group together may send.
+    pub groups: BTreeMap<Name, Bandwidth>,
+    /// How replicas are kept that are not configured otherwise.
     pub keeping: Keeping,
     /// How a machine replicates that is not configured otherwise, because it was promoted here.
     pub replication: ReplicationConfig,
+    /// Machines that are kept, or replicate after a failover to here, in a way of their own.
+    pub kept: BTreeMap<Name, KeptConfig>,
     /// Whether the host serves what it can when a machine cannot be served: that one is shown as in trouble, and tried
     /// again. Without it the host does not start.
     pub tolerant: bool,
     /// The machines whose images lie on this host.
     pub machines: BTreeMap<Name, MachineConfig>,
+}
+
+impl HostConfig {
+    /// How a machine replicates when it is written here.
+    pub fn replication_of(&self, machine: &Name) -> &ReplicationConfig {
+        let own = self.machines.get(machine).map(|own| &own.replication);
+        let kept = || self.kept.get(machine).map(|kept| &kept.replication);
+        own.or_else(kept).unwrap_or(&self.replication)
+    }
+
+    /// How a machine's replica is kept here.
+    pub fn keeping_of(&self, machine: &Name) -> &Keeping {
+        let kept = self.kept.get(machine).map(|kept| &kept.keeping);
+        kept.unwrap_or(&self.keeping)
+    }
 }
 
 /// Another host.
@@ -68,23 +92,38 @@ pub struct MachineConfig {
     pub replication: ReplicationConfig,
 }
 
+/// A machine whose replica is kept here in a way of its own.
+#[derive(Clone, Debug)]
+pub struct KeptConfig {
+    /// How.
+    pub keeping: Keeping,
+    /// How it replicates after a failover to here.
+    pub replication: ReplicationConfig,
+}
+
 /// How to replicate.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ReplicationConfig {
+    /// The group it belongs to.
+    pub group: Option<Name>,
     /// Time from one cut to the next.
     pub interval: Duration,
     /// Compression on the link.
     pub compression: Setting,
     /// Whether the guest's flushes wait for the replica, and what becomes of them while it cannot be reached.
     pub sync_on_flush: Option<SyncOnFlush>,
+    /// What the machine may send; below what its group and its host may.
+    pub bandwidth: Bandwidth,
 }
 
 impl Default for ReplicationConfig {
     fn default() -> Self {
         Self {
+            group: None,
             interval: Duration::from_secs(1),
             compression: Setting::Auto,
             sync_on_flush: None,
+            bandwidth: Bandwidth::default(),
         }
     }
 }

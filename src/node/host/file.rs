@@ -4,6 +4,7 @@
 //! store    = "/var/lib/understudy"      # records, tracking, replicas
 //! identity = "/etc/understudy/host-a"   # this host's certificate and key
 //! listen   = "0.0.0.0:7171"
+//! bandwidth = "50M"                     # bytes per second that all machines together may send
 //!
 //! [peers.host-b]                        # the only hosts that are let in
 //! address = "host-b.example:7171"       # where it listens, to replicate to it
@@ -21,12 +22,24 @@
 //! space-max = "200G"
 //! seed      = true                      # a new replica begins with the images that lie in its folder
 //!
+//! [replicas.machines.mail]              # one of them, differently
+//! group = "gold"
+//! keep  = 100
+//!
+//! [groups.gold]                         # what its machines inherit
+//! interval      = "500ms"
+//! compression   = "zstd"
+//! sync-on-flush = "strict"              # or "available"; without it no flush waits for the replica
+//! bandwidth     = "20M"                 # that they together may send
+//! bandwidth-windows = [{ from = "08:00", to = "18:00", days = "mon-fri", limit = "5M" }]    # UTC
+//! keep          = 24                    # of their replicas that are kept here
+//!
 //! [machines.web]                        # a machine whose images lie here
 //! images   = ["/vm/web-os.vhdx", "/vm/web-data.vhdx"]
 //! at       = "/mnt/web"
 //! peer     = "host-b"
-//! interval = "1s"
-//! sync-on-flush = "strict"              # or "available"; without it no flush waits for the replica
+//! group    = "gold"
+//! interval = "1s"                       # its own settings go before those of the group
 //! ```
 //! Relative paths are relative to the file. An unknown key is an error: a setting that is not obeyed must not look as if
 //! it were.
@@ -45,22 +58,19 @@ use serde::Deserialize;
 use super::{
     CoordinatorConfig, HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig,
     parse_interval,
+    policy::{GroupTable, KeptTable, Policies, Replicating, Retaining, WindowTable, bandwidth},
 };
 use crate::{
-    base::{
-        ids::Name,
-        limits::{KEEP_HOURS_MAX, KEEP_NEWEST_MAX},
-        units::parse_size,
-    },
+    base::{ids::Name, units::parse_size},
     delta::policy::Setting,
     disk::image::Format,
     net,
     node::{
         images::{ImageConfig, ImageError},
+        policy::Limit,
         primary::ShowConfig,
         sync_flush::SyncOnFlush,
     },
-    replica::Retention,
     shim::{Owner, THREADS_DEFAULT, Visibility},
 };
 
@@ -110,6 +120,12 @@ struct HostTable {
     #[serde(default, deserialize_with = "text")]
     compression: Option<Setting>,
     sync_on_flush: Option<SyncOnFlush>,
+    #[serde(default, deserialize_with = "text")]
+    bandwidth: Option<Limit>,
+    #[serde(default)]
+    bandwidth_windows: Vec<WindowTable>,
+    #[serde(default)]
+    groups: BTreeMap<Name, GroupTable>,
     #[serde(default)]
     replicas: ReplicasTable,
     #[serde(default)]
@@ -126,15 +142,15 @@ struct HostTable {
 struct ReplicasTable {
     #[serde(default, deserialize_with = "text")]
     format: Option<Format>,
-    #[serde(default)]
-    keep: u32,
-    #[serde(default)]
-    hourly: u32,
+    keep: Option<u32>,
+    hourly: Option<u32>,
     #[serde(default, deserialize_with = "size")]
     space_max: Option<u64>,
     #[serde(default)]
     seed: bool,
     tests: Option<PathBuf>,
+    #[serde(default)]
+    machines: BTreeMap<Name, KeptTable>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -164,11 +180,16 @@ struct MachineTable {
     owner: Option<Owner>,
     threads: Option<usize>,
     peer: Option<Name>,
+    group: Option<Name>,
     #[serde(default, deserialize_with = "interval")]
     interval: Option<Duration>,
     #[serde(default, deserialize_with = "text")]
     compression: Option<Setting>,
     sync_on_flush: Option<SyncOnFlush>,
+    #[serde(default, deserialize_with = "text")]
+    bandwidth: Option<Limit>,
+    #[serde(default)]
+    bandwidth_windows: Vec<WindowTable>,
 }
 
 /// Reads the configuration at `path`.
@@ -195,7 +216,7 @@ fn parse(text: &str, path: &Path) -> Result<HostConfig, ConfigError> {
 }
 
 /// The key of a value that makes no sense, and why it does not.
-type Wrong = (String, String);
+pub(super) type Wrong = (String, String);
 
 impl HostTable {
     /// What it means, with paths below `from`.
@@ -215,29 +236,30 @@ impl HostTable {
             );
             return Err(("operators".into(), why));
         }
-        let replication = ReplicationConfig {
-            interval: self
-                .interval
-                .unwrap_or_else(|| ReplicationConfig::default().interval),
-            compression: self.compression.unwrap_or(Setting::Auto),
+        let replicating = Replicating {
+            interval: self.interval,
+            compression: self.compression,
             sync_on_flush: self.sync_on_flush,
         };
+        let (keeping, kept) = self.replicas.config(from)?;
+        let policies = Policies::new(replicating, keeping.clone(), self.groups)?;
         let peers = self.peers.into_iter();
         let peers = peers
             .map(|(name, peer)| Ok((name.clone(), peer.config(&name)?)))
             .collect::<Result<BTreeMap<_, _>, Wrong>>()?;
-        let mut machines = BTreeMap::new();
+        let (mut machines, mut replications) = (BTreeMap::new(), BTreeMap::new());
         for (name, machine) in self.machines {
+            let within = |(key, why): Wrong| (format!("machines.{name}.{key}"), why);
             if let Some(peer) = machine
                 .peer
                 .as_ref()
                 .filter(|peer| !peers.contains_key(*peer))
             {
                 let why = format!("there is no [peers.{peer}]");
-                return Err((format!("machines.{name}.peer"), why));
+                return Err(within(("peer".into(), why)));
             }
-            let machine = machine.config(from, replication);
-            let machine = machine.map_err(|(key, why)| (format!("machines.{name}.{key}"), why))?;
+            let machine = machine.config(from, &policies).map_err(within)?;
+            replications.insert(name.clone(), machine.replication.clone());
             machines.insert(name, machine);
         }
         Ok(HostConfig {
@@ -250,8 +272,11 @@ impl HostTable {
                 .coordinator
                 .map(|coordinator| coordinator.config(from))
                 .transpose()?,
-            keeping: self.replicas.config(from)?,
-            replication,
+            bandwidth: bandwidth(self.bandwidth, self.bandwidth_windows)?,
+            kept: policies.kept(kept, &replications)?,
+            replication: policies.default(),
+            groups: policies.bandwidths,
+            keeping,
             tolerant: true,
             machines,
         })
@@ -284,33 +309,27 @@ impl PeerTable {
 }
 
 impl ReplicasTable {
-    fn config(self, from: &Path) -> Result<Keeping, Wrong> {
-        for (key, value, most) in [
-            ("keep", self.keep, KEEP_NEWEST_MAX),
-            ("hourly", self.hourly, KEEP_HOURS_MAX),
-        ] {
-            if value > most {
-                return Err((
-                    format!("replicas.{key}"),
-                    format!("{value} is more than {most}"),
-                ));
-            }
-        }
-        Ok(Keeping {
-            format: self.format,
-            retention: Retention {
-                newest: self.keep,
-                hourly: self.hourly,
-            },
+    /// How replicas are kept, and which of them differently.
+    fn config(self, from: &Path) -> Result<(Keeping, BTreeMap<Name, KeptTable>), Wrong> {
+        let retaining = Retaining {
+            keep: self.keep,
+            hourly: self.hourly,
             space_max: self.space_max,
+        };
+        let keeping = Keeping {
+            format: self.format,
             seed: self.seed,
             tests: self.tests.map(|tests| from.join(tests)),
-        })
+            ..Keeping::default()
+        };
+        let keeping = retaining.over(&keeping);
+        let keeping = keeping.map_err(|(key, why)| (format!("replicas.{key}"), why))?;
+        Ok((keeping, self.machines))
     }
 }
 
 impl MachineTable {
-    fn config(self, from: &Path, host: ReplicationConfig) -> Result<MachineConfig, Wrong> {
+    fn config(self, from: &Path, policies: &Policies) -> Result<MachineConfig, Wrong> {
         let threads = self.threads.unwrap_or(THREADS_DEFAULT);
         if !(1..=THREADS_MAX).contains(&threads) {
             let why = format!("{threads} is not between 1 and {THREADS_MAX}");
@@ -323,6 +342,13 @@ impl MachineTable {
             let why = "there is no replica to be in sync with: name the peer";
             return Err(("sync-on-flush".into(), why.into()));
         }
+        let replicating = Replicating {
+            interval: self.interval,
+            compression: self.compression,
+            sync_on_flush: self.sync_on_flush,
+        };
+        let bandwidth = bandwidth(self.bandwidth, self.bandwidth_windows)?;
+        let replication: ReplicationConfig = policies.of(self.group, replicating, bandwidth)?;
         let parents = self.parents.map(|parents| from.join(parents));
         let image = |image: PathBuf| {
             let config = ImageConfig::new(from.join(image), self.format)?;
@@ -343,16 +369,12 @@ impl MachineTable {
                 ..ShowConfig::new(from.join(self.at))
             },
             peer: self.peer,
-            replication: ReplicationConfig {
-                interval: self.interval.unwrap_or(host.interval),
-                compression: self.compression.unwrap_or(host.compression),
-                sync_on_flush: self.sync_on_flush.or(host.sync_on_flush),
-            },
+            replication,
         })
     }
 }
 
-fn text<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+pub(super) fn text<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     D: serde::Deserializer<'de>,
     T: FromStr<Err: std::fmt::Display>,
@@ -362,13 +384,24 @@ where
     })
 }
 
-fn interval<'de, D: serde::Deserializer<'de>>(
+pub(super) fn required<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: FromStr<Err: std::fmt::Display>,
+{
+    let value = text(deserializer)?;
+    Ok(value.expect("a text that was read is there"))
+}
+
+pub(super) fn interval<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<Duration>, D::Error> {
     by(deserializer, parse_interval)
 }
 
-fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+pub(super) fn size<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<u64>, D::Error> {
     by(deserializer, parse_size)
 }
 
@@ -383,6 +416,7 @@ fn by<'de, D: serde::Deserializer<'de>, T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::replica::Retention;
 
     const FULL: &str = r#"
         store = "store"
@@ -435,6 +469,121 @@ mod tests {
         assert_eq!(coordinator.identity, Path::new("/etc/understudy/coord"));
         assert_eq!(coordinator.hosts.len(), 1);
         assert_eq!(host.operators, [Name::new("coord").unwrap()].into());
+    }
+
+    const GROUPS: &str = r#"
+        store = "store"
+        identity = "a"
+        interval = "2s"
+        bandwidth = "50M"
+        [groups.gold]
+        interval = "500ms"
+        sync-on-flush = "strict"
+        bandwidth = "20M"
+        bandwidth-windows = [
+            { from = "08:00", to = "18:00", days = "mon-fri", limit = "5M" },
+            { from = "22:00", to = "06:00", limit = "none" },
+        ]
+        keep = 7
+        space-max = "1G"
+        [groups.slow]
+        compression = "none"
+        [peers.b]
+        [replicas]
+        keep = 3
+        hourly = 2
+        format = "raw"
+        [replicas.machines.mail]
+        group = "gold"
+        hourly = 24
+        [replicas.machines.web]
+        keep = 9
+        [machines.web]
+        images = ["web.raw"]
+        at = "web"
+        peer = "b"
+        group = "gold"
+        interval = "100ms"
+        bandwidth = "1M"
+        [machines.db]
+        images = ["db.raw"]
+        at = "db"
+        peer = "b"
+        group = "slow"
+        [machines.lone]
+        images = ["lone.raw"]
+        at = "lone"
+    "#;
+
+    #[test]
+    fn machines_inherit_from_their_group_and_it_from_the_host() {
+        let host = parsed(GROUPS).unwrap();
+        let name = |text: &str| Name::new(text).unwrap();
+        let millis = |text: &str| host.replication_of(&name(text)).interval.as_millis();
+        assert_eq!(millis("web"), 100, "its own");
+        assert_eq!(millis("mail"), 500, "its group's, once it came to here");
+        assert_eq!(millis("db"), 2000, "the host's, through a silent group");
+        assert_eq!(millis("lone"), 2000);
+        assert_eq!(millis("stranger"), 2000);
+        let sync = |text: &str| host.replication_of(&name(text)).sync_on_flush;
+        assert_eq!(sync("web"), Some(SyncOnFlush::Strict));
+        assert_eq!(sync("db"), None);
+        let kept = |text: &str| {
+            let keeping = host.keeping_of(&name(text));
+            let Retention { newest, hourly } = keeping.retention;
+            assert_eq!(keeping.format, Some(Format::Raw));
+            (newest, hourly, keeping.space_max)
+        };
+        assert_eq!(kept("mail"), (7, 24, Some(1 << 30)));
+        assert_eq!(kept("web"), (9, 2, Some(1 << 30)));
+        assert_eq!(kept("stranger"), (3, 2, None));
+        assert_eq!(
+            host.describe(),
+            [
+                "host: 50.0 MiB/s",
+                "group gold: together 20.0 MiB/s; 5.00 MiB/s from 08:00 to 18:00 UTC, mon,tue,wed,thu,fri; \
+                 no limit from 22:00 to 06:00 UTC, every day",
+                "group slow: together no limit",
+                "machine db: replicates to b every 2s, compression none, no limit (group slow)",
+                "machine lone: not replicated",
+                "machine web: replicates to b every 100ms, compression auto, sync-on-flush strict, 1.00 MiB/s (group gold)",
+                "replicas: the latest point, the 3 newest beside it, 2 hourly ones, as raw",
+                "replica of db: the latest point, the 3 newest beside it, 2 hourly ones, as raw",
+                "replica of mail: the latest point, the 7 newest beside it, 24 hourly ones, in 1.00 GiB at most, as raw; \
+                 after a failover to here it replicates every 500ms, compression auto, sync-on-flush strict, no limit \
+                 (group gold)",
+                "replica of web: the latest point, the 9 newest beside it, 2 hourly ones, in 1.00 GiB at most, as raw",
+            ]
+        );
+    }
+
+    #[test]
+    fn policies_that_make_no_sense_are_named() {
+        for (was, is, said) in [
+            (
+                "group = \"slow\"",
+                "group = \"silver\"",
+                "machines.db.group: there is no [groups.silver]",
+            ),
+            (
+                "[groups.slow]",
+                "[groups.slow]\nretention = 3",
+                "unknown field `retention`",
+            ),
+            ("\"50M\"", "\"50MB/s\"", "bytes per second"),
+            ("\"50M\"", "\"1K\"", "is not between 64.0 KiB/s"),
+            ("\"18:00\"", "\"08:00\"", "groups.gold.bandwidth-windows"),
+            ("mon-fri", "weekdays", "is not a day"),
+            ("keep = 7", "keep = 70000", "groups.gold.keep"),
+            ("keep = 9", "keep = 70000", "replicas.machines.web.keep"),
+            ("keep = 9", "group = \"slow\"", "a machine has one group"),
+            ("hourly = 24", "houry = 24", "unknown field `houry`"),
+        ] {
+            let text = GROUPS.replacen(was, is, 1);
+            assert_ne!(text, GROUPS, "{was}");
+            let why = parsed(&text).map(|_| ()).unwrap_err();
+            assert!(why.contains(said), "{is}: {why}");
+        }
     }
 
     #[test]

@@ -213,10 +213,7 @@ impl Member {
     }
 
     pub(super) fn replication(&self) -> ReplicationConfig {
-        let configured = self.shared.config.machines.get(&self.name);
-        configured.map_or(self.shared.config.replication, |machine| {
-            machine.replication
-        })
+        self.shared.config.replication_of(&self.name).clone()
     }
 
     /// The other host, if it can be called.

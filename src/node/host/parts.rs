@@ -68,11 +68,13 @@ impl Member {
             return Ok(());
         }
         if let Some(callee) = self.callee() {
+            let replication = self.replication();
+            let pacing = (self.shared.limiters).pacing(&replication, &self.shared.clock);
             let ReplicationConfig {
                 interval,
                 compression,
                 ..
-            } = self.replication();
+            } = replication;
             let subject = Subject {
                 id: record.id,
                 name: self.name.clone(),
@@ -95,6 +97,7 @@ impl Member {
                 callee,
                 interval,
                 compression,
+                pacing,
             };
             serving.primary.replicate(subject, target, host)?;
         } else {
@@ -224,7 +227,7 @@ impl Member {
             ledger: Arc::clone(&shared.ledger),
             ids: Arc::clone(&shared.ids),
             clock: Arc::clone(&shared.clock),
-            keeping: shared.config.keeping.clone(),
+            keeping: shared.config.keeping_of(&self.name).clone(),
             locks,
         };
         Served::open(opening).map_err(StartError::other)

@@ -48,6 +48,9 @@ impl Primary {
             traffic(&progress, tracked)
         });
         traffic.written = latency.bytes();
+        traffic.rate = progress.meter.rate(self.clock.monotonic());
+        let wall = self.clock.wall();
+        traffic.limit = running.and_then(|running| running.pacing.limit(wall));
         MachineStatus {
             name: self.name.clone(),
             id: tracked.map(|tracked| tracked.machine.id()),
@@ -122,6 +125,7 @@ fn traffic(progress: &Progress, tracked: &Tracked) -> TrafficStatus {
         folded: counters.folded_blocks * BLOCK_BYTES,
         epochs: progress.epochs,
         merged: counters.merged_epochs,
+        ..TrafficStatus::default()
     }
 }
 
