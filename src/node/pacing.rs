@@ -171,22 +171,6 @@ mod tests {
     }
 
     #[test]
-    fn nobody_starves_beside_many_who_take_little() {
-        let clock = Arc::new(ManualClock::default());
-        let host = limiter("10M");
-        let pacing = |own: &str| {
-            let limiters = vec![Arc::clone(&host), limiter(own)];
-            Pacing::new(limiters, Arc::clone(&clock) as Arc<dyn Clock>)
-        };
-        // Together they could take all there is, and they are asked first.
-        let small: Vec<_> = (0..20).map(|_| pacing("1M")).collect();
-        let large = pacing("none");
-        let everybody: Vec<_> = small.iter().chain([&large]).collect();
-        let sums = sent(&everybody, &clock, Duration::from_secs(100));
-        assert!(sums[20] > 10 * MIB, "{sums:?}");
-    }
-
-    #[test]
     fn a_window_takes_effect_when_it_begins() {
         let clock = Arc::new(ManualClock::default());
         let windows = [("00:00", "00:01", "1M"), ("00:02", "00:03", "none")];
