@@ -1,11 +1,7 @@
 //! `understudy mount`: a node with one machine, from flags.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
-    path::PathBuf,
-    str::FromStr as _,
-    sync::Arc,
+    collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr as _, sync::Arc,
     time::Duration,
 };
 
@@ -24,10 +20,8 @@ use crate::{
     node::{
         self,
         control::{Operate, requests},
-        host::{
-            Host, HostConfig, Keeping, MachineConfig, PeerConfig, ReplicationConfig, parse_interval,
-        },
-        policy::{Bandwidth, Limit},
+        host::{Host, HostConfig, MachineConfig, PeerConfig, ReplicationConfig, parse_interval},
+        policy::Limit,
         primary::{ImageConfig, Primary, PrimaryError, ShowConfig},
         sync_flush::SyncOnFlush,
     },
@@ -270,19 +264,13 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         replication: replication.clone(),
     };
     let config = Box::new(HostConfig {
-        store: state.join(machine.as_str()),
         identity: args.identity,
         listen: args.listen,
         peers,
-        operators: BTreeSet::new(),
-        coordinator: None,
-        bandwidth: Bandwidth::default(),
-        groups: BTreeMap::new(),
-        keeping: Keeping::default(),
         replication,
-        kept: BTreeMap::new(),
         tolerant: false,
         machines: [(machine.clone(), configured)].into_iter().collect(),
+        ..HostConfig::new(state.join(machine.as_str()))
     });
     Ok(What::Host { machine, config })
 }

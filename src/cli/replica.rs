@@ -1,10 +1,6 @@
 //! `understudy replica`: a node that receives machines.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
-    path::PathBuf,
-};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use super::{hosting, output::Output};
 use crate::{
@@ -17,8 +13,7 @@ use crate::{
     net,
     node::{
         self,
-        host::{HostConfig, Keeping, PeerConfig, ReplicationConfig},
-        policy::Bandwidth,
+        host::{HostConfig, Keeping, PeerConfig},
     },
     replica::Retention,
 };
@@ -92,14 +87,9 @@ fn config(args: ReplicaArgs) -> HostConfig {
         );
     }
     HostConfig {
-        store: args.store,
         identity: Some(args.identity),
         listen: Some(args.listen),
         peers,
-        operators: BTreeSet::new(),
-        coordinator: None,
-        bandwidth: Bandwidth::default(),
-        groups: BTreeMap::new(),
         keeping: Keeping {
             format: args.format,
             retention: Retention {
@@ -110,10 +100,7 @@ fn config(args: ReplicaArgs) -> HostConfig {
             seed: args.seed,
             tests: args.tests,
         },
-        replication: ReplicationConfig::default(),
-        kept: BTreeMap::new(),
-        tolerant: true,
-        machines: BTreeMap::new(),
+        ..HostConfig::new(args.store)
     }
 }
 

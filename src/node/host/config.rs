@@ -49,6 +49,25 @@ pub struct HostConfig {
 }
 
 impl HostConfig {
+    /// A host without machines that calls nobody and listens to nobody.
+    pub fn new(store: PathBuf) -> Self {
+        Self {
+            store,
+            identity: None,
+            listen: None,
+            peers: BTreeMap::new(),
+            operators: BTreeSet::new(),
+            coordinator: None,
+            bandwidth: Bandwidth::default(),
+            groups: BTreeMap::new(),
+            keeping: Keeping::default(),
+            replication: ReplicationConfig::default(),
+            kept: BTreeMap::new(),
+            tolerant: true,
+            machines: BTreeMap::new(),
+        }
+    }
+
     /// How a machine replicates when it is written here.
     pub fn replication_of(&self, machine: &Name) -> &ReplicationConfig {
         let own = self.machines.get(machine).map(|own| &own.replication);
