@@ -74,7 +74,7 @@
 //! | 1 | [`storage`]: bytes that last; [`delta`]: the `.hrl` codec; [`protocol`]: messages, sender, receiver |
 //! | 2 | [`disk`]: what a guest sees; [`track`]: which blocks changed |
 //! | 3 | [`volume`]: a disk that remembers; [`replica`]: stage, points, views, thinning, merge; [`coord`]: states and health |
-//! | 4 | [`shim`]: FUSE; [`net`]: QUIC; [`mod@bench`]: measuring |
+//! | 4 | [`shim`]: FUSE; [`net`]: QUIC; [`mod@bench`]: measuring; [`testing`]: the simulator |
 //! | 5 | [`node`]: configuration, loops, control socket |
 //! | 6 | [`cli`]: the verbs |
 //!
@@ -111,6 +111,7 @@ pub mod volume;
 pub mod bench;
 pub mod net;
 pub mod shim;
+pub mod testing;
 
 pub mod node;
 

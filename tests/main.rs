@@ -13,6 +13,7 @@ mod mount;
 mod net;
 mod replicate;
 mod roles;
+mod simulate;
 mod staging;
 mod support;
 mod swap;
