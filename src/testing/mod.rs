@@ -14,6 +14,7 @@
 //!              medium (memory, faults)   medium (memory, faults)      what was told to be written, durable, staged
 //! ```
 //! What is checked, and what is not simulated, stands in `tests/README.md`.
+#![forbid(unsafe_code)]
 
 mod content;
 mod conversation;
