@@ -82,7 +82,7 @@
 //! | 1 | [`storage`]: bytes that last; [`delta`]: the `.hrl` codec; [`protocol`]: messages, sender, receiver |
 //! | 2 | [`disk`]: what a guest sees; [`track`]: which blocks changed |
 //! | 3 | [`volume`]: a disk that remembers; [`replica`]: stage, points, views, thinning, merge; [`coord`]: roles, health, jobs, plans |
-//! | 4 | [`shim`]: FUSE; [`net`]: QUIC; [`mod@bench`]: measuring |
+//! | 4 | [`shim`]: FUSE; [`net`]: QUIC; [`mod@bench`]: measuring; [`testing`]: the simulator |
 //! | 5 | [`node`]: configuration, loops, control socket, coordinator |
 //! | 6 | [`cli`]: the verbs |
 //!
@@ -122,6 +122,7 @@ pub mod volume;
 pub mod bench;
 pub mod net;
 pub mod shim;
+pub mod testing;
 
 pub mod node;
 

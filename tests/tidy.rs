@@ -7,7 +7,7 @@ use std::{
 };
 
 /// The floor of each module; a module uses strictly lower floors only.
-const FLOORS: [(&str, u32); 16] = [
+const FLOORS: [(&str, u32); 17] = [
     ("base", 0),
     ("storage", 1),
     ("delta", 1),
@@ -20,6 +20,7 @@ const FLOORS: [(&str, u32); 16] = [
     ("shim", 4),
     ("net", 4),
     ("bench", 4),
+    ("testing", 4),
     ("web", 4),
     ("node", 5),
     ("cli", 6),

@@ -112,7 +112,9 @@ fn what_changed_behind_the_back_is_found_and_sent_alone() {
             .contains("was changed while nobody tracked it"),
         "{resync:?}"
     );
-    assert_eq!((resync.total, resync.read <= 64 * MIB), (64 * MIB, true));
+    // What the guest wrote before the link stood is owed, and no suspect.
+    assert!((60 * MIB..=64 * MIB).contains(&resync.total), "{resync:?}");
+    assert!(resync.read <= 64 * MIB, "{resync:?}");
     // The guest's blocks are known to differ; of the others the three.
     assert!(resync.compared >= 60 * MIB, "{resync:?}");
     assert!(

@@ -31,7 +31,9 @@ impl VhdxDisk {
         }
         self.running.check()?;
         if !self.journal.has_begun() {
-            return Ok(());
+            // Nothing was written since the image was opened. A process that was killed before may have: what it wrote
+            // into present blocks is in no log, and not durable yet.
+            return self.sync();
         }
         // Who finds a checkpoint under way leaves the rest to it and only syncs.
         let Some(mut placed) = self.checkpoint.try_lock() else {
@@ -85,6 +87,8 @@ impl VhdxDisk {
                 self.running.stop("closing the image failed");
                 failed("flush", 0)(source)
             })?;
+        } else {
+            self.sync()?;
         }
         self.running.close();
         Ok(())

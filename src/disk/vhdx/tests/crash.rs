@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     base::units::Extent,
     disk::{
-        Space,
+        Fua, Space,
         histories::{self, Model, Op, assert_a_failed_sync_stops, run},
     },
     storage::memory::{MemoryStorage, Power},
@@ -161,6 +161,34 @@ fn an_image_is_complete_or_none_while_it_is_made() {
                 break;
             }
         }
+    }
+}
+
+/// What a killed process wrote is in the page cache, and its guest goes on in the next one: a flush there, with nothing
+/// written since, must make it durable. It returned at once, since no log had begun, and a power cut took the writes.
+#[test]
+fn a_flush_after_a_kill_covers_what_the_killed_process_wrote() {
+    for close in [false, true] {
+        let power = Power::new();
+        let storage = new_image(&power, &options(SIZE, Kind::Dynamic));
+        let disk = open(&storage).unwrap();
+        disk.write_at(0, &[1; 8192], Fua::No).unwrap();
+        disk.flush().unwrap();
+        disk.write_at(0, &[2; 4096], Fua::No).unwrap();
+        drop(disk);
+        let disk = open(&storage).unwrap();
+        if close {
+            disk.close().unwrap();
+        } else {
+            disk.flush().unwrap();
+        }
+        drop(disk);
+        power.restore(&mut || false);
+        let mut bytes = [0; 8192];
+        let disk = open(&storage).unwrap();
+        disk.read_at(0, &mut bytes).unwrap();
+        assert!(bytes[..4096] == [2; 4096], "closed: {close}");
+        assert!(bytes[4096..] == [1; 4096]);
     }
 }
 

@@ -1,0 +1,315 @@
+//! What a host's bytes lie on: the storage in memory, with the death of the process and failing calls added.
+//!
+//! [`Power`] knows what a power cut leaves. A [`Medium`] adds the rest: after a number of changing calls the process is
+//! dead and every call fails, so that a kill and a power cut can come between any two steps of an operation; one call on a
+//! kind of file fails, a write torn; a sync fails; no space is left.
+
+use std::{
+    io,
+    sync::{Arc, Weak},
+};
+
+use parking_lot::Mutex;
+
+use crate::{
+    base::units::{Extent, SECTOR_BYTES, to_u64, to_usize},
+    storage::{
+        Folder, Fua, Open, Space, Storage,
+        memory::{MemoryFolder, Power},
+    },
+};
+
+/// Files that fail apart from each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Kind {
+    Ledger,
+    Image,
+    Log,
+    Tracking,
+}
+
+impl Kind {
+    fn of(folder: Option<Self>, name: &str) -> Self {
+        let log = [".hrl", ".part"].iter().any(|end| name.ends_with(end));
+        match folder {
+            Some(kind) => kind,
+            None if log => Self::Log,
+            None if name.starts_with("node.redb") => Self::Ledger,
+            None => Self::Image,
+        }
+    }
+}
+
+/// A call that fails once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Fault {
+    Read,
+    /// Of a write some sectors may have arrived.
+    Write,
+    Sync,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Changing calls so far.
+    calls: u64,
+    dies_at: Option<u64>,
+    /// The fault that waits for its call, and how many such calls go well before.
+    fault: Option<(Kind, Fault, u64)>,
+    /// Delta logs find no space.
+    full: bool,
+    /// Syncs of delta logs are answered and not made.
+    forgets_logs: bool,
+}
+
+/// The disks of one host.
+#[derive(Debug)]
+pub(super) struct Medium {
+    pub(super) power: Arc<Power>,
+    state: Mutex<State>,
+}
+
+fn dead() -> io::Error {
+    io::Error::other("the process is dead")
+}
+
+fn broken(what: &str) -> io::Error {
+    io::Error::other(format!("an injected fault: {what}"))
+}
+
+impl Medium {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            power: Power::new(),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Lets so many more changing calls happen; then the process is dead.
+    pub(super) fn die_after(&self, calls: u64) {
+        let mut state = self.state.lock();
+        state.dies_at = Some(state.calls + calls);
+    }
+
+    pub(super) fn is_dead(&self) -> bool {
+        let state = self.state.lock();
+        state.dies_at.is_some_and(|at| state.calls >= at)
+    }
+
+    /// Lets a process go: what its end would still write does not arrive. The next one finds the files as they are.
+    pub(super) fn end_process(&self, end: impl FnOnce()) {
+        self.die_after(0);
+        end();
+        let mut state = self.state.lock();
+        state.dies_at = None;
+        state.fault = None;
+    }
+
+    pub(super) fn forget_log_syncs(&self, forgets: bool) {
+        self.state.lock().forgets_logs = forgets;
+    }
+
+    pub(super) fn fail(&self, kind: Kind, fault: Fault, after: u64) {
+        self.state.lock().fault = Some((kind, fault, after));
+    }
+
+    pub(super) fn set_full(&self, full: bool) {
+        self.state.lock().full = full;
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.state.lock().full
+    }
+
+    /// No fault waits any more, no death either, and there is space.
+    pub(super) fn mend(&self) {
+        let mut state = self.state.lock();
+        state.fault = None;
+        state.full = false;
+        state.dies_at = None;
+    }
+
+    /// Changing calls so far: two runs that are equal have made equally many.
+    pub(super) fn calls(&self) -> u64 {
+        self.state.lock().calls
+    }
+
+    fn read(&self, kind: Kind) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if state.dies_at.is_some_and(|at| state.calls >= at) {
+            return Err(dead());
+        }
+        if state.due(kind, Fault::Read) {
+            return Err(broken("read"));
+        }
+        Ok(())
+    }
+
+    /// Counts a changing call; whether it fails although the process lives.
+    fn change(&self, kind: Kind, fault: Option<Fault>) -> io::Result<bool> {
+        let mut state = self.state.lock();
+        if state.dies_at.is_some_and(|at| state.calls >= at) {
+            return Err(dead());
+        }
+        state.calls += 1;
+        if state.full && kind == Kind::Log && fault == Some(Fault::Write) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(fault.is_some_and(|fault| state.due(kind, fault)))
+    }
+}
+
+impl State {
+    fn due(&mut self, kind: Kind, fault: Fault) -> bool {
+        match &mut self.fault {
+            Some((of, what, after)) if (*of, *what) == (kind, fault) => {
+                if *after > 0 {
+                    *after -= 1;
+                    return false;
+                }
+                self.fault = None;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// A folder on a medium.
+#[derive(Debug)]
+pub(super) struct MediumFolder {
+    me: Weak<Self>,
+    medium: Arc<Medium>,
+    inner: Arc<MemoryFolder>,
+    /// What its files are, if they are all alike.
+    kind: Option<Kind>,
+}
+
+impl MediumFolder {
+    pub(super) fn new(medium: &Arc<Medium>, kind: Option<Kind>) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            medium: Arc::clone(medium),
+            inner: MemoryFolder::new(&medium.power),
+            kind,
+        })
+    }
+}
+
+impl Folder for MediumFolder {
+    fn open(&self, name: &str, how: Open) -> io::Result<Arc<dyn Storage>> {
+        let kind = Kind::of(self.kind, name);
+        let there = self.inner.open(name, Open::Read).is_ok();
+        if !there && matches!(how, Open::CreateNew | Open::Create) {
+            if self.medium.change(kind, Some(Fault::Write))? {
+                return Err(broken("create"));
+            }
+        } else {
+            self.medium.read(kind)?;
+        }
+        let inner = self.inner.open(name, how)?;
+        Ok(Arc::new(MediumFile {
+            medium: Arc::clone(&self.medium),
+            inner,
+            kind,
+        }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let kind = Kind::of(self.kind, from);
+        if self.medium.change(kind, Some(Fault::Write))? {
+            return Err(broken("rename"));
+        }
+        self.inner.rename(from, to)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.medium.change(Kind::of(self.kind, name), None)?;
+        self.inner.remove(name)
+    }
+
+    fn names(&self) -> io::Result<Vec<String>> {
+        self.medium.read(self.kind.unwrap_or(Kind::Log))?;
+        self.inner.names()
+    }
+
+    fn folder(&self, _: &str) -> io::Result<Arc<dyn Folder>> {
+        let me = self.me.upgrade();
+        me.map(|me| me as Arc<dyn Folder>).ok_or_else(dead)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self
+            .medium
+            .change(self.kind.unwrap_or(Kind::Log), Some(Fault::Sync))?
+        {
+            return Err(broken("sync"));
+        }
+        self.inner.sync()
+    }
+}
+
+#[derive(Debug)]
+struct MediumFile {
+    medium: Arc<Medium>,
+    inner: Arc<dyn Storage>,
+    kind: Kind,
+}
+
+impl Storage for MediumFile {
+    fn len(&self) -> io::Result<u64> {
+        self.medium.read(self.kind)?;
+        self.inner.len()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.medium.read(self.kind)?;
+        self.inner.read_at(offset, buf)
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
+        let fails = self.medium.change(self.kind, Some(Fault::Write))?;
+        if !fails {
+            return self.inner.write_at(offset, buf, fua);
+        }
+        // Every second failing write is torn in the middle, at a sector of the file.
+        if self.medium.calls().is_multiple_of(2) {
+            let half = offset + to_u64(buf.len()) / 2;
+            let part = (half / SECTOR_BYTES * SECTOR_BYTES).saturating_sub(offset);
+            self.inner
+                .write_at(offset, &buf[..to_usize(part)], Fua::No)?;
+        }
+        Err(broken("write"))
+    }
+
+    fn zero(&self, run: Extent, space: Space) -> io::Result<()> {
+        let fails = self.medium.change(self.kind, Some(Fault::Write))?;
+        if fails {
+            return Err(broken("zero"));
+        }
+        self.inner.zero(run, space)
+    }
+
+    fn data_after(&self, offset: u64) -> io::Result<Option<Extent>> {
+        self.medium.read(self.kind)?;
+        self.inner.data_after(offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let fails = self.medium.change(self.kind, Some(Fault::Write))?;
+        if fails {
+            return Err(broken("set length"));
+        }
+        self.inner.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self.medium.change(self.kind, Some(Fault::Sync))? {
+            return Err(broken("sync"));
+        }
+        if self.kind == Kind::Log && self.medium.state.lock().forgets_logs {
+            return Ok(());
+        }
+        self.inner.sync()
+    }
+}
