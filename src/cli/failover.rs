@@ -11,9 +11,12 @@ use super::{
 };
 use crate::{
     base::{ids::Name, units::Epoch},
-    node::control::{
-        self, CancelRequest, ClientError, FailoverKind, FailoverReport, FailoverRequest,
-        ReverseRequest, TestRequest,
+    node::{
+        control::{
+            self, CancelRequest, FailoverKind, FailoverReport, FailoverRequest, ReverseRequest,
+            TestRequest,
+        },
+        status::NodeStatus,
     },
 };
 
@@ -214,32 +217,21 @@ pub(super) async fn socket_of(asked: &Asked) -> anyhow::Result<PathBuf> {
     if let Some(socket) = &asked.control {
         return Ok(socket.clone());
     }
-    let mut nodes = 0;
-    let mut found: Vec<PathBuf> = Vec::new();
-    let mut coordinators: Vec<PathBuf> = Vec::new();
-    for socket in control::sockets() {
-        match control::ask_status(&socket).await {
-            Ok(node) => {
-                nodes += 1;
-                let mut machines = node.machines.iter();
-                if machines.any(|known| known.name == asked.machine) {
-                    found.push(socket);
-                } else if !node.coordinates.is_empty() {
-                    coordinators.push(socket);
-                }
-            }
-            // A socket that a killed node left behind answers nobody.
-            Err(ClientError::Connect { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
+    let nodes = super::nodes().await?;
+    let none = nodes.is_empty();
+    let has = |node: &NodeStatus| {
+        let mut machines = node.machines.iter();
+        machines.any(|known| known.name == asked.machine)
+    };
+    let (mut found, others): (Vec<_>, Vec<_>) = nodes.into_iter().partition(|(_, node)| has(node));
     if found.is_empty() {
         // Whoever has no part in it may know the hosts that have.
-        found = coordinators;
+        found = others;
+        found.retain(|(_, node)| !node.coordinates.is_empty());
     }
     match &found[..] {
-        [socket] => Ok(socket.clone()),
-        [] if nodes == 0 => bail!("no node runs on this host"),
+        [(socket, _)] => Ok(socket.clone()),
+        [] if none => bail!("no node runs on this host"),
         [] => Err(refused(format!(
             "no node of this host has a machine called {}",
             asked.machine

@@ -12,7 +12,7 @@ use crate::{
     base::ids::Name,
     coord::job::{At, Deed, JobId, Outcome, Step, StepState},
     node::{
-        control::{self, ClientError},
+        control::ClientError,
         coordinator::{JobStatus, JobSummary, ask_cancel_job, ask_continue_job, ask_job, ask_jobs},
     },
 };
@@ -115,20 +115,12 @@ impl AtCoordinator {
         if let Some(socket) = &self.control {
             return Ok(socket.clone());
         }
-        let mut nodes = Vec::new();
-        for socket in control::sockets() {
-            match control::ask_status(&socket).await {
-                Ok(node) => nodes.push((socket, node.coordinates.is_empty())),
-                // A socket that a killed node left behind answers nobody.
-                Err(ClientError::Connect { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
+        let mut nodes = super::nodes().await?;
         if nodes.is_empty() {
             bail!("no node runs on this host");
         }
         if nodes.len() > 1 {
-            nodes.retain(|(_, alone)| !alone);
+            nodes.retain(|(_, node)| !node.coordinates.is_empty());
         }
         match &nodes[..] {
             [(socket, _)] => Ok(socket.clone()),

@@ -22,12 +22,17 @@ pub mod serve;
 pub mod status;
 pub mod verify;
 
-use std::{fmt, io::IsTerminal as _, process::ExitCode};
+use std::{fmt, io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 
 use self::output::Output;
-use crate::node::{convert::ConvertError, images::ImageError};
+use crate::node::{
+    control::{self, ClientError},
+    convert::ConvertError,
+    images::ImageError,
+    status::NodeStatus,
+};
 
 /// Disaster recovery for the disks of virtual machines: mount VM disks, track every write, replicate, fail over.
 #[derive(Debug, Parser)]
@@ -134,6 +139,19 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Reverse(args) => runtime()?.block_on(failover::reverse(&args, out)),
         Verb::Resize(args) => runtime()?.block_on(resize::run(&args, out)),
     }
+}
+
+/// All nodes of this host, with their control sockets. A socket that a killed node left behind answers nobody: it is no node.
+async fn nodes() -> Result<Vec<(PathBuf, NodeStatus)>, ClientError> {
+    let mut nodes = Vec::new();
+    for socket in control::sockets() {
+        match control::ask_status(&socket).await {
+            Ok(node) => nodes.push((socket, node)),
+            Err(ClientError::Connect { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(nodes)
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {

@@ -61,21 +61,13 @@ async fn ask(args: &StatusArgs) -> anyhow::Result<Vec<NodeStatus>> {
                 .context("is the node running?")?,
         ]);
     }
-    let mut nodes = Vec::new();
-    for socket in control::sockets() {
-        // A socket that a killed node left behind answers nobody: it is no node.
-        match control::ask_status(&socket).await {
-            Ok(node) => nodes.push(node),
-            Err(control::ClientError::Connect { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
+    let nodes = super::nodes().await?;
     if nodes.is_empty() {
         bail!(
             "no node runs on this host: start one with `understudy mount` or `understudy replica`"
         );
     }
-    Ok(nodes)
+    Ok(nodes.into_iter().map(|(_, node)| node).collect())
 }
 
 fn show(args: &StatusArgs, nodes: &[NodeStatus], out: &Output) -> anyhow::Result<()> {

@@ -3,11 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
-    driver::chain,
     host::{Host, Member},
     operate, session,
 };
 use crate::{
+    base::chain::chain,
     base::ids::{Generation, Lineage, MachineId, Name},
     net::{Control, ControlReceiver, ControlSender, Link, Protocol, Reason},
     protocol::message::{self, Hello, RUNS_PER_MESSAGE_MAX, Refusal, ToPrimary, ToReplica},

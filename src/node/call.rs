@@ -5,9 +5,9 @@
 
 use std::time::Duration;
 
-use super::driver::chain;
 use crate::{
     base::{
+        chain::chain,
         clock::Clock,
         ids::{Generation, Lineage, MachineId, Name},
         units::{DiskIndex, Extent},

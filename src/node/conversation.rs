@@ -15,12 +15,13 @@ mod compare;
 
 use self::compare::About;
 use super::{
-    driver::{BeginAnswer, Command, CutAnswer, Driver, Heard, chain},
+    driver::{BeginAnswer, Command, CutAnswer, Driver, Heard},
     pipeline::{Pipeline, Raw},
     sync_flush::Flushes,
 };
 use crate::{
     base::{
+        chain::chain,
         ids::Lineage,
         limits::FRAME_BYTES_MAX,
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_u64, to_usize},
@@ -31,7 +32,7 @@ use crate::{
         message::{self, ToReplica},
         sender::{Action, Agreement, Log, Pace, Seen, Sender, Side, StopReason},
     },
-    volume::{self, CopyScope, Cut, CutRefused, PieceContent, Reconcile, ReplicaHead, Taken},
+    volume::{Cut, CutRefused, PieceContent, Taken},
 };
 
 /// Longest sleep of the thread while a link stands.
@@ -275,40 +276,8 @@ impl<'a> Conversation<'a> {
 
     fn compare(&mut self, head: message::Head) -> Result<(), End> {
         let machine = &self.driver.machine;
-        let lost = |error: volume::MachineError| End::Lost(chain(&error));
-        let known = match head {
-            message::Head::Copied(lineage) | message::Head::Complete(lineage) => {
-                ReplicaHead::At(lineage)
-            }
-            message::Head::Empty => ReplicaHead::Empty,
-            message::Head::Copying => ReplicaHead::Copying,
-        };
-        let reconciled = machine.reconcile(known).map_err(lost)?;
-        let agreement = match (reconciled, head) {
-            (Reconcile::InStep | Reconcile::AckLost, _) => Agreement::InStep,
-            (Reconcile::CopyResumes, _) => Agreement::CopyNeeded,
-            (
-                Reconcile::CopyNeeded,
-                message::Head::Copied(lineage) | message::Head::Complete(lineage),
-            ) => {
-                // The replica keeps the points it has: what this host holds becomes one epoch on top of them.
-                machine.begin_resync(lineage).map_err(lost)?;
-                Agreement::InStep
-            }
-            (Reconcile::CopyNeeded, message::Head::Empty) => {
-                machine
-                    .begin_initial_copy(CopyScope::Allocated)
-                    .map_err(lost)?;
-                Agreement::CopyNeeded
-            }
-            (Reconcile::CopyNeeded, message::Head::Copying) => {
-                // Half a copy of an unknown past lies there: holes have to be told as well.
-                machine
-                    .begin_initial_copy(CopyScope::Everything)
-                    .map_err(lost)?;
-                Agreement::CopyNeeded
-            }
-        };
+        let agreed = machine.agree(head);
+        let (reconciled, agreement) = agreed.map_err(|error| End::Lost(chain(&error)))?;
         tracing::info!(machine = %self.driver.subject.name, ?head, ?reconciled, "connected to the replica");
         let complete = matches!(head, message::Head::Complete(_));
         self.driver.progress.lock().connected(

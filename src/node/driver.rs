@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     base::{
+        chain::chain,
         clock::Clock,
         ids::{Generation, Ids, Lineage, MachineId, Name},
     },
@@ -437,19 +438,4 @@ async fn listen(mut receiver: net::ControlReceiver, link: Link, heard: ChannelSe
             return;
         }
     }
-}
-
-/// An error with its causes in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }

@@ -56,13 +56,13 @@ use super::{
         CancelReport, CancelRequest, FailoverReport, FailoverRequest, Operate, OperateError,
         ResizeReport, ResizeRequest, ReverseRequest, TestRequest, VerifyRequest,
     },
-    driver::chain,
     lock_folder,
     primary::PrimaryError,
     status::{MachineStatus, NodeStatus, PointStatus, TestStatus},
 };
 use crate::{
     base::{
+        chain::chain,
         clock::{Clock, SystemClock},
         ids::{Generation, Ids, Lineage, MachineId, Name, SystemIds},
     },

@@ -7,7 +7,6 @@ use parking_lot::Mutex;
 
 use super::{
     control::{CancelReport, CancelRequest, OperateError, TestRequest},
-    driver::chain,
     session::SharedProgress,
     status::{
         DiskStatus, MachineStatus, PointStatus, RecoveryStatus, TestStatus, TrafficStatus, millis,
@@ -16,6 +15,7 @@ use super::{
 };
 use crate::{
     base::{
+        chain::chain,
         clock::Clock,
         ids::{Ids, MachineId, Name},
     },

@@ -12,9 +12,9 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::{self, Receiver as EventReceiver, Sender as EventSender, UnboundedSender};
 
-use super::{driver::chain, served::Served, writers::Writers};
+use super::{served::Served, writers::Writers};
 use crate::{
-    base::{ids::Generation, units::to_u64},
+    base::{chain::chain, ids::Generation, units::to_u64},
     net::{ControlReceiver, ControlSender, Link, LinkError, LogReceiver, Reason},
     protocol::{
         compare::Question,
@@ -221,7 +221,7 @@ impl Session {
     /// Receives until the link is lost; why it ended.
     fn run(mut self, mut inbox: EventReceiver<Event>) -> String {
         let head = self.served.store.head();
-        let welcome = self.receiver.welcome(self.generation, head_message(head));
+        let welcome = self.receiver.welcome(self.generation, head.into());
         self.say(welcome);
         while let Some(event) = inbox.blocking_recv() {
             let done: Result<(), Trouble> = match event {
@@ -356,16 +356,6 @@ impl Session {
                 self.served.wake_upkeep();
             }
         }
-    }
-}
-
-/// What the primary is told about a store.
-fn head_message(head: Head) -> message::Head {
-    match head {
-        Head::Empty => message::Head::Empty,
-        Head::Copying => message::Head::Copying,
-        Head::Copied(lineage) => message::Head::Copied(lineage),
-        Head::Complete(lineage) => message::Head::Complete(lineage),
     }
 }
 

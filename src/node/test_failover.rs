@@ -23,12 +23,12 @@ use uuid::Uuid;
 
 use super::{
     control::{CancelReport, CancelRequest, OperateError, TestRequest},
-    driver::chain,
     exposure::{ExposeError, Exposure, HideError},
     status::{LastTest, TestResult, TestStatus},
 };
 use crate::{
     base::{
+        chain::chain,
         clock::{Clock, Timestamp},
         ids::{Lineage, MachineId, Name},
     },

@@ -5,9 +5,10 @@ use std::{fs, io, path::Path, sync::Arc, thread, time::Duration};
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
-use super::{driver::chain, primary::PrimaryError, sources::Source};
+use super::{primary::PrimaryError, sources::Source};
 use crate::{
     base::{
+        chain::chain,
         clock::Clock,
         ids::{MachineId, Name},
         limits::PRESERVE_BYTES_MAX,

@@ -140,6 +140,12 @@ impl Sample {
     }
 }
 
+/// Where the blocks of a question are.
+pub fn runs_of(samples: &[Sample]) -> Vec<(DiskIndex, Extent)> {
+    let runs = samples.iter().map(|sample| (sample.disk, sample.run()));
+    runs.collect()
+}
+
 /// What the primary holds in some blocks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Question {

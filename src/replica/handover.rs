@@ -172,12 +172,15 @@ impl MachineReplica {
         check_specs(disks)?;
         let shared = &*self.shared;
         let mut state = shared.state()?;
+        if state.record.is_some() {
+            return Ok(false);
+        }
         let format = shared.options.format;
         let disks: Vec<_> = disks.iter().map(|disk| to_record(disk, format)).collect();
         let names = shared.names()?;
         let first = disks.first().map(DiskRecord::file_name);
         let present = first.is_some_and(|first| names.contains(&first));
-        if state.record.is_some() || !present {
+        if !present {
             return Ok(false);
         }
         let mut chain = Sha256::default();

@@ -9,6 +9,7 @@ use crate::{
     },
     delta::Consistency,
     disk::{Geometry, image::Format},
+    protocol::message,
 };
 
 /// How a replica is kept.
@@ -66,6 +67,17 @@ pub enum Head {
     Copied(Lineage),
     /// The newest recovery point.
     Complete(Lineage),
+}
+
+impl From<Head> for message::Head {
+    fn from(head: Head) -> Self {
+        match head {
+            Head::Empty => Self::Empty,
+            Head::Copying => Self::Copying,
+            Head::Copied(lineage) => Self::Copied(lineage),
+            Head::Complete(lineage) => Self::Complete(lineage),
+        }
+    }
 }
 
 impl Head {

@@ -19,11 +19,11 @@ use crate::{
         DiskEntry, EncodedFrame, Encoder, Header, LogKind, encode_zero, policy::encode_sampled,
     },
     protocol::{
-        compare::{Differing, Question},
+        compare::{Differing, Question, runs_of},
         message::{self, Hello, ToPrimary, ToReplica},
-        sender::{Action, Agreement, Log, Seen, Sender, Side},
+        sender::{Action, Log, Seen, Sender, Side},
     },
-    volume::{CopyScope, Cut, CutRefused, Machine, PieceContent, Reconcile, ReplicaHead, Taken},
+    volume::{Cut, CutRefused, Machine, PieceContent, Reconcile, Taken},
 };
 
 /// Frames that are packed and not sent, at most.
@@ -143,8 +143,7 @@ impl Conversation {
         if samples.is_empty() {
             return Ok(());
         }
-        let runs = samples.iter().map(|sample| (sample.disk, sample.run()));
-        self.asked.push_back(runs.collect());
+        self.asked.push_back(runs_of(&samples));
         context.link.say(ToReplica::Compare(Question {
             number: self.sender.ask(),
             at,
@@ -248,46 +247,19 @@ impl Conversation {
 
     fn compare(&mut self, head: message::Head, context: &mut Context<'_>) -> Result<(), End> {
         let machine = context.machine;
-        let lost = |error| End::Lost(told(error));
-        let known = match head {
-            message::Head::Copied(lineage) | message::Head::Complete(lineage) => {
-                ReplicaHead::At(lineage)
-            }
-            message::Head::Empty => ReplicaHead::Empty,
-            message::Head::Copying => ReplicaHead::Copying,
-        };
         let before = machine.lineage();
-        let reconciled = machine.reconcile(known).map_err(lost)?;
-        let whole = reconciled == Reconcile::CopyNeeded;
-        if whole && context.calm && (before.is_some() || matches!(known, ReplicaHead::At(_))) {
+        let agreed = machine.agree(head);
+        let (reconciled, agreement) = agreed.map_err(|error| End::Lost(told(error)))?;
+        let at = matches!(head, message::Head::Copied(_) | message::Head::Complete(_));
+        if reconciled == Reconcile::CopyNeeded && context.calm && (before.is_some() || at) {
             return Err(End::Broken(format!(
                 "P3: the whole disks have to be sent, from {before:?} to {head:?}, and nothing was wrong"
             )));
         }
-        let agreement = match (reconciled, head) {
-            (Reconcile::InStep | Reconcile::AckLost, _) => Agreement::InStep,
-            (Reconcile::CopyResumes, _) => Agreement::CopyNeeded,
-            (
-                Reconcile::CopyNeeded,
-                message::Head::Copied(lineage) | message::Head::Complete(lineage),
-            ) => {
-                machine.begin_resync(lineage).map_err(lost)?;
-                Agreement::InStep
-            }
-            (Reconcile::CopyNeeded, message::Head::Empty) => {
-                machine
-                    .begin_initial_copy(CopyScope::Allocated)
-                    .map_err(lost)?;
-                Agreement::CopyNeeded
-            }
-            (Reconcile::CopyNeeded, message::Head::Copying) => {
-                machine
-                    .begin_initial_copy(CopyScope::Everything)
-                    .map_err(lost)?;
-                Agreement::CopyNeeded
-            }
-        };
         self.sender.agreed(agreement);
+        if machine.state().resync.is_some() {
+            self.sender.want_cut();
+        }
         Ok(())
     }
 

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     base::{
+        chain::chain,
         clock::ManualClock,
         ids::{Ids, MachineId, Name, SeededIds},
     },
@@ -30,13 +31,7 @@ use crate::{
 pub(super) type Done<T = ()> = Result<T, String>;
 
 pub(super) fn told(error: impl std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
+    chain(&error)
 }
 
 const LEDGER_FILE: &str = "node.redb";

@@ -11,7 +11,7 @@ use crate::{
     },
     protocol::{
         compare::Question,
-        message::{self, Refusal, ToPrimary},
+        message::{Refusal, ToPrimary},
         receiver::Receiver,
     },
     replica::{Head, Ingest, IngestError, IngestEvent, MachineReplica, ReplicaError, SyncTask},
@@ -37,13 +37,7 @@ impl Session {
     /// Begins a session on a link whose greeting was accepted.
     pub(super) fn welcome(link: &mut Link, store: &MachineReplica, generation: Generation) -> Self {
         let mut receiver = Receiver::default();
-        let head = match store.head() {
-            Head::Empty => message::Head::Empty,
-            Head::Copying => message::Head::Copying,
-            Head::Copied(lineage) => message::Head::Copied(lineage),
-            Head::Complete(lineage) => message::Head::Complete(lineage),
-        };
-        link.answer(receiver.welcome(generation, head));
+        link.answer(receiver.welcome(generation, store.head().into()));
         Self {
             link: link.id,
             generation,

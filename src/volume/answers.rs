@@ -14,6 +14,7 @@ use crate::{
         units::{DiskIndex, Epoch},
     },
     disk::DiskError,
+    protocol::message::Head,
     storage::ledger::LedgerError,
 };
 
@@ -183,6 +184,16 @@ pub enum ReplicaHead {
     Copying,
     /// Everything up to this point.
     At(Lineage),
+}
+
+impl From<Head> for ReplicaHead {
+    fn from(head: Head) -> Self {
+        match head {
+            Head::Empty => Self::Empty,
+            Head::Copying => Self::Copying,
+            Head::Copied(lineage) | Head::Complete(lineage) => Self::At(lineage),
+        }
+    }
 }
 
 /// What two hosts that meet again have to do.

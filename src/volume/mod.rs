@@ -1,7 +1,8 @@
 //! Floor 3: a disk that remembers what was written to it, and the machine whose disks are cut together.
 //!
 //! [`Volume`] is what a guest writes to; [`Machine`] is what the sender of a replica talks to: it cuts epochs, takes what
-//! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), [`swap`] (what changes when roles do),
+//! is owed, and learns what the replica holds. Reading order: [`machine`] (the life of a machine), `meet` (where it goes on
+//! with a replica), [`swap`] (what changes when roles do),
 //! [`answers`] (what it says), `core` (the shared state and its locks), [`disk`] (the write path), [`take`] (what the
 //! sender reads), [`sift`] (what need not be sent), [`verify`] (whether all is well), `open` (what a restart finds), `grow`
 //! (disks that grew meanwhile), [`record`] (what the node's store remembers).
@@ -25,6 +26,7 @@ mod core;
 pub mod disk;
 mod grow;
 pub mod machine;
+mod meet;
 mod open;
 pub mod record;
 pub mod sift;

@@ -52,6 +52,38 @@ const ZERO_REGIONS: u64 = ZERO_BLOCKS_MAX / BLOCKS_PER_REGION;
 
 const _: () = assert!(ZERO_REGIONS <= crate::track::locks::REGIONS_TOGETHER_MAX);
 
+/// What one question still has room for.
+pub(super) struct Room {
+    pub(super) samples: usize,
+    pub(super) hashes: u64,
+    pub(super) zeros: u64,
+}
+
+impl Room {
+    /// Of an empty question.
+    pub(super) fn new() -> Self {
+        Self {
+            samples: SAMPLES_MAX,
+            hashes: HASHES_MAX,
+            zeros: ZERO_BLOCKS_MAX,
+        }
+    }
+
+    pub(super) fn is_left(&self) -> bool {
+        self.samples > 0 && self.hashes > 0 && self.zeros > 0
+    }
+
+    pub(super) fn take(&mut self, sample: &Sample) {
+        let blocks = sample.run().blocks();
+        let left = match sample.hashes {
+            Some(_) => &mut self.hashes,
+            None => &mut self.zeros,
+        };
+        *left -= blocks.end - blocks.start;
+        self.samples -= 1;
+    }
+}
+
 /// What an answer proved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sifted {
@@ -209,8 +241,8 @@ impl Core {
         let mut cursors = self.takes.lock();
         let Cursors { sift, buffers, .. } = &mut *cursors;
         let mut samples: Vec<Sample> = Vec::new();
-        let (mut hashes, mut zeros) = (HASHES_MAX, ZERO_BLOCKS_MAX);
-        while samples.len() < SAMPLES_MAX && hashes > 0 && zeros > 0 {
+        let mut room = Room::new();
+        while room.is_left() {
             let Some((disk, block)) = self.find(*sift, |disk| disk.suspects.waiting()) else {
                 break;
             };
@@ -218,32 +250,26 @@ impl Core {
                 disk: disk.index.index(),
                 block,
             };
-            let sample = self.ask_run(disk, block, (hashes, zeros), buffers);
+            let sample = self.ask_run(disk, block, &room, buffers);
             let sample = sample.map_err(|source| TakeError {
                 disk: disk.name.clone(),
                 epoch: self.epochs.read().open,
                 source,
             })?;
             let Some(sample) = sample else { continue };
-            let blocks = sample.run().blocks();
-            let left = if sample.hashes.is_some() {
-                &mut hashes
-            } else {
-                &mut zeros
-            };
-            *left -= blocks.end - blocks.start;
+            room.take(&sample);
             samples.push(sample);
         }
         Ok(samples)
     }
 
-    /// Asks about the first run of suspects at or after `block` in its region, or beyond where there are zeros; at most
-    /// so many blocks to hash, and of zeros. Nothing if it is gone.
+    /// Asks about the first run of suspects at or after `block` in its region, or beyond where there are zeros, as far as
+    /// there is room. Nothing if it is gone.
     fn ask_run(
         &self,
         disk: &Tracked,
         block: u64,
-        (hashes, zeros): (u64, u64),
+        room: &Room,
         buffers: &mut Buffers<BUFFERS_MAX>,
     ) -> Result<Option<Sample>, DiskError> {
         let first = block / BLOCKS_PER_REGION;
@@ -259,8 +285,8 @@ impl Core {
             return Ok(None);
         };
         let room = match disk.inner.run_at(Block(run.start).offset())?.1 {
-            Content::Zero => zeros,
-            Content::Data => hashes,
+            Content::Zero => room.zeros,
+            Content::Data => room.hashes,
         };
         let run = run.start..run.end.min(run.start + room);
         {

@@ -17,7 +17,7 @@ use super::{
     answers::MachineError,
     core::{Core, Tracked},
     machine::{Machine, fleeting},
-    sift::sample,
+    sift::{Room, sample},
     swap::told,
     take::{BUFFERS_MAX, Cursor, TakeError, read_content},
 };
@@ -28,7 +28,7 @@ use crate::{
         units::{BLOCK_BYTES, BLOCKS_PER_REGION, DiskIndex, Extent},
     },
     disk::DiskError,
-    protocol::compare::{HASHES_MAX, SAMPLES_MAX, Sample, ZERO_BLOCKS_MAX},
+    protocol::compare::{Sample, runs_of},
     track::{bits::Bits, header::Slot},
 };
 
@@ -175,8 +175,7 @@ impl Machine {
         let samples = self.core.unmarked_samples(verification)?;
         if self.lineage() != Some(at) {
             // Marks may have gone with another point than the one the question would name.
-            let runs: Vec<_> = samples.iter().map(|s| (s.disk, s.run())).collect();
-            verification.put_back(&runs);
+            verification.put_back(&runs_of(&samples));
             return Ok(Verify::Later);
         }
         if samples.is_empty() {
@@ -192,8 +191,8 @@ impl Core {
     fn unmarked_samples(&self, verification: &mut Verification) -> Result<Vec<Sample>, TakeError> {
         let mut cursors = self.takes.lock();
         let mut samples = Vec::new();
-        let (mut hashes, mut zeros) = (HASHES_MAX, ZERO_BLOCKS_MAX);
-        while samples.len() < SAMPLES_MAX && hashes > 0 && zeros > 0 {
+        let mut room = Room::new();
+        while room.is_left() {
             let Some((disk, run)) = self.find_unmarked(verification) else {
                 break;
             };
@@ -201,7 +200,7 @@ impl Core {
                 disk: disk.index.index(),
                 block: run.start,
             };
-            let run = run.start..run.end.min(run.start + hashes.min(zeros));
+            let run = run.start..run.end.min(run.start + room.hashes.min(room.zeros));
             let read = self.verify_run(disk, run, verification, &mut cursors.buffers);
             let read = read.map_err(|source| TakeError {
                 disk: disk.name.clone(),
@@ -209,12 +208,7 @@ impl Core {
                 source,
             })?;
             if let Some(sample) = read {
-                let left = if sample.hashes.is_some() {
-                    &mut hashes
-                } else {
-                    &mut zeros
-                };
-                *left -= sample.len.div_ceil(BLOCK_BYTES);
+                room.take(&sample);
                 samples.push(sample);
             }
         }

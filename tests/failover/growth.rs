@@ -77,9 +77,7 @@ fn disks_grow_under_a_guest_and_the_replica_follows() {
     if !can_mount() {
         return;
     }
-    let pair = Pair::new();
-    let (alpha, beta) = (pair.alpha(), pair.beta());
-    alpha.wait_replicating();
+    let (pair, alpha, beta) = Pair::replicating();
     let (here, there) = (pair.on_alpha(), pair.on_beta());
     let first = epoch(&alpha, &here, 1);
     let test: TestStatus = start(&beta, None);
@@ -149,9 +147,7 @@ fn what_cannot_be_a_larger_disk_is_refused_and_changes_nothing() {
     if !can_mount() {
         return;
     }
-    let pair = Pair::new();
-    let (alpha, beta) = (pair.alpha(), pair.beta());
-    alpha.wait_replicating();
+    let (pair, alpha, beta) = Pair::replicating();
     let here = pair.on_alpha();
     let try_resize = |node, disk, size, why| {
         refused(node, &["resize", MACHINE, disk, size], why);

@@ -60,9 +60,7 @@ fn a_guest_goes_on_where_its_machine_went() {
     let Some(lab) = guest_lab() else {
         return;
     };
-    let pair = Pair::new();
-    let (alpha, beta) = (pair.alpha(), pair.beta());
-    alpha.wait_replicating();
+    let (pair, alpha, beta) = Pair::replicating();
     let (here, there) = (pair.on_alpha(), pair.on_beta());
     must("mkfs.ext4", ["-q".as_ref(), here[0].as_os_str()]);
 

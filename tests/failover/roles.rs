@@ -55,6 +55,14 @@ impl Pair {
         }
     }
 
+    /// Both hosts, and the machine replicated from `alpha` to `beta`.
+    pub(super) fn replicating() -> (Self, Node, Node) {
+        let pair = Self::new();
+        let (alpha, beta) = (pair.alpha(), pair.beta());
+        alpha.wait_replicating();
+        (pair, alpha, beta)
+    }
+
     pub(super) fn alpha(&self) -> Node {
         let path = |path: &Path| path.to_str().unwrap().to_owned();
         let images: Vec<_> = self.images.iter().map(|image| path(image)).collect();
@@ -158,9 +166,7 @@ fn a_planned_failover_goes_there_and_back_and_sends_nothing_twice() {
     if !can_mount() {
         return;
     }
-    let pair = Pair::new();
-    let (alpha, beta) = (pair.alpha(), pair.beta());
-    alpha.wait_replicating();
+    let (pair, alpha, beta) = Pair::replicating();
     let (here, there) = (pair.on_alpha(), pair.on_beta());
     epoch(&alpha, &here, 1);
     write(&here, 2);
@@ -272,9 +278,7 @@ fn a_lost_primary_comes_back_as_a_replica_with_what_it_had_kept_aside() {
     if !can_mount() {
         return;
     }
-    let pair = Pair::new();
-    let (alpha, beta) = (pair.alpha(), pair.beta());
-    alpha.wait_replicating();
+    let (pair, alpha, beta) = Pair::replicating();
     let (here, there) = (pair.on_alpha(), pair.on_beta());
     let cuts: Vec<_> = (1..=4).map(|number| epoch(&alpha, &here, number)).collect();
     // The last writes never leave the host.
@@ -339,9 +343,7 @@ fn a_failover_that_is_not_committed_outlives_a_clean_stop() {
     if !can_mount() {
         return;
     }
-    let pair = Pair::new();
-    let (alpha, beta) = (pair.alpha(), pair.beta());
-    alpha.wait_replicating();
+    let (pair, alpha, beta) = Pair::replicating();
     let (here, there) = (pair.on_alpha(), pair.on_beta());
     epoch(&alpha, &here, 1);
     alpha.stop();
@@ -361,9 +363,7 @@ fn a_promoted_host_that_dies_knows_what_changed() {
     if !can_mount() {
         return;
     }
-    let pair = Pair::new();
-    let (alpha, beta) = (pair.alpha(), pair.beta());
-    alpha.wait_replicating();
+    let (pair, alpha, beta) = Pair::replicating();
     let (here, there) = (pair.on_alpha(), pair.on_beta());
     epoch(&alpha, &here, 1);
     planned(&alpha);
@@ -394,9 +394,7 @@ fn a_primary_that_meets_a_higher_generation_takes_no_more_writes() {
     if !can_mount() {
         return;
     }
-    let pair = Pair::new();
-    let (alpha, beta) = (pair.alpha(), pair.beta());
-    alpha.wait_replicating();
+    let (pair, alpha, beta) = Pair::replicating();
     let (here, there) = (pair.on_alpha(), pair.on_beta());
     epoch(&alpha, &here, 1);
     let guest = open_direct(&here[0], OFlag::empty()).unwrap();

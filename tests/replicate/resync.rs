@@ -12,9 +12,7 @@ use understudy::{
     node::status::{MachineStatus, ResyncStatus},
 };
 
-use crate::support::{
-    Hosts, Ledger, Load, MACHINE, Node, PROGRAM, assert_identical, can_mount, run,
-};
+use crate::support::{Hosts, Ledger, Load, MACHINE, Node, assert_identical, call, can_mount};
 
 const MIB: u64 = 1 << 20;
 
@@ -44,17 +42,7 @@ pub(super) fn flip(image: &Path, blocks: &[u64]) {
 
 /// Runs `resync` as an operator does: exit code, standard output, standard error.
 pub(super) fn demand(node: &Node, more: &[&str]) -> (i32, String, String) {
-    let socket = node.socket().to_str().unwrap();
-    let done = run(
-        PROGRAM,
-        [&["resync", MACHINE, "--control", socket], more].concat(),
-    );
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (
-        done.status.code().unwrap(),
-        text(done.stdout),
-        text(done.stderr),
-    )
+    call(node, &[&["resync", MACHINE], more].concat())
 }
 
 fn resynced(node: &Node) -> (MachineStatus, ResyncStatus) {

@@ -10,7 +10,7 @@ use understudy::{
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_usize},
     },
     disk::{Access, Disk, Fua, raw::RawDisk},
-    protocol::compare::{BlockHash, Differing, Sample},
+    protocol::compare::{BlockHash, Differing, Sample, runs_of},
     storage::{
         Storage,
         ledger::Ledger,
@@ -212,12 +212,6 @@ pub(crate) fn compare(samples: &[Sample], replica: &[Vec<u8>]) -> Differing {
         }
     }
     differing
-}
-
-/// Where the blocks of a question are.
-pub(crate) fn runs_of(samples: &[Sample]) -> Runs {
-    let runs = samples.iter().map(|sample| (sample.disk, sample.run()));
-    runs.collect()
 }
 
 /// Has all suspects compared with a replica that holds these bytes.

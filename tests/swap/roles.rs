@@ -13,7 +13,7 @@ use understudy::{
         units::{Epoch, Extent},
     },
     disk::{Disk, Fua, Space},
-    protocol::compare::Differing,
+    protocol::compare::{Differing, runs_of},
     storage::Storage,
     volume::{
         MachineError, Piece, Reconcile, ReplicaHead, ResyncReason, Side, Standing, Taken,
@@ -21,7 +21,7 @@ use understudy::{
     },
 };
 
-use super::host::{Host, Outcome, Runs, SIZES, compare, drain, point, runs_of};
+use super::host::{Host, Outcome, Runs, SIZES, compare, drain, point};
 
 #[derive(Clone, Debug)]
 struct Change {

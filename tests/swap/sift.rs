@@ -2,12 +2,12 @@
 
 use understudy::{
     base::units::{Epoch, to_u64},
-    protocol::compare::Differing,
+    protocol::compare::{Differing, runs_of},
     volume::{MachineError, Piece, Reconcile, ReplicaHead, ResyncReason, Side, Taken},
 };
 
 use super::host::{
-    Blocks, Host, Runs, SIZES, blocks_in, blocks_of, compare, drain, point, run, runs_of, sift,
+    Blocks, Host, Runs, SIZES, blocks_in, blocks_of, compare, drain, point, run, sift,
 };
 
 const REVERSED: ResyncReason = ResyncReason::Reversed;

@@ -8,7 +8,7 @@ use crate::{
     },
     node::verify::Verifying,
     protocol::{
-        compare::{Differing, Question, Sample},
+        compare::{Differing, Question, Sample, runs_of},
         message::ToReplica,
         sender::StopReason,
     },
@@ -191,11 +191,6 @@ impl Conversation<'_> {
 }
 
 const OTHER_BLOCKS: &str = "an answer about other blocks than were asked about";
-
-fn runs_of(samples: &[Sample]) -> Runs {
-    let runs = samples.iter().map(|sample| (sample.disk, sample.run()));
-    runs.collect()
-}
 
 /// Bytes that were read for a question: what is known to be zeros was not.
 fn read_of(samples: &[Sample]) -> u64 {

@@ -42,13 +42,13 @@ pub use self::api::{
 use self::{journal::Journal, runner::Running};
 use super::{
     control::{self, ClientError, Operate, OperateError, ask_status},
-    driver::chain,
     host::{Host, HostError},
     operate::Way,
     status::MachineStatus,
 };
 use crate::{
     base::{
+        chain::chain,
         clock::Clock,
         ids::{Ids, Name},
     },
@@ -129,8 +129,12 @@ impl Coordinator {
 
     /// What a control socket answers: everything a host does, and jobs and plans.
     pub fn requests(self: &Arc<Self>) -> Router {
-        let front: Arc<dyn Operate> = Arc::new(verbs::Front(Arc::clone(self)));
-        control::requests(front).merge(api::requests(self))
+        let verbs: Arc<dyn Operate> = if self.coordinates() {
+            Arc::new(verbs::Front(Arc::clone(self)))
+        } else {
+            Arc::clone(&self.host) as _
+        };
+        control::requests(verbs).merge(api::requests(self))
     }
 
     /// Ends what is done for jobs, in the middle of it. They go on when the coordinator starts again.

@@ -18,8 +18,9 @@ use tokio::{
 
 use super::{Coordinator, deeds};
 use crate::{
+    base::chain::chain,
     coord::job::{At, Event, Job, StepState},
-    node::{control::OperateError, driver::chain},
+    node::control::OperateError,
 };
 
 /// Pause before the journal is tried again after it failed.

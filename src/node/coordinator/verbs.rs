@@ -23,39 +23,29 @@ use crate::{
     },
 };
 
-/// A coordinator, as what a control socket talks to.
+/// A coordinator of several hosts, as what a control socket talks to.
 #[derive(Debug)]
 pub(super) struct Front(pub(super) Arc<Coordinator>);
 
 impl Operate for Front {
     fn status(&self) -> NodeStatus {
-        let mut status = self.0.host.status();
-        if self.0.coordinates() {
-            status.coordinates = self.0.ways.keys().cloned().collect();
+        NodeStatus {
+            coordinates: self.0.ways.keys().cloned().collect(),
+            ..self.0.host.status()
         }
-        status
     }
 
     fn cut(&self, machine: &Name) -> Result<Lineage, OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.cut(machine);
-        }
         let way = self.find(Kind::Planned, machine)?;
         self.on(ask_cut(&way, machine))
     }
 
     fn resync(&self, machine: &Name) -> Result<(), OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.resync(machine);
-        }
         let way = self.find(Kind::Planned, machine)?;
         self.on(ask_resync(&way, machine))
     }
 
     fn verify(&self, machine: &Name, request: VerifyRequest) -> Result<(), OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.verify(machine, request);
-        }
         let way = self.find(Kind::Planned, machine)?;
         self.on(ask_verify(&way, machine, request))
     }
@@ -65,25 +55,16 @@ impl Operate for Front {
         machine: &Name,
         request: &ResizeRequest,
     ) -> Result<ResizeReport, OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.resize(machine, request);
-        }
         let way = self.find(Kind::Planned, machine)?;
         self.on(ask_resize(&way, machine, request))
     }
 
     fn points(&self, machine: &Name) -> Result<Vec<PointStatus>, OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.points(machine);
-        }
         let way = self.find(Kind::Test, machine)?;
         self.on(ask_points(&way, machine))
     }
 
     fn start_test(&self, machine: &Name, request: TestRequest) -> Result<TestStatus, OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.start_test(machine, request);
-        }
         let way = self.find(Kind::Test, machine)?;
         self.on(ask_test(&way, machine, request))
     }
@@ -93,9 +74,6 @@ impl Operate for Front {
         machine: &Name,
         request: FailoverRequest,
     ) -> Result<FailoverReport, OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.failover(machine, request);
-        }
         let FailoverRequest { kind, point, force } = request;
         match kind {
             FailoverKind::Planned => self.job(Kind::Planned, machine, Verb::Planned),
@@ -106,9 +84,6 @@ impl Operate for Front {
     }
 
     fn commit(&self, machine: &Name) -> Result<FailoverReport, OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.commit(machine);
-        }
         self.job(Kind::Commit, machine, Verb::Commit)
     }
 
@@ -117,17 +92,11 @@ impl Operate for Front {
         machine: &Name,
         request: ReverseRequest,
     ) -> Result<FailoverReport, OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.reverse(machine, request);
-        }
         let force = request.force;
         self.job(Kind::Reverse, machine, Verb::Reverse { force })
     }
 
     fn cancel(&self, machine: &Name, request: CancelRequest) -> Result<CancelReport, OperateError> {
-        if !self.0.coordinates() {
-            return self.0.host.cancel(machine, request);
-        }
         let of_tests = request.tests || request.number.is_some() || request.rescue;
         if !of_tests {
             self.0.free(machine)?;

@@ -3,6 +3,7 @@
 use super::member::{Member, Running};
 use crate::{
     base::{
+        chain::chain,
         limits::DISK_BYTES_MAX,
         units::{Bytes, SECTOR_BYTES},
     },
@@ -10,7 +11,6 @@ use crate::{
     disk::Access,
     node::{
         control::{OperateError, ResizeReport, ResizeRequest},
-        driver::chain,
         primary::GrowError,
         tracking::Tracking,
     },

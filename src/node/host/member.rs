@@ -24,13 +24,13 @@ use super::{
     serving::Serving,
 };
 use crate::{
+    base::chain::chain,
     base::ids::{Generation, MachineId, Name},
     coord::role::{Answer, Event, Part, Step},
     disk::Access,
     node::{
         call::{self, CallError, Callee},
         control::OperateError,
-        driver::chain,
         images::ImageConfig,
         primary::{PrimaryError, ShowConfig},
         served::Served,

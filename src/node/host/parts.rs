@@ -13,11 +13,12 @@ use super::{
     serving::Serving,
 };
 use crate::{
+    base::chain::chain,
     base::ids::MachineId,
     coord::role::{Active, Part},
     disk::Access,
     node::{
-        driver::{self, Subject, Target, chain},
+        driver::{self, Subject, Target},
         images::{self, ImageConfig},
         primary::PrimaryError,
         served::{Opening, Served, disk_spec},

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{member::Member, record::AdoptionRecord};
 use crate::{
     base::{
+        chain::chain,
         clock::Timestamp,
         ids::{Generation, Lineage, Name},
         units::{DiskIndex, Extent},
@@ -13,7 +14,6 @@ use crate::{
     disk::Access,
     node::{
         control::OperateError,
-        driver::chain,
         served::Served,
         sources::open_images,
         tracking::{self, Tracking},

@@ -11,6 +11,7 @@ use super::{
     serving::Serving,
 };
 use crate::{
+    base::chain::chain,
     base::ids::{Generation, Lineage},
     coord::role::{Event, Part},
     node::{
@@ -18,7 +19,6 @@ use crate::{
             CancelReport, CancelRequest, FailoverKind, FailoverReport, FailoverRequest,
             OperateError, ReverseRequest, TestRequest,
         },
-        driver::chain,
         exposure::list,
         primary::Primary,
         served::Served,

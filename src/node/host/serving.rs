@@ -30,11 +30,11 @@ use super::{
     record::{Layers, Record},
 };
 use crate::{
+    base::chain::chain,
     base::ids::Name,
     coord::role::Lease,
     disk::{Access, Disk, layered::LayeredDisk},
     node::{
-        driver::chain,
         exposure::{layer_file, layers_over, make_mount_point, open_layers},
         images::ImageConfig,
         primary::{Beginning, Primary},
