@@ -15,7 +15,7 @@
 //! zeros there. A log that the source's last user left is replayed in memory; its file is not changed.
 //!
 //! # Crash contract
-//! The target gets its name when it is complete and durable (see [`Draft`]). Whatever ends the conversion before that
+//! The target gets its name when it is complete and durable, or only complete if that was asked for (see [`Draft`]). Whatever ends the conversion before that
 //! leaves no file, or, if the process was killed or the power failed, one with the name of a draft.
 
 use std::{
@@ -42,7 +42,11 @@ use crate::{
         Access, Content, Disk, DiskError, Fua, Geometry, Opening,
         image::{self, CreateOptions, Format, Kind},
     },
-    storage::{Storage, draft::Draft, file::FileStorage},
+    storage::{
+        Storage,
+        draft::{Draft, Durability},
+        file::FileStorage,
+    },
 };
 
 /// Bytes that a worker reads and writes at once: large enough that a write past the page cache is worth its way.
@@ -73,6 +77,8 @@ pub struct Conversion {
     pub physical_sector: Option<u32>,
     /// What the file holds where the disk or the format has only zeros.
     pub holes: Holes,
+    /// What the new image promises when the conversion is done.
+    pub durability: Durability,
 }
 
 /// What a file holds where it could have holes.
@@ -189,10 +195,11 @@ pub fn convert(
     };
     refuse_same(&plan.source.path, path)?;
     let source = OpenImage::open(&plan.source, Access::ReadOnly, ids)?;
-    let draft = Draft::create(path, ids.uuid()).map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => ConvertError::Exists(path.clone()),
-        _ => failed(error),
-    })?;
+    let draft =
+        Draft::create(path, ids.uuid(), plan.durability).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => ConvertError::Exists(path.clone()),
+            _ => failed(error),
+        })?;
     let geometry = source.disk.geometry();
     let target = new_disk(plan, geometry, &draft.storage(), ids)?;
     let copy = Copy {
@@ -551,6 +558,7 @@ mod tests {
             logical_sector: None,
             physical_sector: None,
             holes: Holes::Keep,
+            durability: Durability::Synced,
         };
         let copy = |stop| Copy {
             source: &source,

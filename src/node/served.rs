@@ -18,6 +18,7 @@ use crate::{
         chain::chain,
         clock::Clock,
         ids::{Ids, MachineId, Name},
+        units::Epoch,
     },
     coord::state::{Health, ReplicationState, Role, Signs},
     disk::{
@@ -27,8 +28,8 @@ use crate::{
     net::{Link, Reason},
     protocol::message::{self, Refusal},
     replica::{
-        self, Head, ImageStatus, MachineReplica, Point, ReplicaError, ReplicaOptions, Retention,
-        Squeeze,
+        self, Head, Held, ImageStatus, MachineReplica, Point, ReplicaError, ReplicaOptions,
+        Retention, Squeeze,
     },
     storage::{Folder, ledger::Ledger},
 };
@@ -57,6 +58,8 @@ pub(super) struct Served {
     /// Where the images are.
     folder: PathBuf,
     upkeep: Mutex<Option<Upkeep>>,
+    /// The point that a failover is on.
+    held: Mutex<Option<Held>>,
     /// Locks on images that lie where others could open them.
     _locks: Vec<File>,
     /// The connection that feeds it: one at a time.
@@ -174,6 +177,8 @@ pub(super) struct Opening {
     pub(super) keeping: Keeping,
     /// Locks on images that lie where others could open them.
     pub(super) locks: Vec<File>,
+    /// The point that a failover is on.
+    pub(super) held: Option<Epoch>,
 }
 
 impl Served {
@@ -189,6 +194,7 @@ impl Served {
             clock,
             keeping,
             locks,
+            held,
         } = opening;
         let options = ReplicaOptions {
             format: keeping.format,
@@ -216,12 +222,30 @@ impl Served {
             seed: keeping.seed,
             folder: path,
             upkeep: Mutex::default(),
+            held: Mutex::default(),
             _locks: locks,
             turn: tokio::sync::Mutex::default(),
             link: Mutex::default(),
         });
+        // So must that of a failover. Without it the replica gave its images away already.
+        match held.map_or(Ok(()), |epoch| served.hold(epoch)) {
+            Ok(()) | Err(ReplicaError::NoPoint(_)) => {}
+            Err(error) => return Err(error),
+        }
         served.start_upkeep()?;
         Ok(served)
+    }
+
+    /// Keeps a point, for a failover to it, until it is [let go](Self::let_go).
+    pub(super) fn hold(&self, epoch: Epoch) -> Result<(), ReplicaError> {
+        *self.held.lock() = Some(self.store.hold(epoch)?);
+        Ok(())
+    }
+
+    /// There is no failover, or no more.
+    pub(super) fn let_go(&self) {
+        *self.held.lock() = None;
+        self.wake_upkeep();
     }
 
     fn start_upkeep(&self) -> Result<(), ReplicaError> {
@@ -263,6 +287,8 @@ impl Served {
         drop(self.end_session("the replica is being closed"));
         self.tests.rest();
         self.end_upkeep();
+        // Nothing is merged any more; the next open holds it again.
+        *self.held.lock() = None;
         self.store.close()
     }
 

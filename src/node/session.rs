@@ -220,7 +220,10 @@ struct Session {
 impl Session {
     /// Receives until the link is lost; why it ended.
     fn run(mut self, mut inbox: EventReceiver<Event>) -> String {
-        let head = self.served.store.head();
+        let head = match self.served.store.settled_head() {
+            Ok(head) => head,
+            Err(error) => return self.give_up(&chain(&error)),
+        };
         let welcome = self.receiver.welcome(self.generation, head.into());
         self.say(welcome);
         while let Some(event) = inbox.blocking_recv() {
@@ -244,18 +247,22 @@ impl Session {
                 Event::Synced(log, synced) => self.synced(log, synced).map_err(Trouble::from),
             };
             if let Err(error) = done {
-                let detail = chain(&error);
-                tracing::error!(machine = %self.served.name, "cannot take changes: {detail}");
-                self.served.progress.lock().problem = Some(detail.clone());
-                // If space was the trouble, points give way.
-                self.served.wake_upkeep();
-                self.say(ToPrimary::Refused(Refusal::Failed {
-                    detail: detail.clone(),
-                }));
-                return detail;
+                return self.give_up(&chain(&error));
             }
         }
         "the link ended".into()
+    }
+
+    /// Tells the primary, and whoever looks, that it cannot go on; why.
+    fn give_up(&mut self, detail: &str) -> String {
+        tracing::error!(machine = %self.served.name, "cannot take changes: {detail}");
+        self.served.progress.lock().problem = Some(detail.to_owned());
+        // If space was the trouble, points give way.
+        self.served.wake_upkeep();
+        self.say(ToPrimary::Refused(Refusal::Failed {
+            detail: detail.to_owned(),
+        }));
+        detail.to_owned()
     }
 
     fn say(&self, message: ToPrimary) {

@@ -94,6 +94,9 @@ impl LogIndex {
             frames: Vec::new(),
             disks: Vec::new(),
         };
+        for log in &index.logs {
+            log.announce_frames();
+        }
         let mut runs = vec![Vec::new(); disks];
         for number in 0..index.logs.len() {
             for frame in index.logs[number].frames()? {

@@ -20,7 +20,7 @@ use super::{
     log::{LogFile, log_name},
     part::Part,
     record::{Base, BasePoint, Record},
-    state::{Shared, State},
+    state::{Complete, Shared, State, Unsure},
     status::Head,
     store::{MachineReplica, disk_failed},
     writes::{WriteTask, Writes},
@@ -105,6 +105,7 @@ impl MachineReplica {
         if state.receiving {
             return Err(IngestError::Busy);
         }
+        self.shared.conclude(&mut state)?;
         if state.record.is_none() {
             return Err(ReplicaError::NotPrepared.into());
         }
@@ -122,6 +123,46 @@ impl MachineReplica {
             writes: Arc::new(Writes::new(Arc::clone(&self.shared))),
             due: VecDeque::new(),
         })
+    }
+}
+
+impl MachineReplica {
+    /// How far it is, for a primary that goes on from there. An error if that cannot be said: the last log is complete,
+    /// and it could not be recorded now either. The primary asks again.
+    pub fn settled_head(&self) -> Result<Head, ReplicaError> {
+        let mut state = self.shared.state()?;
+        self.shared.conclude(&mut state)?;
+        Ok(state.head())
+    }
+}
+
+impl Shared {
+    /// Records what is complete, if anything waits for that. Until it succeeds nobody knows whether the ledger names it,
+    /// so that no head is told and no log taken in; the next open decides otherwise.
+    fn conclude(&self, state: &mut State) -> Result<(), ReplicaError> {
+        let Some(Unsure { generation, what }) = state.unsure.clone() else {
+            return Ok(());
+        };
+        let record = state.record.clone().ok_or(ReplicaError::NotPrepared)?;
+        let (head, base) = match &what {
+            Complete::Delta(log) => {
+                self.sync_folder()?;
+                (log.lineage(), record.base)
+            }
+            Complete::Initial(point) => (point.lineage, Base::At(*point)),
+        };
+        let recorded = Record {
+            head: Some(head),
+            generation: Some(generation),
+            base,
+            ..record
+        };
+        self.record(state, recorded)?;
+        state.unsure = None;
+        if let Complete::Delta(log) = what {
+            state.push_log(log);
+        }
+        Ok(())
     }
 }
 
@@ -391,8 +432,8 @@ impl Ingest {
                     consistency: trailer.consistency,
                     exact: false,
                 };
-                let record = self.next_record(&state, trailer, |_| Base::At(point))?;
-                self.shared.record(&mut state, record)?;
+                state.unsure = Some(self.unsure(Complete::Initial(point)));
+                self.shared.conclude(&mut state)?;
             }
             _ => return Err(IngestError::Incomplete),
         }
@@ -412,38 +453,19 @@ impl Ingest {
         let name = log_name(trailer.lineage.epoch);
         // Held over rename and record: a merge that ends in between would write an older record over this one.
         let mut state = shared.state()?;
-        let record = self.next_record(&state, trailer, |base| base)?;
         shared
             .folder
             .rename(PART_NAME, &name)
             .map_err(ReplicaError::io("rename", PART_NAME))?;
-        // Should one of the next two calls fail, nobody knows whether the record names this log. It stays until a later
-        // one is recorded, or the next open decides.
-        let unsure = state.unsure.replace(name);
-        shared.sync_folder()?;
-        shared.record(&mut state, record)?;
-        let name = state.unsure.take();
-        let superseded = unsure.filter(|unsure| Some(unsure) != name.as_ref());
-        if let Some(Err(error)) = superseded.map(|unsure| shared.remove(&unsure)) {
-            tracing::warn!(machine = %shared.id, %error, "cannot remove a superseded delta log now");
-        }
-        state.push_log(log);
-        Ok(())
+        state.unsure = Some(self.unsure(Complete::Delta(Arc::new(log))));
+        Ok(shared.conclude(&mut state)?)
     }
 
-    fn next_record(
-        &self,
-        state: &State,
-        trailer: &Trailer,
-        base: impl FnOnce(Base) -> Base,
-    ) -> Result<Record, ReplicaError> {
-        let record = state.record.clone().ok_or(ReplicaError::NotPrepared)?;
-        Ok(Record {
-            head: Some(trailer.lineage),
-            generation: Some(self.generation),
-            base: base(record.base),
-            ..record
-        })
+    fn unsure(&self, what: Complete) -> Unsure {
+        Unsure {
+            generation: self.generation,
+            what,
+        }
     }
 
     /// Gives the log up, once nothing of it is being written any more.

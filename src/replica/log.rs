@@ -205,11 +205,23 @@ impl LogFile {
         Ok(frames)
     }
 
-    fn read_index(&self, name: &str) -> Result<Bytes, ReplicaError> {
-        // The file holds as many bytes: that was checked when it was opened.
-        let len = to_usize(self.head.frames) * FRAME_HEADER_BYTES;
+    /// Says that the [frames](Self::frames) will be asked for soon.
+    pub(super) fn announce_frames(&self) {
+        if self.resident.lock().is_none() {
+            self.storage.announce(self.index());
+        }
+    }
+
+    /// Where the index lies. The file holds as many bytes: that was checked when it was opened.
+    fn index(&self) -> Extent {
         let at = self.foot.trailer_at + to_u64(FRAME_HEADER_BYTES);
-        let index = self.bytes_at(at, len);
+        let entry = to_u64(FRAME_HEADER_BYTES);
+        Extent::new(at, self.head.index_entries * entry)
+    }
+
+    fn read_index(&self, name: &str) -> Result<Bytes, ReplicaError> {
+        let Extent { offset, len } = self.index();
+        let index = self.bytes_at(offset, to_usize(len));
         Ok(index.map_err(ReplicaError::io("read", name))?.0)
     }
 

@@ -62,5 +62,5 @@ pub use status::{
 };
 pub use store::MachineReplica;
 pub use upkeep::Upkeep;
-pub use view::PointView;
+pub use view::{Held, PointView};
 pub use writes::WriteTask;

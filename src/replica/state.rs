@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     base::{
-        ids::{Ids, MachineId},
+        ids::{Generation, Ids, MachineId},
         limits::LOG_RESIDENT_BYTES_MAX,
         units::Epoch,
     },
@@ -54,11 +54,29 @@ pub(super) struct State {
     pub(super) receiving: bool,
     /// The images were made in this life and no log was begun since: they read as zeros.
     pub(super) blank: bool,
-    /// A complete log in the folder of which nobody knows whether it was recorded.
-    pub(super) unsure: Option<String>,
+    /// What is complete and was not seen recorded.
+    pub(super) unsure: Option<Unsure>,
     /// What is remembered between two looks at what can be dropped.
     pub(super) upkeep: UpkeepState,
     pub(super) closed: bool,
+}
+
+/// What is durable, and may be recorded or not because the ledger failed. A primary that is told the head before it
+/// would forget that the blocks may have arrived, and meet a history that it does not know when the next open takes it up.
+#[derive(Clone, Debug)]
+pub(super) struct Unsure {
+    /// Whose it is.
+    pub(super) generation: Generation,
+    pub(super) what: Complete,
+}
+
+/// The end of a log.
+#[derive(Clone, Debug)]
+pub(super) enum Complete {
+    /// A delta, which has its name.
+    Delta(Arc<LogFile>),
+    /// The initial copy.
+    Initial(BasePoint),
 }
 
 /// [`Counters`] that several threads add to.
@@ -176,8 +194,8 @@ impl State {
     }
 
     /// Adds the newest log, and lets go of the content of old ones beyond [`LOG_RESIDENT_BYTES_MAX`].
-    pub(super) fn push_log(&mut self, log: LogFile) {
-        self.logs.push(Arc::new(log));
+    pub(super) fn push_log(&mut self, log: Arc<LogFile>) {
+        self.logs.push(log);
         self.trim_residents();
     }
 

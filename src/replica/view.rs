@@ -36,16 +36,28 @@ pub struct PointView {
     pub disks: Vec<Arc<dyn Disk>>,
 }
 
+/// A claim on a recovery point: it stays as long as this lives, also when retention would let it go.
+#[derive(Debug)]
+pub struct Held {
+    /// The point.
+    pub point: Point,
+    _pin: Pin,
+}
+
 impl MachineReplica {
+    /// Claims recovery point `epoch` without looking at it.
+    pub fn hold(&self, epoch: Epoch) -> Result<Held, ReplicaError> {
+        let state = self.shared.state()?;
+        Ok(Held {
+            point: self.shared.point(&state, epoch)?,
+            _pin: self.shared.pins.pin(epoch),
+        })
+    }
+
     /// The disks as they were at recovery point `epoch`.
     pub fn view(&self, epoch: Epoch) -> Result<PointView, ReplicaError> {
         let state = self.shared.state()?;
-        let point = self
-            .shared
-            .points(&state)
-            .into_iter()
-            .find(|point| point.lineage.epoch == epoch)
-            .ok_or(ReplicaError::NoPoint(epoch))?;
+        let point = self.shared.point(&state, epoch)?;
         let logs = state.logs.iter().filter(|log| log.epoch() <= epoch);
         let logs: Vec<_> = logs.cloned().collect();
         self.shared.show(state, point, logs)
@@ -53,6 +65,13 @@ impl MachineReplica {
 }
 
 impl Shared {
+    fn point(&self, state: &State, epoch: Epoch) -> Result<Point, ReplicaError> {
+        let mut points = self.points(state).into_iter();
+        points
+            .find(|point| point.lineage.epoch == epoch)
+            .ok_or(ReplicaError::NoPoint(epoch))
+    }
+
     /// The base images with `logs` above them.
     pub(super) fn show(
         &self,

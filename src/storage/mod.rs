@@ -80,6 +80,10 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Makes everything written so far durable, with the length.
     fn sync(&self) -> io::Result<()>;
 
+    /// Says that the run will be read soon, and returns at once: many runs that are announced before the first is read
+    /// come from the disk side by side. A hint that may be ignored.
+    fn announce(&self, _run: Extent) {}
+
     /// Whether the file is empty.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)

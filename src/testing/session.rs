@@ -35,9 +35,9 @@ pub(super) struct Session {
 
 impl Session {
     /// Begins a session on a link whose greeting was accepted.
-    pub(super) fn welcome(link: &mut Link, store: &MachineReplica, generation: Generation) -> Self {
+    pub(super) fn welcome(link: &mut Link, head: Head, generation: Generation) -> Self {
         let mut receiver = Receiver::default();
-        link.answer(receiver.welcome(generation, store.head().into()));
+        link.answer(receiver.welcome(generation, head.into()));
         Self {
             link: link.id,
             generation,

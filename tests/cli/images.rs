@@ -157,6 +157,58 @@ fn zeros_take_no_space_unless_asked_for() {
 }
 
 #[test]
+fn a_conversion_waits_for_the_disk_unless_told_not_to() {
+    if !have(&["strace"]) {
+        return;
+    }
+    let folder = scratch();
+    let dir = folder.path();
+    let raw = dir.join("source.raw");
+    fs::write(&raw, content()).unwrap();
+    // What a tool does that wants its bytes on the disk: syncs, and writes past the page cache.
+    let waits = |target: &Path, more: &[&str]| {
+        let calls = dir.join("calls");
+        let calls = text(&calls);
+        let traced = [
+            &[
+                "-f",
+                "-o",
+                calls,
+                "-e",
+                "trace=fsync,fdatasync,sync_file_range,openat",
+            ][..],
+            &[PROGRAM, "image", "convert", text(&raw), text(target)],
+            more,
+        ];
+        must("strace", traced.concat());
+        let trace = fs::read_to_string(calls).unwrap();
+        let is_wait = |line: &&str| {
+            line.contains("sync(") || line.contains(".part") && line.contains("O_DIRECT")
+        };
+        trace
+            .lines()
+            .filter(is_wait)
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    for (name, options) in [("a.raw", &[][..]), ("a.vhdx", &["--block-size", "1M"][..])] {
+        let target = dir.join(name);
+        let durable = waits(&target, options);
+        assert!(
+            durable.iter().any(|call| call.contains("sync(")),
+            "{durable:?}"
+        );
+        fs::remove_file(&target).unwrap();
+        let cached = waits(&target, &[options, &["--no-sync"]].concat());
+        assert!(cached.is_empty(), "{cached:?}");
+        let back = dir.join("back.raw");
+        must(PROGRAM, ["image", "convert", text(&target), text(&back)]);
+        assert!(fs::read(&back).unwrap() == fs::read(&raw).unwrap());
+        fs::remove_file(&back).unwrap();
+    }
+}
+
+#[test]
 fn what_exists_is_never_converted_over() {
     let folder = scratch();
     let dir = folder.path();

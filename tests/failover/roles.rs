@@ -358,6 +358,45 @@ fn a_failover_that_is_not_committed_outlives_a_clean_stop() {
     assert_eq!(part(&beta), Part::Replica { abandoned: true });
 }
 
+/// The layers hold what differs from the point: without it they are worth nothing.
+#[test]
+fn the_point_that_was_chosen_stays_although_fewer_are_kept() {
+    if !can_mount() {
+        return;
+    }
+    let (pair, alpha, beta) = Pair::replicating();
+    let (here, there) = (pair.on_alpha(), pair.on_beta());
+    let chosen = epoch(&alpha, &here, 1);
+    for number in 2..=6 {
+        epoch(&alpha, &here, number);
+    }
+    alpha.stop();
+    let point = chosen.to_string();
+    verb(
+        &beta,
+        &[
+            "failover",
+            MACHINE,
+            "--unplanned",
+            "--force",
+            "--point",
+            &point,
+        ],
+    );
+    check(&there, 1);
+    mark(&there[0], 2000, 99);
+    beta.kill();
+    pair.keep.set(0);
+    let beta = pair.beta();
+    assert!(matches!(part(&beta), Part::FailedOver { .. }));
+    check(&there, 1);
+    assert_eq!(marked(&there[0], 2000), 99);
+    // Chosen once more: what came after it was kept as well.
+    assert_eq!(call(&beta, &["cancel", MACHINE]).0, 0);
+    verb(&beta, &["failover", MACHINE, "--unplanned"]);
+    check(&there, 6);
+}
+
 #[test]
 fn a_promoted_host_that_dies_knows_what_changed() {
     if !can_mount() {

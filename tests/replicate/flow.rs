@@ -1,12 +1,23 @@
 //! Copy, changes, cuts, discards: the replica holds what the primary held.
 
-use std::{fs, os::unix::fs::FileExt, os::unix::fs::MetadataExt, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::FileExt,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    thread::{self, JoinHandle},
+};
 
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
-use understudy::disk::image::Format;
+use understudy::{
+    disk::image::Format,
+    node::status::{PointStatus, TestStatus},
+};
 
 use crate::support::{
-    Aligned, BLOCK, Hosts, Ledger, Load, assert_identical, can_mount, open_direct, open_image,
+    Aligned, BLOCK, Hosts, Ledger, Load, MACHINE, assert_identical, call, can_mount, open_direct,
+    open_image, parsed,
 };
 
 const MIB: u64 = 1 << 20;
@@ -114,28 +125,13 @@ fn the_order_of_writes_holds_across_disks() {
         let replica = hosts.replica(&[]);
         let primary = hosts.primary(&[&first, &second], &["--interval", "100ms"]);
         primary.wait_replicating();
-        let ledger = Ledger::new(64 * MIB, 3 + lap);
-        let markers = [hosts.disk("a"), hosts.disk("b")];
-        // Between the two markers lies all that the load changes: an epoch that were not as of its cut would read the
-        // second one much later than the first.
-        let busy = std::thread::spawn({
-            let disk = hosts.disk("a");
-            move || churn_above_zero(&disk, ledger)
-        });
-        let counting = std::thread::spawn(move || {
-            let [a, b] = markers.map(|path| open_direct(&path, OFlag::O_DSYNC).unwrap());
-            while write_counter(&a, next).is_ok() && write_counter(&b, next).is_ok() {
-                next += 1;
-            }
-            next
-        });
+        let guest = Counting::start(&hosts, next, 3 + lap);
         let epochs = primary.machine().traffic.epochs;
         primary.wait("a few epochs under load", |m| {
             m.traffic.epochs >= epochs + 5
         });
         primary.kill();
-        next = counting.join().unwrap() + 1;
-        busy.join().unwrap();
+        next = guest.end() + 1;
         replica.merged();
         replica.stop();
         let ahead = counter(&hosts.replica_image("a", Format::Vhdx));
@@ -143,6 +139,84 @@ fn the_order_of_writes_holds_across_disks() {
         assert!(ahead == behind || ahead == behind + 1, "{ahead} {behind}");
         assert!(behind > shown, "the replica followed: {behind}");
         shown = behind;
+    }
+}
+
+/// The same for every point that is kept, and not only for the one that the images hold in the end.
+#[test]
+fn every_point_that_is_kept_has_the_order_of_the_writes() {
+    if !can_mount() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let (first, second) = (hosts.image("a.vhdx", 64), hosts.image("b.raw", 64));
+    let replica = hosts.replica(&["--keep", "1000"]);
+    let primary = hosts.primary(&[&first, &second], &["--interval", "100ms"]);
+    primary.wait_replicating();
+    let guest = Counting::start(&hosts, 1, 17);
+    let epochs = primary.machine().traffic.epochs;
+    primary.wait("many epochs under load", |m| {
+        m.traffic.epochs >= epochs + 30
+    });
+    primary.kill();
+    let last = guest.end();
+    let points: Vec<PointStatus> = parsed(&replica, &["points", MACHINE]);
+    assert!(points.len() >= 30, "{}", points.len());
+    let mut shown = BTreeSet::new();
+    for point in points {
+        let epoch = point.point.epoch.to_string();
+        let args = ["failover", MACHINE, "--test", "--point", &epoch];
+        let test: TestStatus = parsed(&replica, &args);
+        let [ahead, behind] = [&test.files[0], &test.files[1]].map(|file| {
+            let mut bytes = [0; 8];
+            let file = fs::File::open(file).unwrap();
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            u64::from_le_bytes(bytes)
+        });
+        let what = format!("epoch {epoch} shows {ahead} and {behind}");
+        assert!(ahead == behind || ahead == behind + 1, "{what}");
+        assert!(
+            shown.last().is_none_or(|&before| before <= behind),
+            "{what}"
+        );
+        shown.insert(behind);
+        assert_eq!(call(&replica, &["cancel", MACHINE]).0, 0);
+    }
+    assert!(
+        shown.len() >= 20 && shown.last() <= Some(&last),
+        "{shown:?}"
+    );
+    replica.stop();
+}
+
+/// A guest that counts, on disk `a` first and then on disk `b`, until they are gone. Between the two marks lies all that
+/// another one writes on `a`: an epoch that were not as of its cut would read the second mark much later than the first.
+struct Counting {
+    counting: JoinHandle<u64>,
+    busy: JoinHandle<()>,
+}
+
+impl Counting {
+    fn start(hosts: &Hosts, mut next: u64, seed: u64) -> Self {
+        let markers = [hosts.disk("a"), hosts.disk("b")];
+        let disk = hosts.disk("a");
+        let ledger = Ledger::new(64 * MIB, seed);
+        Self {
+            counting: thread::spawn(move || {
+                let [a, b] = markers.map(|path| open_direct(&path, OFlag::O_DSYNC).unwrap());
+                while write_counter(&a, next).is_ok() && write_counter(&b, next).is_ok() {
+                    next += 1;
+                }
+                next
+            }),
+            busy: thread::spawn(move || churn_above_zero(&disk, ledger)),
+        }
+    }
+
+    /// Waits for the end of the disks; the last number that was begun.
+    fn end(self) -> u64 {
+        self.busy.join().unwrap();
+        self.counting.join().unwrap()
     }
 }
 

@@ -221,6 +221,33 @@ fn what_a_reopened_replica_claims_survives_a_power_cut() {
     }
 }
 
+/// A primary that is told a head forgets what it had sent beyond. So whatever fails once, the replica has nothing more
+/// than it said when it is opened the next time.
+#[test]
+fn the_head_that_a_primary_is_told_is_all_there_is() {
+    let (_, logs) = story();
+    let mut failures = 0;
+    for steps in 0.. {
+        let host = Host::new();
+        let replica = host.open(9).unwrap();
+        replica.prepare(&specs()).unwrap();
+        let before = host.power.steps();
+        host.power.fail_after(steps, io::ErrorKind::Other);
+        let failed = logs.iter().any(|log| send(&replica, log).is_err());
+        if !failed && host.power.steps() <= before + steps {
+            break;
+        }
+        failures += u32::from(failed);
+        let Ok(told) = replica.settled_head() else {
+            continue;
+        };
+        drop(replica);
+        let found = host.open(9).unwrap().head();
+        assert_eq!(found.lineage(), told.lineage(), "failed at step {steps}");
+    }
+    assert!(failures > 20, "{failures}");
+}
+
 /// Frames of an initial copy that were reported as durable are in the images after any cut: the primary does not send
 /// them again.
 #[test]

@@ -116,6 +116,28 @@ fn an_open_view_holds_the_merge_back() {
     check_points(&replica, &model);
 }
 
+/// A failover has chosen a point and does not look at it yet.
+#[test]
+fn a_held_point_stays_although_it_is_not_looked_at() {
+    let host = Host::new();
+    let mut model = Model::new();
+    let replica = host.open(0).unwrap();
+    grow(&replica, &mut model, 4);
+    let held = replica.hold(Epoch(2)).unwrap();
+    assert_eq!(held.point.lineage.epoch, Epoch(2));
+    while replica.upkeep().unwrap().is_some() {}
+    let view = replica.view(Epoch(2)).unwrap();
+    for (disk, expected) in view.disks.iter().zip(&model.history[&Epoch(2)]) {
+        assert!(content(&**disk) == *expected);
+    }
+    drop((view, held));
+    while replica.upkeep().unwrap().is_some() {}
+    assert!(matches!(
+        replica.hold(Epoch(2)),
+        Err(ReplicaError::NoPoint(Epoch(2)))
+    ));
+}
+
 /// Two bytes written for each byte received, and none read but the logs, once.
 #[test]
 fn a_byte_received_is_written_twice() {

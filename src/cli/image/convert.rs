@@ -16,6 +16,7 @@ use crate::{
         self,
         convert::{self, Conversion, Converted, Holes},
     },
+    storage::draft::Durability,
 };
 
 /// Options of `convert`.
@@ -31,6 +32,10 @@ pub(super) struct ConvertArgs {
     /// Store zeros where DST could have holes. Windows does not attach an image in a sparse file.
     #[arg(long)]
     no_sparse: bool,
+    /// Do not wait until DST is on the disk: for an image that can be made again. If the power fails within the next
+    /// minutes, DST may be damaged.
+    #[arg(long)]
+    no_sync: bool,
 }
 
 /// Converts, until done or told to stop.
@@ -49,6 +54,11 @@ pub(super) fn run(args: &ConvertArgs, out: &Output) -> anyhow::Result<()> {
             Holes::Fill
         } else {
             Holes::Keep
+        },
+        durability: if args.no_sync {
+            Durability::Cached
+        } else {
+            Durability::Synced
         },
     };
     let label = format!(

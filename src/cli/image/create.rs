@@ -24,7 +24,10 @@ use crate::{
         vhdx::{self, CHILD_BLOCK_BYTES_DEFAULT, ParentPaths},
     },
     node::images::ImageConfig,
-    storage::{Storage, draft::Draft},
+    storage::{
+        Storage,
+        draft::{Draft, Durability},
+    },
 };
 
 /// Options of `create`.
@@ -49,7 +52,7 @@ pub(super) fn run(args: &CreateArgs, out: &Output) -> anyhow::Result<()> {
     let new = args.new.options(path)?;
     let ids = SystemIds::default();
     let at = || format!("cannot create {}", path.display());
-    let draft = Draft::create(path, ids.uuid());
+    let draft = Draft::create(path, ids.uuid(), Durability::Synced);
     let draft = draft
         .map_err(|error| not_made(path, error))
         .with_context(at)?;

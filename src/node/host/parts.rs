@@ -230,6 +230,7 @@ impl Member {
             clock: Arc::clone(&shared.clock),
             keeping: shared.config.keeping_of(&self.name).clone(),
             locks,
+            held: record.layers.map(|layers| layers.point.epoch),
         };
         Served::open(opening).map_err(StartError::other)
     }

@@ -162,17 +162,22 @@ impl Member {
             point: request.point,
             ..TestRequest::default()
         };
-        let point = choose(&served.store, self.name(), wanted)?;
+        choose(&served.store, self.name(), wanted)?;
         // Nothing arrives any more from whoever fed it, before the promotion is durable.
         let over = served.end_session("this host takes over");
+        // Until now the latest point could become another one, and the one that was looked for be merged.
+        let point = choose(&served.store, self.name(), wanted)?;
+        let held = served.hold(point.lineage.epoch);
+        held.map_err(|error| OperateError::Failed(chain(&error)))?;
         let event = Event::Promote {
             expected: record.role.generation,
             point: point.lineage,
             fresh: self.shared().ids.uuid(),
         };
-        self.turn_to(&event, |record| {
+        let promoted = self.turn_to(&event, |record| {
             layer_over(record, &served, point.lineage);
-        })?;
+        });
+        promoted.inspect_err(|_| served.let_go())?;
         drop(over);
         self.arrange()?;
         Ok(self.failed_over(point.lineage, self.record().role.generation))
@@ -293,6 +298,9 @@ impl Member {
             record.images.clear();
         });
         if cancelled.is_ok() {
+            if let Some(below) = below {
+                below.let_go();
+            }
             self.forget_serving(self.record().id)?;
         }
         self.arrange()?;

@@ -18,7 +18,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{FallocateFlags, OFlag, fallocate},
+    fcntl::{FallocateFlags, OFlag, PosixFadviseAdvice, fallocate, posix_fadvise},
     sys::uio::pwrite,
     unistd::{Whence, lseek64},
 };
@@ -39,7 +39,8 @@ pub struct FileStorage {
     /// The way past the page cache, where it was asked for.
     direct: Option<Direct>,
     block_device: bool,
-    syncs: Syncs,
+    /// None for a file that is left to the page cache.
+    syncs: Option<Syncs>,
 }
 
 impl FileStorage {
@@ -73,6 +74,17 @@ impl FileStorage {
         }
     }
 
+    /// The same file, left to the page cache: its syncs do nothing, and no write is forced unit access. Only for a file
+    /// that its user would rather make again than wait for.
+    #[must_use]
+    pub fn left_to_cache(self) -> Self {
+        Self {
+            durable: None,
+            syncs: None,
+            ..self
+        }
+    }
+
     /// Wraps a file that is open for reading.
     pub(super) fn read_only(file: File) -> io::Result<Self> {
         Self::new(file, Path::new(""), false)
@@ -100,7 +112,7 @@ impl FileStorage {
             durable,
             direct: None,
             block_device: kind.is_block_device(),
-            syncs: Syncs::default(),
+            syncs: Some(Syncs::default()),
         })
     }
 
@@ -200,12 +212,21 @@ impl Storage for FileStorage {
         Ok(Some(Extent::new(start, end.saturating_sub(start))))
     }
 
+    fn announce(&self, run: Extent) {
+        let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+        // What cannot be fetched ahead is read when it is needed.
+        let _ = posix_fadvise(&self.file, signed(run.offset), signed(run.len), advice);
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.file.set_len(len)
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.syncs.run(|| self.file.sync_data())
+        match &self.syncs {
+            Some(syncs) => syncs.run(|| self.file.sync_data()),
+            None => Ok(()),
+        }
     }
 }
 

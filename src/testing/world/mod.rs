@@ -275,9 +275,7 @@ impl World {
         let fault = self
             .random
             .pick(&[Fault::Read, Fault::Write, Fault::Write, Fault::Sync]);
-        // A replica that cannot record a log does not know whether it has it: see the finding in tests/README.md.
-        let unsure = kind == Kind::Ledger || fault == Fault::Sync;
-        self.calm &= host != 0 && !unsure;
+        self.calm &= host != 0;
         let after = self.random.below(4);
         medium.fail(kind, fault, after);
         self.note(&format!(

@@ -187,19 +187,20 @@ impl World {
         // The primary of before talks again: what it said earlier is over.
         let before = following.session.take();
         let store = Arc::clone(&following.store);
-        let prepared = store.prepare(&self.setup.specs()).map_err(told);
+        let prepared = store.prepare(&self.setup.specs());
+        let prepared = prepared.and_then(|()| store.settled_head()).map_err(told);
         if let Some(before) = before.filter(|before| before.link != id) {
             self.network.leave(before.link, Side::Replica);
         }
         self.note(&format!("link {id} is greeted"));
-        if self.excuse(1, "preparing the images", prepared)?.is_none() {
+        let Some(head) = self.excuse(1, "preparing the images", prepared)? else {
             self.network.leave(id, Side::Replica);
             return Ok(());
-        }
+        };
         let Some(link) = self.network.link(id) else {
             return Ok(());
         };
-        let session = Session::welcome(link, &store, hello.claim.generation);
+        let session = Session::welcome(link, head, hello.claim.generation);
         if let Some(following) = &mut self.secondary.process {
             following.session = Some(session);
         }
