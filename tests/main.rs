@@ -8,6 +8,7 @@ mod delta;
 mod failover;
 mod formats;
 mod fuzzing;
+mod lab;
 mod model;
 mod mount;
 mod net;
