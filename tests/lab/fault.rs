@@ -46,6 +46,11 @@ impl Fault {
         }
     }
 
+    /// Whether nothing gets from host to host until it is mended.
+    pub(super) fn cuts_links(&self) -> bool {
+        matches!(self, Self::Links(_, weather, _) if weather.cut)
+    }
+
     /// Under which name it is counted.
     pub(super) fn name(&self) -> &'static str {
         match self {

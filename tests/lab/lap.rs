@@ -20,6 +20,7 @@ use understudy::{
 
 use super::{
     fault::{Errand, Fault},
+    guest::Guest,
     history::Seen,
     network::Weather,
     stage::{Known, LOOK, NODES, Stage},
@@ -88,14 +89,14 @@ impl Lab {
         for fault in &faults {
             self.count(fault.name(), 1);
             self.strike(*fault);
-            if self.stage.random.percent(30) {
+            if !fault.cuts_links() && self.stage.random.percent(30) {
                 let machine = self.stage.random.index(hosts.len());
                 // Where it cannot be done now, it is refused.
                 let _ = self.stage.cut(machine, hosts[machine]);
             }
         }
         self.count(errand.name(), 1);
-        if early && self.may_run(errand, &faults) {
+        if early && Self::may_run(errand, &faults) {
             self.run(errand, &mut hosts);
             self.mend();
         } else {
@@ -110,13 +111,15 @@ impl Lab {
     }
 
     /// Errands that need the network wait for it; a host without space is not asked to take machines.
-    fn may_run(&self, errand: Errand, faults: &[Fault]) -> bool {
-        let bad = |fault: &Fault| match fault {
-            Fault::Links(_, weather, _) => weather.cut,
-            Fault::Full(..) => true,
-            _ => false,
-        };
-        !matches!(errand, Errand::Planned(..) | Errand::Lost(..)) || !faults.iter().any(bad)
+    fn may_run(errand: Errand, faults: &[Fault]) -> bool {
+        let full = |fault: &Fault| matches!(fault, Fault::Full(..));
+        match errand {
+            Errand::Watch => true,
+            Errand::Test(_) => !faults.iter().any(Fault::cuts_links),
+            Errand::Planned(..) | Errand::Lost(..) => {
+                !faults.iter().any(|fault| fault.cuts_links() || full(fault))
+            }
+        }
     }
 
     /// A known point, and a guest that writes.
@@ -128,9 +131,7 @@ impl Lab {
         it.synced = 0;
         let status = self.stage.look(machine, host).expect("it runs there");
         self.stage.machines[machine].strict = status.sync_on_flush.is_some();
-        self.stage
-            .cut(machine, host)
-            .expect("a protected machine is cut");
+        self.stage.cut_now(machine, host);
         self.stage.begin(machine, host);
         let guest = self.stage.machines[machine].guest();
         guest.expect("begun above").wait_written(WRITES_BEFORE);
@@ -206,7 +207,7 @@ impl Lab {
         // A strict guest flushes again, and ends, when its replica is back.
         let host = self.stage.protected(machine);
         let guest = self.stage.machines[machine].guest();
-        let errors = guest.map_or(0, |guest| guest.errors());
+        let errors = guest.map_or(0, Guest::errors);
         self.count("errors that guests saw", errors);
         self.stage.end(machine);
         let here = self.stage.disks(machine, host);
@@ -219,10 +220,7 @@ impl Lab {
         let name = self.stage.machines[machine].name();
         settled.unwrap_or_else(|wrong| panic!("{name}, where it runs: {wrong}"));
         drop(files);
-        let point = self
-            .stage
-            .cut(machine, host)
-            .expect("a protected machine is cut");
+        let point = self.stage.cut_now(machine, host);
         let test = self
             .open_test(machine, 1 - host, point)
             .expect("the latest point can be looked at");
@@ -300,7 +298,7 @@ impl Lab {
 
     /// What the hosts logged since the last look: no panic, and nothing is copied a second time where that is promised.
     fn look_at_logs(&mut self) {
-        for host in 0..2 {
+        for (host, name) in NODES.iter().enumerate().take(2) {
             let mut file = fs::File::open(self.stage.log(host)).unwrap();
             file.seek(SeekFrom::Start(self.read[host])).unwrap();
             let mut text = String::new();
@@ -311,7 +309,7 @@ impl Lab {
                     .map(str::to_owned)
             };
             if let Some(line) = line("panicked at") {
-                panic!("{}: {line}", NODES[host]);
+                panic!("{name}: {line}");
             }
             for words in [
                 "reconciled=CopyNeeded",
@@ -319,7 +317,7 @@ impl Lab {
                 "blocks are sent again",
             ] {
                 let Some(line) = line(words) else { continue };
-                assert!(self.excused, "{}: {line}", NODES[host]);
+                assert!(self.excused, "{name}: {line}");
                 self.count("second copies and resyncs after a full disk", 1);
             }
         }

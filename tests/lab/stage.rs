@@ -227,26 +227,25 @@ impl Stage {
         }
         let (name, peer, port) = (NODES[node], NODES[1 - node], self.ports[node]);
         let address = self.relays[1 - node].address();
-        let mut text = format!(
+        let text = format!(
             "store = \"{name}-store\"\nidentity = {name:?}\nlisten = \"127.0.0.1:{port}\"\ninterval = \"100ms\"\n\
              operators = [{coord:?}]\n[peers.{peer}]\naddress = {address:?}\n[replicas]\nkeep = 8\n\
              [groups.strict]\nsync-on-flush = \"strict\"\n[groups.plain]\n"
         );
-        for cast in &CAST {
+        let machine = |cast: &Cast| {
             let (machine, group) = (cast.name, cast.group);
-            if cast.home == node {
-                let image =
-                    |disk: &(&str, &str, u64)| format!("{name}-images/{}.{}", disk.0, disk.1);
-                let images: Vec<_> = cast.disks.iter().map(image).collect();
-                text += &format!(
-                    "[machines.{machine}]\nimages = {images:?}\nat = \"mnt-{machine}\"\npeer = {peer:?}\ngroup = {group:?}\n"
-                );
-            } else {
+            if cast.home != node {
                 // What it is replicated with when it runs here.
-                text += &format!("[replicas.machines.{machine}]\ngroup = {group:?}\n");
+                return format!("[replicas.machines.{machine}]\ngroup = {group:?}\n");
             }
-        }
-        text
+            let image = |disk: &(&str, &str, u64)| format!("{name}-images/{}.{}", disk.0, disk.1);
+            let images: Vec<_> = cast.disks.iter().map(image).collect();
+            format!(
+                "[machines.{machine}]\nimages = {images:?}\nat = \"mnt-{machine}\"\npeer = {peer:?}\ngroup = {group:?}\n"
+            )
+        };
+        let machines: String = CAST.iter().map(machine).collect();
+        text + &machines
     }
 
     /// Moves a node's wall clock to so many seconds after the true time; whether it has one of its own.
@@ -324,6 +323,18 @@ impl Stage {
         Ok(point)
     }
 
+    /// Cuts a machine that is protected; a link that is lost at this moment is no reason to give up.
+    pub(super) fn cut_now(&mut self, machine: usize, host: usize) -> Lineage {
+        let began = Instant::now();
+        loop {
+            match self.cut(machine, host) {
+                Ok(lineage) => return lineage,
+                Err(error) => assert!(began.elapsed() < PATIENCE, "no cut: {error}"),
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
     /// A machine as a node reports it.
     pub(super) fn look(&self, machine: usize, node: usize) -> Option<MachineStatus> {
         let name = self.machines[machine].name();
@@ -356,11 +367,11 @@ impl Stage {
             if let Some(host) = self.protected_on(machine) {
                 return host;
             }
-            for host in 0..2 {
+            for (host, stopped) in stopped.iter_mut().enumerate() {
                 if !self.has_stopped_disk(machine, host) {
-                    stopped[host] = None;
-                } else if stopped[host].get_or_insert_with(Instant::now).elapsed() > RESTART_AFTER {
-                    stopped[host] = None;
+                    *stopped = None;
+                } else if stopped.get_or_insert_with(Instant::now).elapsed() > RESTART_AFTER {
+                    *stopped = None;
                     self.kill(host);
                     self.start(host);
                 }

@@ -8,7 +8,7 @@ use std::{
     fs,
     io::{self, Write as _},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -392,8 +392,14 @@ impl Node {
     }
 
     /// SIGTERM, and a clean end.
-    pub(crate) fn stop(mut self) {
+    pub(crate) fn stop(self) {
         self.ask_to_stop();
+        let (status, said) = self.ended();
+        assert!(status.success(), "a node stopped with {status}: {said}");
+    }
+
+    /// Waits for its end: how it ended, and everything it logged.
+    pub(crate) fn ended(mut self) -> (ExitStatus, String) {
         let started = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -402,11 +408,7 @@ impl Node {
             assert!(started.elapsed() < PATIENCE, "a node does not stop");
             std::thread::sleep(LOOK_EVERY);
         };
-        assert!(
-            status.success(),
-            "a node stopped with {status}: {}",
-            self.log()
-        );
+        (status, self.log())
     }
 
     /// Stands still from now on, as a host that swaps or a disk that does not answer.
