@@ -11,10 +11,12 @@ mod moves;
 mod network;
 mod stage;
 
-use std::{env, io::Write as _, time::Instant};
+use std::{env, fs, io::Write as _, slice, time::Instant};
 
-use self::lap::Lab;
-use crate::support::{can_mount, have};
+use nix::fcntl::OFlag;
+
+use self::{history::History, lap::Lab};
+use crate::support::{BLOCK, can_mount, have, open_direct, scratch, sparse_file};
 
 /// Laps of an ordinary run of the tests.
 const LAPS: u64 = 30;
@@ -83,4 +85,46 @@ fn every_lap_keeps_the_promises() {
     for (what, times) in &teller.lab.counts {
         tell(&format!("{times:>14}  {what}"));
     }
+}
+
+/// What the laps are judged by bites: an earlier state is known as such, a mixture of two is none, nor is a block that is
+/// in another's place or half of one.
+#[test]
+fn a_view_that_is_no_prefix_is_noticed() {
+    let folder = scratch();
+    let path = folder.path().join("disk");
+    sparse_file(&path, 4 << 20);
+    let disk = open_direct(&path, OFlag::empty()).unwrap();
+    let mut history = History::new(1, &[1024], 7);
+    let write = |history: &mut History| {
+        for _ in 0..50 {
+            history.write(slice::from_ref(&disk)).unwrap();
+        }
+        fs::read(&path).unwrap()
+    };
+    let (early, late) = (write(&mut history), write(&mut history));
+    let view = folder.path().join("view");
+    let seen = |bytes: &[u8]| {
+        fs::write(&view, bytes).unwrap();
+        history.seen(slice::from_ref(&view))
+    };
+    let shown = seen(&early).unwrap();
+    assert_eq!(shown.last, 50);
+    assert!(history.holds(shown, 50) && !history.holds(shown, 51));
+    assert!(history.holds(seen(&late).unwrap(), 100));
+
+    let differing = |one: &[u8], other: &[u8]| {
+        let mut blocks = one.chunks(BLOCK).zip(other.chunks(BLOCK));
+        blocks.position(|(one, other)| one != other).unwrap() * BLOCK
+    };
+    let at = differing(&early, &late);
+    let mut mixed = late.clone();
+    mixed[at..at + BLOCK].copy_from_slice(&early[at..at + BLOCK]);
+    assert!(seen(&mixed).unwrap_err().contains("1 blocks are wrong"));
+    let mut torn = late.clone();
+    torn[at..at + BLOCK / 2].copy_from_slice(&early[at..at + BLOCK / 2]);
+    assert!(seen(&torn).unwrap_err().contains("is not whole"));
+    let mut moved = late.clone();
+    moved.copy_within(at..at + BLOCK, (at + 8 * BLOCK) % late.len());
+    assert!(seen(&moved).unwrap_err().contains("is not whole"));
 }
