@@ -4,17 +4,11 @@
 //! There is no metadata. A write is with the kernel when it returns and durable at the next flush. The size is the
 //! file's length, which a resize changes and syncs.
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{io, sync::Arc};
 
 use super::{
     Access, Content, Disk, DiskError, Fua, Geometry, ResizeError, Space, check_run, failed,
-    pieces::stored_run,
+    pieces::stored_run, running::Running,
 };
 use crate::{
     base::{
@@ -31,8 +25,7 @@ pub struct RawDisk {
     storage: Arc<dyn Storage>,
     geometry: Geometry,
     access: Access,
-    /// Set by the first failed sync and by close: nothing written from then on could be trusted.
-    stopped: AtomicBool,
+    running: Running,
 }
 
 /// Why a file is not a raw image.
@@ -64,16 +57,12 @@ impl RawDisk {
             storage,
             geometry,
             access,
-            stopped: AtomicBool::new(false),
+            running: Running::new("raw"),
         })
     }
 
     fn check_write(&self) -> Result<(), DiskError> {
-        if self.stopped.load(Ordering::Acquire) {
-            return Err(DiskError::Stopped(
-                "an earlier flush failed, or the disk was closed".into(),
-            ));
-        }
+        self.running.check()?;
         if self.access == Access::ReadOnly {
             Err(DiskError::ReadOnly)
         } else {
@@ -141,9 +130,12 @@ impl Disk for RawDisk {
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> Result<(), DiskError> {
         check_run(offset, buf.len(), self.geometry.size)?;
         self.check_write()?;
-        self.storage
-            .write_at(offset, buf, fua)
-            .map_err(failed("write", offset))
+        self.storage.write_at(offset, buf, fua).map_err(|source| {
+            if fua == Fua::Yes {
+                self.running.forced_write_failed(&source);
+            }
+            failed("write", offset)(source)
+        })
     }
 
     fn zero(&self, run: Extent, space: Space, fua: Fua) -> Result<(), DiskError> {
@@ -164,7 +156,7 @@ impl Disk for RawDisk {
         }
         self.check_write()?;
         self.storage.sync().map_err(|source| {
-            self.stopped.store(true, Ordering::Release);
+            self.running.sync_failed();
             DiskError::Io {
                 operation: "flush",
                 offset: 0,
@@ -186,7 +178,7 @@ impl Disk for RawDisk {
             return Ok(());
         }
         self.flush()?;
-        self.stopped.store(true, Ordering::Release);
+        self.running.close();
         Ok(())
     }
 }

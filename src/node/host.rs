@@ -401,15 +401,17 @@ impl Host {
     }
 
     /// Unmounts what nobody uses, or everything with [`Unmount::Detach`], ends the links of all machines, closes all
-    /// images. With a mount in use and [`Unmount::IfUnused`] it is an error after which that machine goes on.
+    /// images. With a mount in use and [`Unmount::IfUnused`] it is an error after which that machine goes on. A machine
+    /// that cannot be closed keeps no other one from it; of several errors, that a mount is in use is told, the others
+    /// are logged.
     pub async fn stop_machines(self: &Arc<Self>, how: Unmount) -> Result<(), HostError> {
         let host = Arc::clone(self);
         let stopped = tokio::task::spawn_blocking(move || {
-            for member in host.all() {
+            let stopped = host.all().into_iter().map(|member| {
                 let stopped = member.stop(how);
-                stopped.map_err(|error| HostError::of(member.name(), error))?;
-            }
-            Ok::<_, HostError>(())
+                stopped.map_err(|error| HostError::of(member.name(), error))
+            });
+            first_to_tell(stopped.filter_map(Result::err))
         });
         stopped
             .await
@@ -498,6 +500,32 @@ impl Operate for Host {
     ) -> Result<ResizeReport, OperateError> {
         self.asked(machine)?.resize(request)
     }
+}
+
+/// Fails with one of `errors`: with a mount in use, which can be waited for, if there is such a one. Logs the others.
+fn first_to_tell(errors: impl Iterator<Item = HostError>) -> Result<(), HostError> {
+    let mut told: Option<HostError> = None;
+    for error in errors {
+        let other = match told.take() {
+            None => {
+                told = Some(error);
+                continue;
+            }
+            Some(first) if first.busy().is_none() && error.busy().is_some() => {
+                told = Some(error);
+                first
+            }
+            Some(first) => {
+                told = Some(first);
+                error
+            }
+        };
+        // What is in use is told when it is tried again.
+        if other.busy().is_none() {
+            tracing::error!("{}", chain(&other));
+        }
+    }
+    told.map_or(Ok(()), Err)
 }
 
 /// Each delta log that is kept is an open file; the usual soft limit of 1,024 is for programs that use select(2).

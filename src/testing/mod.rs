@@ -29,6 +29,7 @@ mod world;
 
 use std::{fmt, time::Duration};
 
+pub use random::Random;
 pub use setup::Bug;
 
 /// What a run did.

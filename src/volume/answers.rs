@@ -233,6 +233,8 @@ pub struct MachineState {
     pub tracking_lost: Option<String>,
     /// Disks that take no more writes, and why.
     pub stopped: Vec<(Name, String)>,
+    /// Disks that gave their guest errors since the machine was opened, and which.
+    pub failing: Vec<(Name, String)>,
 }
 
 /// Numbers of a machine. Those that count events start at zero when the machine is opened.

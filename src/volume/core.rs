@@ -22,15 +22,20 @@ use super::{
     open::MachineOptions,
     record::{Record, Trust},
     take::{Cursors, PieceContent, read_content},
+    trouble::Trouble,
 };
 use crate::{
     base::{
         buffers::Buffers,
+        chain::chain,
         ids::Name,
         units::{BLOCK_BYTES, Block, DiskIndex, Epoch, Extent},
     },
-    disk::{Disk, DiskError},
-    storage::ledger::{Ledger, LedgerError},
+    disk::{Disk, DiskError, Fua},
+    storage::{
+        self,
+        ledger::{Ledger, LedgerError},
+    },
     track::{
         bits::Bits,
         header::Slot,
@@ -86,6 +91,8 @@ pub(super) struct Tracked {
     pub(super) hot: Hot,
     /// Why the disk no longer takes writes.
     pub(super) stopped: OnceLock<String>,
+    /// The errors it gave its guest.
+    pub(super) trouble: Trouble,
 }
 
 impl Tracked {
@@ -110,7 +117,7 @@ impl Tracked {
 
     /// The disk takes no more writes.
     pub(super) fn note_stop(&self, error: &DiskError) -> bool {
-        let first = self.stopped.set(error.to_string()).is_ok();
+        let first = self.stopped.set(chain(error)).is_ok();
         if first {
             error!(disk = %self.name, %error, "the disk stopped");
         }
@@ -283,16 +290,40 @@ impl Core {
     /// Flushes the image. A failure is final for the disk, and remembered: what its hot regions hold on the platter is
     /// uncertain from then on, as after a power cut. The caller holds no lock.
     pub(super) fn flush(&self, disk: &Tracked) -> Result<(), DiskError> {
-        disk.inner.flush().inspect_err(|error| {
-            if disk.note_stop(error) {
-                let mut control = self.control.lock();
-                if let Err(error) = self.store(&mut control, |record| {
-                    record.trust = record.trust.max(Trust::Suspect);
-                }) {
-                    error!(machine = %self.options.name, %error, "cannot record the failed flush");
-                }
-            }
-        })
+        disk.inner
+            .flush()
+            .inspect_err(|error| self.stop(disk, error))
+    }
+
+    /// A write or zeroing of the guest failed. If it was to be durable, or the disk below has stopped in it, that is as
+    /// final as a failed flush; a lack of space is not. The caller holds no lock.
+    pub(super) fn write_failed(&self, disk: &Tracked, error: &DiskError, fua: Fua) {
+        let is_final = match error {
+            DiskError::Stopped(_) => true,
+            DiskError::Io { source, .. } => fua == Fua::Yes && !storage::is_full(source),
+            DiskError::OutOfRange { .. } | DiskError::ReadOnly => false,
+        };
+        if is_final {
+            self.stop(disk, error);
+        } else {
+            disk.trouble.note(error);
+        }
+    }
+
+    fn stop(&self, disk: &Tracked, error: &DiskError) {
+        if disk.stopped.get().is_some() {
+            return;
+        }
+        let mut control = self.control.lock();
+        // A machine that was closed has its disks closed, too.
+        if control.closed || !disk.note_stop(error) {
+            return;
+        }
+        if let Err(error) = self.store(&mut control, |record| {
+            record.trust = record.trust.max(Trust::Suspect);
+        }) {
+            error!(machine = %self.options.name, %error, "cannot record that a disk stopped");
+        }
     }
 
     /// The intent log could not be written, or the image not be flushed before it.

@@ -99,6 +99,7 @@ impl Volume {
     fn in_steps(
         &self,
         run: Extent,
+        fua: Fua,
         change: impl Fn(Extent) -> Result<(), DiskError>,
     ) -> Result<(), DiskError> {
         let mut offset = run.offset;
@@ -108,9 +109,10 @@ impl Volume {
             let held = self.enter(step)?;
             let changed = change(step);
             drop(held);
-            changed?;
+            changed.inspect_err(|error| self.core.write_failed(self.disk(), error, fua))?;
             offset = step.end();
         }
+        self.disk().trouble.wrote();
         Ok(())
     }
 }
@@ -121,13 +123,15 @@ impl Disk for Volume {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
-        self.disk().inner.read_at(offset, buf)
+        let disk = self.disk();
+        let read = disk.inner.read_at(offset, buf);
+        read.inspect_err(|error| disk.trouble.note(error))
     }
 
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> Result<(), DiskError> {
         let disk = self.disk();
         let run = check_run(offset, buf.len(), disk.size)?;
-        self.in_steps(run, |step| {
+        self.in_steps(run, fua, |step| {
             let from = to_usize(step.offset - offset);
             let part = &buf[from..from + to_usize(step.len)];
             disk.inner.write_at(step.offset, part, fua)
@@ -137,7 +141,7 @@ impl Disk for Volume {
     fn zero(&self, run: Extent, space: Space, fua: Fua) -> Result<(), DiskError> {
         let disk = self.disk();
         let run = check_run(run.offset, to_usize(run.len), disk.size)?;
-        self.in_steps(run, |step| disk.inner.zero(step, space, fua))
+        self.in_steps(run, fua, |step| disk.inner.zero(step, space, fua))
     }
 
     fn flush(&self) -> Result<(), DiskError> {

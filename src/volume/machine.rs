@@ -342,11 +342,16 @@ impl Machine {
             let reason = disk.stopped.get()?;
             Some((disk.name.clone(), reason.clone()))
         });
+        let failing = self.core.disks.iter().filter_map(|disk| {
+            let told = disk.trouble.told()?;
+            Some((disk.name.clone(), told))
+        });
         MachineState {
             standing,
             resync: control.record.resync,
             tracking_lost: self.core.lost.get().cloned(),
             stopped: stopped.collect(),
+            failing: failing.collect(),
         }
     }
 

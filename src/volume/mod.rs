@@ -32,6 +32,7 @@ pub mod record;
 pub mod sift;
 pub mod swap;
 pub mod take;
+mod trouble;
 pub mod verify;
 
 pub use crate::protocol::sender::Side;

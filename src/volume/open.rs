@@ -36,6 +36,7 @@ use super::{
     grow,
     record::{DiskRecord, ImageStamp, Record, ResyncReason, Trust},
     take::Cursors,
+    trouble::Trouble,
 };
 use crate::{
     base::{
@@ -361,6 +362,7 @@ fn open_disk(
         locks: RegionLocks::new(owner.size),
         hot: Hot::new(intent, owner.size, hot_regions_max),
         stopped: OnceLock::new(),
+        trouble: Trouble::default(),
         maps,
         name: source.name,
         inner: source.disk,
@@ -695,6 +697,71 @@ mod tests {
         assert_eq!(machine.state().stopped.len(), 1);
         drop(machine);
         // Same boot: the marks are exact, but what the hot region holds is not.
+        check(&host.open("disk"), None, 1 + 256);
+    }
+
+    /// The image is on storage of its own, which fails once; the machine is in step with its replica, but for a block.
+    fn failing() -> (Arc<Power>, Host) {
+        let power = Power::new();
+        let image = MemoryStorage::new(&power);
+        image.set_len(4 * MIB).unwrap();
+        let host = Host::closed(memory());
+        (power, Host { image, ..host })
+    }
+
+    #[test]
+    fn a_failed_write_is_the_guests_and_is_told() {
+        let (power, host) = failing();
+        let machine = host.open("disk");
+        let volume = &machine.volumes()[0];
+        power.fail_after(0, io::ErrorKind::Other);
+        assert!(volume.write_at(3 * MIB, &[1], Fua::No).is_err());
+        volume.write_at(3 * MIB, &[1], Fua::No).unwrap();
+        let state = machine.state();
+        assert!(state.stopped.is_empty(), "{state:?}");
+        let told = &state.failing[0].1;
+        assert!(
+            told.contains("1 requests") && told.contains("write failed"),
+            "{told}"
+        );
+        drop(machine);
+        check(&host.open("disk"), None, 2);
+    }
+
+    #[test]
+    fn a_lack_of_space_is_told_until_a_write_succeeds() {
+        let (power, host) = failing();
+        let machine = host.open("disk");
+        let volume = &machine.volumes()[0];
+        // A forced write that found no space has lost nothing that was promised.
+        for fua in [Fua::No, Fua::Yes] {
+            power.fail_after(0, io::ErrorKind::StorageFull);
+            assert!(volume.write_at(3 * MIB, &[1], fua).is_err());
+            let state = machine.state();
+            assert_eq!(
+                (state.stopped.len(), state.failing.len()),
+                (0, 1),
+                "{state:?}"
+            );
+            volume.write_at(0, &[1], Fua::No).unwrap();
+            assert!(machine.state().failing.is_empty());
+        }
+    }
+
+    /// As after a failed flush: whether the earlier content of these pages reached the platter is unknown.
+    #[test]
+    fn a_failed_forced_write_stops_the_disk_and_is_remembered() {
+        let (power, host) = failing();
+        let machine = host.open("disk");
+        let volume = &machine.volumes()[0];
+        power.fail_after(0, io::ErrorKind::Other);
+        assert!(volume.write_at(3 * MIB, &[1], Fua::Yes).is_err());
+        for fua in [Fua::No, Fua::Yes] {
+            let refused = volume.write_at(0, &[1], fua);
+            assert!(matches!(refused, Err(DiskError::Stopped(_))), "{refused:?}");
+        }
+        assert_eq!(machine.state().stopped.len(), 1);
+        drop(machine);
         check(&host.open("disk"), None, 1 + 256);
     }
 }

@@ -11,9 +11,9 @@ use understudy::coord::{
 };
 
 use super::stage::{
-    GLANCE, MACHINES, PATIENCE, Stage, check, ended, machine, part, protected, send, write,
+    GLANCE, MACHINES, PATIENCE, Stage, check, ended, machine, part, protected, write,
 };
-use crate::support::{Node, call, can_mount};
+use crate::support::{Node, call, can_mount, send};
 
 /// What a coordinator logs when something of a job is durable.
 const MOMENTS: [(&str, usize); 6] = [

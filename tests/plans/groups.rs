@@ -15,9 +15,9 @@ use understudy::{
 };
 
 use super::stage::{
-    MACHINES, Stage, check, does, ended, fails, job, machine, part, protected, send, write,
+    MACHINES, Stage, check, does, ended, fails, job, machine, part, protected, write,
 };
-use crate::support::{Node, call, can_mount, parsed};
+use crate::support::{Node, call, can_mount, parsed, send};
 
 /// Two groups, with a script that notes what it is told around each of them.
 fn shop(stage: &Stage) -> (String, PathBuf) {

@@ -14,9 +14,9 @@ use understudy::{
 
 use super::stage::{
     GLANCE, MACHINES, PATIENCE, Stage, check, does, ended, machine, part, protected,
-    protected_somewhere, send, write,
+    protected_somewhere, write,
 };
-use crate::support::{Node, can_mount};
+use crate::support::{Node, can_mount, send};
 
 // What a host logs when a step is durable.
 const STEPPED_DOWN: &str = "is=\"a primary that stepped down\"";

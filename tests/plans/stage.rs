@@ -5,7 +5,6 @@ use std::{
     net::UdpSocket,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -16,7 +15,7 @@ use understudy::{
     node::{control::ask_cut, coordinator::JobStatus, operate::Way, status::MachineStatus},
 };
 
-use crate::support::{Hosts, Node, PROGRAM, call, mark, marked, runtime};
+use crate::support::{Hosts, Node, call, mark, marked, runtime};
 
 /// How long anything may take before a test gives up; it is no measure of speed.
 pub(super) const PATIENCE: Duration = Duration::from_mins(2);
@@ -194,18 +193,6 @@ pub(super) fn fails(coordinator: &Node, args: &[&str], code: i32) -> String {
     assert_eq!(found, code, "{args:?}: {out}{err}");
     assert!(!err.contains("panicked"), "{err}");
     format!("{out}{err}")
-}
-
-/// Sends a verb, and does not wait for it.
-pub(super) fn send(coordinator: &Node, args: &[&str]) -> Child {
-    Command::new(PROGRAM)
-        .args(args)
-        .arg("--control")
-        .arg(coordinator.socket())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap()
 }
 
 /// A machine on a node.

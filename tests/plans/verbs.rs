@@ -14,9 +14,9 @@ use understudy::{
 };
 
 use super::stage::{
-    GLANCE, Stage, check, does, ended, fails, job, machine, part, protected, send, write,
+    GLANCE, Stage, check, does, ended, fails, job, machine, part, protected, write,
 };
-use crate::support::{Node, can_mount, parsed, runtime};
+use crate::support::{Node, can_mount, parsed, runtime, send};
 
 #[test]
 fn a_machine_is_moved_from_a_third_host_there_and_back() {

@@ -1,18 +1,15 @@
 //! What goes wrong on an ordinary day: lost links, full disks, images changed by others, lost records.
 
-use std::{fs, path::PathBuf};
+use std::fs;
 
-use nix::{
-    fcntl::OFlag,
-    mount::{MntFlags, umount2},
-};
+use nix::fcntl::OFlag;
 use understudy::{
     coord::state::{Health, ReplicationState},
     disk::image::Format,
 };
 
 use crate::support::{
-    Hosts, Ledger, Load, assert_identical, can_mount, have, must, open_direct, sparse_file,
+    Hosts, Ledger, Load, SmallFileSystem, assert_identical, can_mount, have, must, open_direct,
 };
 
 const MIB: u64 = 1 << 20;
@@ -79,39 +76,6 @@ fn a_replica_that_stands_still_does_not_hold_up_the_guest() {
     assert_identical(&image, &hosts.replica_image("disk", Format::Raw));
 }
 
-/// A file system that a test can fill, in a file of the test's folder.
-struct SmallFileSystem(PathBuf);
-
-impl SmallFileSystem {
-    fn new(hosts: &Hosts, mib: u64) -> Self {
-        let (file, at) = (hosts.path("small.img"), hosts.path("store"));
-        sparse_file(&file, mib << 20);
-        must(
-            "mkfs.ext4",
-            ["-q".as_ref(), "-F".as_ref(), file.as_os_str()],
-        );
-        fs::create_dir(&at).unwrap();
-        must(
-            "mount",
-            [
-                "-o".as_ref(),
-                "loop".as_ref(),
-                file.as_os_str(),
-                at.as_os_str(),
-            ],
-        );
-        Self(at)
-    }
-}
-
-impl Drop for SmallFileSystem {
-    fn drop(&mut self) {
-        if umount2(&self.0, MntFlags::empty()).is_err() {
-            let _ = umount2(&self.0, MntFlags::MNT_DETACH);
-        }
-    }
-}
-
 #[test]
 fn a_full_disk_at_the_replica_is_the_replicas_trouble() {
     if !can_mount() || !have(&["mkfs.ext4", "mount", "losetup"]) {
@@ -119,7 +83,7 @@ fn a_full_disk_at_the_replica_is_the_replicas_trouble() {
     }
     let hosts = Hosts::new();
     let image = hosts.image("disk.raw", 64);
-    let small = SmallFileSystem::new(&hosts, 160);
+    let small = SmallFileSystem::new(&hosts.path("small.img"), &hosts.path("store"), 160);
     let replica = hosts.replica(&[]);
     let primary = hosts.primary(&[&image], &["--compression", "none"]);
     primary.wait_replicating();
@@ -128,8 +92,7 @@ fn a_full_disk_at_the_replica_is_the_replicas_trouble() {
     ledger.write(&file, 0, 16).unwrap();
     let point = primary.cut();
     replica.merged();
-    let ballast = small.0.join("ballast");
-    fill_disk(&ballast);
+    small.fill();
     for start in (0..48 * 256).step_by(64) {
         ledger.write(&file, start, 64).unwrap();
     }
@@ -142,7 +105,7 @@ fn a_full_disk_at_the_replica_is_the_replicas_trouble() {
     assert_eq!(there.durable, Some(point), "the last complete point stays");
     // The guest knows nothing of it.
     ledger.write(&file, 0, 64).unwrap();
-    fs::remove_file(&ballast).unwrap();
+    small.relieve();
     drop(file);
     primary.wait_replicating();
     let lineage = primary.cut();
@@ -153,14 +116,6 @@ fn a_full_disk_at_the_replica_is_the_replicas_trouble() {
     replica.stop();
     assert_identical(&image, &hosts.replica_image("disk", Format::Raw));
     drop(small);
-}
-
-/// Leaves less than a MiB of a file system.
-fn fill_disk(path: &std::path::Path) {
-    use std::io::Write;
-    let mut file = fs::File::create(path).unwrap();
-    let piece = vec![1; 1 << 18];
-    while file.write_all(&piece).is_ok() {}
 }
 
 #[test]

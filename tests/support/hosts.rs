@@ -8,7 +8,7 @@ use std::{
     fs,
     io::{self, Write as _},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -42,6 +42,8 @@ use super::{must, run, sparse_file};
 const PATIENCE: Duration = Duration::from_mins(1);
 /// Time between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How much of its log is shown when a test fails, in bytes.
+const LOG_SHOWN: usize = 64 << 10;
 /// Unit of comparison.
 const MIB: usize = 1 << 20;
 /// The machine that all tests replicate.
@@ -76,6 +78,12 @@ impl Hosts {
         let now = SystemClock::default().wall();
         let (ca, name) = (self.path("ca"), Name::new(host).unwrap());
         pki::issue(&ca, &name, &names, &self.path(host), now).unwrap();
+    }
+
+    /// Its folder stays when it is dropped; where that is.
+    pub(crate) fn keep(&mut self) -> &Path {
+        self.dir.disable_cleanup(true);
+        self.dir.path()
     }
 
     pub(crate) fn path(&self, below: impl AsRef<Path>) -> PathBuf {
@@ -171,6 +179,8 @@ impl Hosts {
     pub(crate) fn command(&self, what: &str, args: &[&str]) -> NodeCommand {
         NodeCommand {
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
+            through: Vec::new(),
+            environment: Vec::new(),
             socket: self.path(format!("{what}.sock")),
             log: self.path(format!("{what}.log")),
         }
@@ -212,6 +222,9 @@ pub(crate) fn format_of(path: &Path) -> Format {
 #[derive(Clone)]
 pub(crate) struct NodeCommand {
     args: Vec<String>,
+    /// The program that runs it in another setting, with its arguments; none if there is no such thing.
+    through: Vec<String>,
+    environment: Vec<(String, String)>,
     socket: PathBuf,
     log: PathBuf,
 }
@@ -223,16 +236,32 @@ impl NodeCommand {
         self.log.set_file_name(format!("{name}.log"));
     }
 
+    /// Run by another program, which becomes the node in the end: `nsenter --net=...`.
+    pub(crate) fn through(mut self, words: &[&str]) -> Self {
+        self.through = words.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
+    /// With a variable in its environment.
+    pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     fn spawn(&self) -> Child {
         let log = fs::File::options()
             .create(true)
             .append(true)
             .open(&self.log);
-        Command::new(PROGRAM)
+        let words = (self.through.iter().map(String::as_str)).chain([PROGRAM]);
+        let words: Vec<_> = words.collect();
+        Command::new(words[0])
+            .args(&words[1..])
             .args(&self.args)
             .arg("--control")
             .arg(&self.socket)
             .env("RUST_LOG", "info")
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log.unwrap())
@@ -363,8 +392,14 @@ impl Node {
     }
 
     /// SIGTERM, and a clean end.
-    pub(crate) fn stop(mut self) {
+    pub(crate) fn stop(self) {
         self.ask_to_stop();
+        let (status, said) = self.ended();
+        assert!(status.success(), "a node stopped with {status}: {said}");
+    }
+
+    /// Waits for its end: how it ended, and everything it logged.
+    pub(crate) fn ended(mut self) -> (ExitStatus, String) {
         let started = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -373,11 +408,7 @@ impl Node {
             assert!(started.elapsed() < PATIENCE, "a node does not stop");
             std::thread::sleep(LOOK_EVERY);
         };
-        assert!(
-            status.success(),
-            "a node stopped with {status}: {}",
-            self.log()
-        );
+        (status, self.log())
     }
 
     /// Stands still from now on, as a host that swaps or a disk that does not answer.
@@ -404,7 +435,8 @@ impl Node {
         }
     }
 
-    fn pid(&self) -> Pid {
+    /// The process.
+    pub(crate) fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
     }
 }
@@ -419,6 +451,18 @@ pub(crate) fn call(node: &Node, args: &[&str]) -> (i32, String, String) {
         text(done.stdout),
         text(done.stderr),
     )
+}
+
+/// Sends a verb, and does not wait for it.
+pub(crate) fn send(node: &Node, args: &[&str]) -> Child {
+    Command::new(PROGRAM)
+        .args(args)
+        .arg("--control")
+        .arg(node.socket())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 pub(crate) fn parsed<T: serde::de::DeserializeOwned>(node: &Node, args: &[&str]) -> T {
@@ -444,7 +488,9 @@ impl Drop for Node {
                 .unwrap()
                 .to_string_lossy()
                 .into_owned();
-            let _ = writeln!(io::stderr(), "---- {name}\n{}----", self.log());
+            let log = self.log();
+            let from = log.floor_char_boundary(log.len().saturating_sub(LOG_SHOWN));
+            let _ = writeln!(io::stderr(), "---- {name}\n{}----", &log[from..]);
         }
     }
 }

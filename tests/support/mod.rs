@@ -2,6 +2,7 @@
 
 mod hosts;
 mod load;
+mod space;
 
 use std::{
     ffi::OsStr,
@@ -20,7 +21,7 @@ use understudy::{
     storage::file::FileStorage,
 };
 
-pub(crate) use self::{hosts::*, load::*};
+pub(crate) use self::{hosts::*, load::*, space::*};
 
 /// Says that a test did not run. Written past the harness's capture, so that it is seen in a green run as well.
 pub(crate) fn skip(reason: &str) {

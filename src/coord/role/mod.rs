@@ -430,6 +430,13 @@ mod tests {
             answer: Answer::Follows(generation(6, 8)),
             fresh,
         };
+        let consent_lost = Event::Answered {
+            answer: Answer::Higher {
+                theirs: generation(6, 8),
+                abandoned: false,
+            },
+            fresh,
+        };
         vec![
             ("step-down", Event::StepDown { head }),
             ("reclaim", Event::Reclaim { fresh }),
@@ -452,6 +459,7 @@ mod tests {
             ("higher", higher(false)),
             ("higher-gone", higher(true)),
             ("consented", consented),
+            ("consent-lost", consent_lost),
         ]
     }
 
@@ -505,6 +513,7 @@ taken        x      x      x      x      x      x      x      R6     x
 higher       F5     .      D5     .      .      F5     .      .      F5
 higher-gone  P5+7   D5+7   D5+7   .      .      F5     F5+7   .      F5
 consented    .      .      P6     .      .      .      .      .      .
+consent-lost F5     .      P6     .      .      F5     .      .      F5
 ";
 
     #[test]

@@ -249,7 +249,12 @@ impl RoleState {
     /// The peer answered a claim.
     pub(super) fn answered(&self, answer: Answer, fresh: Uuid) -> Result<Step, Refused> {
         match answer {
-            Answer::Follows(generation) if self.claim == Some(generation) => Ok(step(Self {
+            // Higher only by what was chosen here: the peer consented, and that answer was lost.
+            Answer::Follows(generation)
+            | Answer::Higher {
+                theirs: generation,
+                abandoned: false,
+            } if self.claim == Some(generation) => Ok(step(Self {
                 generation,
                 born: None,
                 part: Part::Primary,

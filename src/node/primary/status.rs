@@ -147,6 +147,10 @@ fn problem(state: &MachineState) -> Option<String> {
         .tracking_lost
         .iter()
         .map(|why| format!("tracking ended, a resync is needed: {why}"));
-    let problems: Vec<_> = stopped.chain(lost).collect();
+    let failing = state
+        .failing
+        .iter()
+        .map(|(disk, what)| format!("disk {disk}: {what}"));
+    let problems: Vec<_> = stopped.chain(lost).chain(failing).collect();
     (!problems.is_empty()).then(|| problems.join("; "))
 }
