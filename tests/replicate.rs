@@ -8,5 +8,6 @@ mod guest;
 mod policies;
 mod resync;
 mod seed;
+mod suspend;
 mod troubles;
 mod verify;

@@ -20,6 +20,7 @@ pub mod resize;
 pub mod resync;
 pub mod serve;
 pub mod status;
+pub mod suspend;
 pub mod verify;
 
 use std::{fmt, io::IsTerminal as _, path::PathBuf, process::ExitCode};
@@ -75,6 +76,10 @@ enum Verb {
     Cancel(failover::CancelArgs),
     /// On a host that was the primary before a failover: let it follow the new one.
     Reverse(failover::ReverseArgs),
+    /// Stop replicating a machine for a while: its changes are tracked, and its guest goes on.
+    Suspend(suspend::SuspendArgs),
+    /// Replicate a machine again that was suspended: what changed meanwhile is sent.
+    Resume(suspend::ResumeArgs),
     /// Make a disk of a machine larger while its guest uses it; its replica follows.
     Resize(resize::ResizeArgs),
     /// Move several machines as a recovery plan says: check it, try it, run it.
@@ -137,6 +142,8 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Plan(args) => runtime()?.block_on(plan::run(&args, out)),
         Verb::Jobs(args) => runtime()?.block_on(jobs::run(&args, out)),
         Verb::Reverse(args) => runtime()?.block_on(failover::reverse(&args, out)),
+        Verb::Suspend(args) => runtime()?.block_on(suspend::suspend(&args, out)),
+        Verb::Resume(args) => runtime()?.block_on(suspend::resume(&args, out)),
         Verb::Resize(args) => runtime()?.block_on(resize::run(&args, out)),
     }
 }

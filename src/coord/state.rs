@@ -39,7 +39,8 @@ pub enum ReplicationState {
     WaitingForInitialReplication,
     /// Both: changes flow.
     Replicating,
-    /// Primary: the machine was replicated and its replica cannot be reached; changes are only tracked.
+    /// Primary: the machine was replicated and its replica cannot be reached, or an operator suspended it; changes are only
+    /// tracked. Replica: the primary said that it is suspended, or a failover was cancelled.
     Suspended,
     /// Both: stopped for a reason that does not mend itself.
     Error,

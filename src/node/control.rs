@@ -12,6 +12,8 @@
 //! | `POST /v1/machines/{name}/commit` | a [`FailoverReport`] |
 //! | `POST /v1/machines/{name}/cancel` with a [`CancelRequest`] | a [`CancelReport`] of what was taken back or cleaned up |
 //! | `POST /v1/machines/{name}/reverse` with a [`ReverseRequest`] | a [`FailoverReport`] |
+//! | `POST /v1/machines/{name}/suspend` with a [`SuspendRequest`] | a [`SuspendReport`], once nothing is sent any more |
+//! | `POST /v1/machines/{name}/resume` | a [`SuspendReport`] of what is over |
 //! | `POST /v1/machines/{name}/resize` with a [`ResizeRequest`] | a [`ResizeReport`] |
 //!
 //! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder. The
@@ -43,11 +45,12 @@ pub(super) use self::client::ask;
 pub use self::{
     client::{
         ClientError, ask_cancel, ask_commit, ask_cut, ask_failover, ask_points, ask_resize,
-        ask_resync, ask_reverse, ask_status, ask_test, ask_verify, sockets,
+        ask_resume, ask_resync, ask_reverse, ask_status, ask_suspend, ask_test, ask_verify,
+        sockets,
     },
     request::{
         CancelReport, CancelRequest, FailoverKind, FailoverReport, FailoverRequest, ResizeReport,
-        ResizeRequest, ReverseRequest, TestRequest, VerifyRequest,
+        ResizeRequest, ReverseRequest, SuspendReport, SuspendRequest, TestRequest, VerifyRequest,
     },
 };
 use super::{
@@ -99,6 +102,16 @@ pub trait Operate: Send + Sync + 'static {
 
     /// Lets a host that was the primary follow the new one.
     fn reverse(&self, machine: &Name, _: ReverseRequest) -> Result<FailoverReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Stops replicating a machine until it is resumed. Its changes are tracked.
+    fn suspend(&self, machine: &Name, _: SuspendRequest) -> Result<SuspendReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Replicates a machine again that was suspended.
+    fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
         Err(OperateError::NoSuchMachine(machine.clone()))
     }
 
@@ -218,6 +231,8 @@ pub fn requests(node: Arc<dyn Operate>) -> Router {
         .route("/v1/machines/{name}/commit", post(commit))
         .route("/v1/machines/{name}/cancel", post(cancel))
         .route("/v1/machines/{name}/reverse", post(reverse))
+        .route("/v1/machines/{name}/suspend", post(suspend))
+        .route("/v1/machines/{name}/resume", post(resume))
         .route("/v1/machines/{name}/resize", post(resize))
         .with_state(node)
 }
@@ -282,6 +297,18 @@ async fn reverse(
     Json(request): Json<ReverseRequest>,
 ) -> Response {
     answer(move || node.reverse(&machine(&name)?, request)).await
+}
+
+async fn suspend(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<SuspendRequest>,
+) -> Response {
+    answer(move || node.suspend(&machine(&name)?, request)).await
+}
+
+async fn resume(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
+    answer(move || node.resume(&machine(&name)?)).await
 }
 
 async fn resize(

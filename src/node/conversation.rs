@@ -44,6 +44,8 @@ const MEASURE_BYTES: u64 = 8 << 20;
 pub(super) enum End {
     /// The node is being stopped.
     Stop,
+    /// The machine is suspended, and nothing was under way any more.
+    Suspended,
     /// The link was lost, or this host had to give up on it.
     Lost(String),
     /// The other side does not want to.
@@ -76,6 +78,8 @@ pub(super) struct Conversation<'a> {
     answering: Vec<CutAnswer>,
     /// Commands that wait until no epoch is closing.
     demanding: Vec<BeginAnswer>,
+    /// Whether it ends as soon as nothing is under way.
+    suspending: bool,
     /// What the questions on the way are about, the oldest first.
     asked: VecDeque<About>,
     /// Bytes and time of saturated sending since the last measurement.
@@ -107,6 +111,7 @@ impl<'a> Conversation<'a> {
             waiting,
             answering,
             demanding,
+            suspending: false,
             asked: VecDeque::new(),
             measured,
         }
@@ -127,6 +132,9 @@ impl<'a> Conversation<'a> {
                 self.act(action)?;
             }
             // What was staged is acknowledged by now.
+            if self.suspending && !self.sender.is_closing() {
+                return Ok(End::Suspended);
+            }
             if self.sender.is_open() {
                 self.begin_demanded();
             }
@@ -240,6 +248,7 @@ impl<'a> Conversation<'a> {
                     // Whoever asked may have gone away.
                     let _ = answer.send(self.driver.begin_verify(request));
                 }
+                Ok(Command::Suspend) => self.suspending = true,
                 Ok(Command::Stop) | Err(_) => return Some(End::Stop),
             },
             default(wait) => {}
@@ -464,7 +473,12 @@ impl<'a> Conversation<'a> {
         self.driver.machine.disconnected();
         self.unanswered();
         let (reason, text) = match end {
-            End::Stop => (Reason::Stopping, "the primary is being stopped".to_owned()),
+            End::Stop if !self.driver.is_suspended() => {
+                (Reason::Stopping, "the primary is being stopped".to_owned())
+            }
+            End::Stop | End::Suspended => {
+                (Reason::Suspended, "suspended by an operator".to_owned())
+            }
             End::Lost(why) => (Reason::Aborted, why.clone()),
             End::Refused(why) => (Reason::Protocol, why.to_string()),
         };

@@ -7,9 +7,9 @@
 //! what was under way back to the maps, waits and dials again. Guest writes never wait for any of this: they mark
 //! their blocks and go on.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{convert::Infallible, sync::Arc, thread, time::Duration};
 
-use crossbeam_channel::{Receiver, Sender as ChannelSender, after, select, unbounded};
+use crossbeam_channel::{Receiver, Sender as ChannelSender, after, bounded, select, unbounded};
 use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::watch};
 
@@ -45,6 +45,8 @@ const AHEAD_BYTES: u64 = 16 << 20;
 const CURRENT_EVERY: Duration = Duration::from_secs(1);
 /// First and longest pause between two dials.
 const REDIAL: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// How long a suspension waits for what is under way to become durable.
+const SUSPEND_WITHIN: Duration = Duration::from_secs(5);
 /// Longest pause while only the peer's role is in the way: an operator waits for what comes of it.
 const ROLES_AGAIN: Duration = Duration::from_secs(2);
 
@@ -79,7 +81,18 @@ pub(super) enum Command {
     Cut(CutAnswer),
     Resync(BeginAnswer),
     Verify(VerifyRequest, BeginAnswer),
+    /// End as soon as nothing is under way.
+    Suspend,
     Stop,
+}
+
+/// Why the thread has to end at once, whatever it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Halt {
+    /// The machine is replicated in another way from now on, or not at all.
+    Stop,
+    /// An operator suspended it.
+    Suspend,
 }
 
 /// What came over the link.
@@ -92,8 +105,9 @@ pub(super) enum Heard {
 #[derive(Debug)]
 pub(super) struct Replication {
     commands: ChannelSender<Command>,
-    /// Becomes true when the thread has to end, whatever it waits for.
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Option<Halt>>,
+    /// Disconnected once the thread has ended.
+    ended: Receiver<Infallible>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -107,7 +121,8 @@ impl Replication {
         host: Host,
     ) -> std::io::Result<Self> {
         let (commands, receiver) = unbounded();
-        let (stop, stopping) = watch::channel(false);
+        let (stop, stopping) = watch::channel(None);
+        let (ending, ended) = bounded(0);
         let thread = thread::Builder::new()
             .name("replicate".into())
             .spawn(move || {
@@ -122,12 +137,31 @@ impl Replication {
                     stopping,
                 };
                 driver.run();
+                drop::<ChannelSender<Infallible>>(ending);
             })?;
         Ok(Self {
             commands,
             stop,
+            ended,
             thread: Some(thread),
         })
+    }
+
+    /// Ends it for an operator who suspends the machine, and tells the replica. An epoch that is under way may become
+    /// durable first; one that takes too long is merged, as after a lost link.
+    pub(super) fn suspend(mut self) {
+        let _ = self.commands.send(Command::Suspend);
+        let _ = self.ended.recv_timeout(SUSPEND_WITHIN);
+        self.halt(Halt::Suspend);
+    }
+
+    fn halt(&mut self, why: Halt) {
+        if let Some(thread) = self.thread.take() {
+            // Both fail only if the thread has ended already, and then it has said why.
+            let _ = self.stop.send(Some(why));
+            let _ = self.commands.send(Command::Stop);
+            let _ = thread.join();
+        }
     }
 
     /// Asks for a cut now; the answer comes when the epoch is durable on the replica.
@@ -149,7 +183,7 @@ impl Replication {
         &self,
         command: impl FnOnce(ChannelSender<Result<T, String>>) -> Command,
     ) -> Pending<T> {
-        let (answer, answered) = crossbeam_channel::bounded(1);
+        let (answer, answered) = bounded(1);
         // If the thread has ended the answer is dropped, which the caller sees when it waits.
         let _ = self.commands.send(command(answer));
         Pending(answered)
@@ -171,12 +205,7 @@ impl<T> Pending<T> {
 
 impl Drop for Replication {
     fn drop(&mut self) {
-        // All fail only if the thread has ended already, and then it has said why.
-        let _ = self.stop.send(true);
-        let _ = self.commands.send(Command::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.halt(Halt::Stop);
     }
 }
 
@@ -202,7 +231,7 @@ pub(super) struct Driver {
     pub(super) flushes: Option<Arc<Flushes>>,
     pub(super) host: Host,
     pub(super) commands: Receiver<Command>,
-    stopping: watch::Receiver<bool>,
+    stopping: watch::Receiver<Option<Halt>>,
 }
 
 impl Driver {
@@ -219,7 +248,7 @@ impl Driver {
                         backoff.reset();
                     }
                     match end {
-                        End::Stop => return,
+                        End::Stop | End::Suspended => return,
                         End::Lost(why) => {
                             self.progress.lock().phase = Phase::Unreachable(why.clone());
                             why
@@ -340,10 +369,15 @@ impl Driver {
         let mut stopping = self.stopping.clone();
         self.host.runtime.block_on(async {
             tokio::select! {
-                _ = stopping.wait_for(|stop| *stop) => None,
+                _ = stopping.wait_for(Option::is_some) => None,
                 done = work => Some(done),
             }
         })
+    }
+
+    /// Whether the thread has to end at once because the machine is suspended.
+    pub(super) fn is_suspended(&self) -> bool {
+        *self.stopping.borrow() == Some(Halt::Suspend)
     }
 
     /// Waits for `pause`; whether the node is being stopped.
@@ -361,7 +395,7 @@ impl Driver {
                     Ok(Command::Verify(request, answer)) => {
                         let _ = answer.send(self.begin_verify(request));
                     }
-                    Ok(Command::Stop) | Err(_) => return true,
+                    Ok(Command::Suspend | Command::Stop) | Err(_) => return true,
                 },
                 recv(until) -> _ => return false,
             }

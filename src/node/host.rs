@@ -6,7 +6,7 @@
 //!   member    one machine: from part to part   parts     what runs in each of them
 //!   serving   a machine that is written here   report    what a machine tells
 //!   roles     what operators ask for           peers     what the other host asks for
-//!   grow      a larger disk
+//!   grow      a larger disk                    suspend   stops the replication for a while
 //! ```
 //! The store's folder holds `node.redb`, the host's records, and a folder for each machine. A machine that is not
 //! configured begins with the first greeting of a host that is allowed to; from then on it belongs to that host.
@@ -22,6 +22,7 @@ mod record;
 mod report;
 mod roles;
 mod serving;
+mod suspend;
 
 use std::{
     collections::BTreeMap,
@@ -54,7 +55,8 @@ use super::{
     admission,
     control::{
         CancelReport, CancelRequest, FailoverReport, FailoverRequest, Operate, OperateError,
-        ResizeReport, ResizeRequest, ReverseRequest, TestRequest, VerifyRequest,
+        ResizeReport, ResizeRequest, ReverseRequest, SuspendReport, SuspendRequest, TestRequest,
+        VerifyRequest,
     },
     lock_folder,
     primary::PrimaryError,
@@ -489,6 +491,18 @@ impl Operate for Host {
         request: ReverseRequest,
     ) -> Result<FailoverReport, OperateError> {
         self.asked(machine)?.reverse(request)
+    }
+
+    fn suspend(
+        &self,
+        machine: &Name,
+        request: SuspendRequest,
+    ) -> Result<SuspendReport, OperateError> {
+        self.asked(machine)?.suspend(request)
+    }
+
+    fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
+        self.asked(machine)?.resume()
     }
 
     fn resize(

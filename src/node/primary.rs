@@ -19,7 +19,7 @@ use super::{
     driver::{Host, Pending, Replication, Subject, Target},
     images::ImageError,
     pacing::Pacing,
-    progress::Progress,
+    progress::{Phase, Progress},
     sources::{Source, Stamped, open_images, spec},
     status::NodeStatus,
     sync_flush::{Flushes, SyncDisk, SyncOnFlush},
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     base::{
-        clock::{Clock, SystemClock},
+        clock::{Clock, SystemClock, Timestamp},
         ids::{Ids, Lineage, Name, SystemIds},
         units::DiskIndex,
     },
@@ -179,10 +179,23 @@ pub(super) struct Beginning<'a> {
 /// A replication that runs, and what the status tells of it.
 #[derive(Debug)]
 struct Running {
-    replication: Replication,
+    /// Nothing while it is suspended.
+    replication: Option<Replication>,
     peer: String,
     interval: Duration,
     pacing: Pacing,
+}
+
+impl Running {
+    /// What there is to tell of a replication that does not run.
+    fn suspended(target: &Target) -> Self {
+        Self {
+            replication: None,
+            peer: target.callee.address.clone(),
+            interval: target.interval,
+            pacing: target.pacing.clone(),
+        }
+    }
 }
 
 impl Primary {
@@ -250,18 +263,26 @@ impl Primary {
         if let Some(flushes) = &flushes {
             flushes.unlinked("connecting to the replica");
         }
-        let (peer, interval) = (target.callee.address.clone(), target.interval);
-        let pacing = target.pacing.clone();
+        let mut running = Running::suspended(&target);
         let told = (Arc::clone(&self.progress), flushes);
         let replication = Replication::start(machine, subject, target, told, host)
             .map_err(PrimaryError::Thread)?;
-        *self.replication.lock() = Some(Running {
-            replication,
-            peer,
-            interval,
-            pacing,
-        });
+        running.replication = Some(replication);
+        *self.replication.lock() = Some(running);
         Ok(())
+    }
+
+    /// Ends the replication until [`replicate`](Self::replicate) is called again. What is under way may end first, for a
+    /// moment. The guest's flushes stand as if the link were lost.
+    pub(super) fn suspend(&self, target: &Target, since: Timestamp) {
+        let running = self.replication.lock().replace(Running::suspended(target));
+        if let Some(replication) = running.and_then(|running| running.replication) {
+            replication.suspend();
+        }
+        self.progress.lock().phase = Phase::Suspended(since);
+        if let Some(flushes) = &self.flushes {
+            flushes.unlinked("the machine is suspended");
+        }
     }
 
     /// Ends the replication: the link is closed when this returns. From then on no flush waits for a replica.
@@ -395,12 +416,18 @@ impl Primary {
 
     fn request<T>(&self, what: impl FnOnce(&Replication) -> Pending<T>) -> Result<T, OperateError> {
         let running = self.replication.lock();
-        let pending = running.as_ref().map(|running| what(&running.replication));
+        let pending = match running.as_ref() {
+            None => Err(format!("machine {} is not replicated", self.name)),
+            Some(running) => running.replication.as_ref().map(what).ok_or_else(|| {
+                format!(
+                    "machine {0} is suspended: `understudy resume {0}` first",
+                    self.name
+                )
+            }),
+        };
         // The lock is free again: a cut may take as long as the link does, and the node must be able to stop.
         drop(running);
-        let pending = pending.ok_or_else(|| {
-            OperateError::NotNow(format!("machine {} is not replicated", self.name))
-        })?;
+        let pending = pending.map_err(OperateError::NotNow)?;
         pending.wait().map_err(OperateError::NotNow)
     }
 

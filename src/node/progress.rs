@@ -26,6 +26,8 @@ pub(super) enum Phase {
     Copying,
     /// Changes flow.
     Replicating,
+    /// An operator stopped it until it is resumed.
+    Suspended(Timestamp),
     /// No link, and why; it is dialled again.
     Unreachable(String),
     /// The replica refused, and why; somebody has to act.
@@ -44,6 +46,10 @@ impl Phase {
             Self::Connecting => (ReplicationState::ReadyForInitialReplication, None),
             Self::Copying => (ReplicationState::InitialReplicationInProgress, None),
             Self::Replicating => (ReplicationState::Replicating, None),
+            Self::Suspended(since) => {
+                let why = format!("suspended since {since}, until `understudy resume`");
+                (ReplicationState::Suspended, Some(why))
+            }
             Self::Unreachable(why) if complete => (ReplicationState::Suspended, Some(why.clone())),
             Self::Unreachable(why) => (
                 ReplicationState::ReadyForInitialReplication,

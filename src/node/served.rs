@@ -306,10 +306,13 @@ impl Served {
         let (store, points) = (self.store.status(), self.store.points());
         let (tests, last_test) = (self.tests.status(), self.tests.last());
         let progress = self.progress.lock();
+        // What was said before the link that stands now is over.
+        let suspended = progress.suspended.filter(|_| progress.connected.is_none());
         let state = match store.head {
             _ if progress.problem.is_some() => ReplicationState::Error,
             Head::Empty => ReplicationState::WaitingForInitialReplication,
             Head::Copying | Head::Copied(_) => ReplicationState::InitialReplicationInProgress,
+            Head::Complete(_) if suspended.is_some() => ReplicationState::Suspended,
             Head::Complete(_) => ReplicationState::Replicating,
         };
         let now = self.clock.wall();
@@ -318,20 +321,22 @@ impl Served {
             // Nothing received since this node started: the last point is as old as its cut.
             rpo.now_ms = store.last_cut.map(|cut| millis(now.since(cut)));
         }
+        let by_the_primary =
+            || suspended.map(|since| format!("suspended by the primary since {since}"));
         let signs = Signs {
             state,
-            stopped: progress.problem.clone(),
+            stopped: progress.problem.clone().or_else(by_the_primary),
             disk: None,
             points: squeezed(store.squeeze),
             interval: Duration::from_secs(1),
             rpo: rpo.now_ms.map(Duration::from_millis),
         };
         let (health, reasons) = match (&progress.connected, signs.health()) {
-            (None, (health, mut reasons)) => {
+            (None, (health, mut reasons)) if suspended.is_none() => {
                 reasons.push("the primary is not connected".into());
                 (health.max(Health::Warning), reasons)
             }
-            (Some(_), judged) => judged,
+            (_, judged) => judged,
         };
         let disks = store.images.iter().map(|image| self.disk_status(image));
         MachineStatus {
@@ -339,6 +344,7 @@ impl Served {
             id: Some(self.id),
             role: Role::Replica,
             part: None,
+            suspended,
             state,
             health,
             reasons,

@@ -10,7 +10,7 @@ use super::{
     Problem, RUN_FOLDER,
     request::{
         CancelReport, CancelRequest, FailoverReport, FailoverRequest, ResizeReport, ResizeRequest,
-        ReverseRequest, TestRequest, VerifyRequest,
+        ReverseRequest, SuspendReport, SuspendRequest, TestRequest, VerifyRequest,
     },
 };
 use crate::{
@@ -127,6 +127,20 @@ pub async fn ask_reverse(
     request: ReverseRequest,
 ) -> Result<FailoverReport, ClientError> {
     ask(way, "POST", &path_of(machine, "reverse"), &request).await
+}
+
+/// Asks a node to stop replicating `machine`; answers when nothing is sent any more.
+pub async fn ask_suspend(
+    way: impl Into<Way>,
+    machine: &Name,
+    request: SuspendRequest,
+) -> Result<SuspendReport, ClientError> {
+    ask(way, "POST", &path_of(machine, "suspend"), &request).await
+}
+
+/// Asks a node to replicate `machine` again.
+pub async fn ask_resume(way: impl Into<Way>, machine: &Name) -> Result<SuspendReport, ClientError> {
+    ask(way, "POST", &path_of(machine, "resume"), &()).await
 }
 
 /// Asks a node to make a disk of `machine` larger; answers when its guest can use it.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::base::{
+    clock::Timestamp,
     ids::{Generation, Name},
     units::Epoch,
 };
@@ -79,6 +80,22 @@ pub struct ReverseRequest {
     /// Also if a disk is still in use here, whose user gets errors from then on.
     #[serde(default)]
     pub force: bool,
+}
+
+/// A suspension.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SuspendRequest {
+    /// Also if the guest's flushes have to wait for the replica until the machine is resumed.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// A machine that is suspended, or was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SuspendReport {
+    /// Since when; nothing if a machine that was resumed was not suspended.
+    pub since: Option<Timestamp>,
 }
 
 /// A larger disk.

@@ -15,8 +15,9 @@ use crate::{
     node::{
         control::{
             CancelReport, CancelRequest, FailoverKind, FailoverReport, FailoverRequest, Operate,
-            OperateError, ResizeReport, ResizeRequest, ReverseRequest, TestRequest, VerifyRequest,
-            ask_cancel, ask_cut, ask_points, ask_resize, ask_resync, ask_test, ask_verify,
+            OperateError, ResizeReport, ResizeRequest, ReverseRequest, SuspendReport,
+            SuspendRequest, TestRequest, VerifyRequest, ask_cancel, ask_cut, ask_points,
+            ask_resize, ask_resume, ask_resync, ask_suspend, ask_test, ask_verify,
         },
         operate::Way,
         status::{NodeStatus, PointStatus, TestStatus},
@@ -48,6 +49,20 @@ impl Operate for Front {
     fn verify(&self, machine: &Name, request: VerifyRequest) -> Result<(), OperateError> {
         let way = self.find(Kind::Planned, machine)?;
         self.on(ask_verify(&way, machine, request))
+    }
+
+    fn suspend(
+        &self,
+        machine: &Name,
+        request: SuspendRequest,
+    ) -> Result<SuspendReport, OperateError> {
+        let way = self.find(Kind::Planned, machine)?;
+        self.on(ask_suspend(&way, machine, request))
+    }
+
+    fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
+        let way = self.find(Kind::Planned, machine)?;
+        self.on(ask_resume(&way, machine))
     }
 
     fn resize(

@@ -158,6 +158,9 @@ impl Member {
             if step.next != before {
                 also(record);
             }
+            if step.next.part != before.part {
+                record.suspended = None;
+            }
         })?;
         if step.next != before {
             tracing::info!(machine = %self.name, was = before.describe(), is = step.next.describe(), generation = %step.next.generation, "role");

@@ -100,7 +100,10 @@ impl Member {
                 compression,
                 pacing,
             };
-            serving.primary.replicate(subject, target, host)?;
+            match record.suspended {
+                Some(since) => serving.primary.suspend(&target, since),
+                None => serving.primary.replicate(subject, target, host)?,
+            }
         } else {
             serving.primary.end_replication();
         }

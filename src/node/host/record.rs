@@ -30,6 +30,9 @@ pub(super) struct Record {
     pub(super) layers: Option<Layers>,
     /// The images are to become a replica's, holding this.
     pub(super) adoption: Option<AdoptionRecord>,
+    /// Since when an operator wants it not to be replicated. A change of parts ends that.
+    #[serde(default)]
+    pub(super) suspended: Option<Timestamp>,
 }
 
 /// An image of a promoted machine.
@@ -89,6 +92,7 @@ impl Record {
             images: Vec::new(),
             layers: None,
             adoption: None,
+            suspended: None,
         }
     }
 

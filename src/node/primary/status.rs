@@ -56,6 +56,7 @@ impl Primary {
             id: tracked.map(|tracked| tracked.machine.id()),
             role: Role::Primary,
             part: None,
+            suspended: None,
             state,
             health,
             reasons,
