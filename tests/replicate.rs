@@ -7,6 +7,7 @@ mod flushes;
 mod guest;
 mod policies;
 mod resync;
+mod schedule;
 mod seed;
 mod suspend;
 mod troubles;

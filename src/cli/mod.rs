@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod copy;
 pub mod demo;
 pub mod failover;
 mod hosting;
@@ -80,6 +81,8 @@ enum Verb {
     Suspend(suspend::SuspendArgs),
     /// Replicate a machine again that was suspended: what changed meanwhile is sent.
     Resume(suspend::ResumeArgs),
+    /// Begin an initial copy now that waits for its time or for a portable disk.
+    Copy(copy::CopyArgs),
     /// Make a disk of a machine larger while its guest uses it; its replica follows.
     Resize(resize::ResizeArgs),
     /// Move several machines as a recovery plan says: check it, try it, run it.
@@ -144,6 +147,7 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Reverse(args) => runtime()?.block_on(failover::reverse(&args, out)),
         Verb::Suspend(args) => runtime()?.block_on(suspend::suspend(&args, out)),
         Verb::Resume(args) => runtime()?.block_on(suspend::resume(&args, out)),
+        Verb::Copy(args) => runtime()?.block_on(copy::run(&args, out)),
         Verb::Resize(args) => runtime()?.block_on(resize::run(&args, out)),
     }
 }

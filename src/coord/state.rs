@@ -31,7 +31,7 @@ impl fmt::Display for Role {
 pub enum ReplicationState {
     /// No replica is configured.
     Disabled,
-    /// Primary: a replica is configured and has not been reached yet.
+    /// Primary: a replica is configured, and the initial copy has not begun.
     ReadyForInitialReplication,
     /// Both: the initial copy is running.
     InitialReplicationInProgress,
@@ -171,7 +171,7 @@ impl Signs {
             ReplicationState::ReadyForInitialReplication
             | ReplicationState::InitialReplicationInProgress
             | ReplicationState::WaitingForInitialReplication => {
-                let why = self.stopped.as_ref().map(|why| format!(": {why}"));
+                let why = self.stopped.as_ref().map(|why| format!("; {why}"));
                 let text = format!(
                     "the initial copy is not complete: there is nothing to fail over to{}",
                     why.unwrap_or_default()

@@ -14,6 +14,7 @@
 //! | `POST /v1/machines/{name}/reverse` with a [`ReverseRequest`] | a [`FailoverReport`] |
 //! | `POST /v1/machines/{name}/suspend` with a [`SuspendRequest`] | a [`SuspendReport`], once nothing is sent any more |
 //! | `POST /v1/machines/{name}/resume` | a [`SuspendReport`] of what is over |
+//! | `POST /v1/machines/{name}/copy` | `null`, once an initial copy that waited may begin |
 //! | `POST /v1/machines/{name}/resize` with a [`ResizeRequest`] | a [`ResizeReport`] |
 //!
 //! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder. The
@@ -44,9 +45,9 @@ use tokio::net::{UnixListener, UnixStream};
 pub(super) use self::client::ask;
 pub use self::{
     client::{
-        ClientError, ask_cancel, ask_commit, ask_cut, ask_failover, ask_points, ask_resize,
-        ask_resume, ask_resync, ask_reverse, ask_status, ask_suspend, ask_test, ask_verify,
-        sockets,
+        ClientError, ask_cancel, ask_commit, ask_copy, ask_cut, ask_failover, ask_points,
+        ask_resize, ask_resume, ask_resync, ask_reverse, ask_status, ask_suspend, ask_test,
+        ask_verify, sockets,
     },
     request::{
         CancelReport, CancelRequest, FailoverKind, FailoverReport, FailoverRequest, ResizeReport,
@@ -112,6 +113,11 @@ pub trait Operate: Send + Sync + 'static {
 
     /// Replicates a machine again that was suspended.
     fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Begins an initial copy that waits for its time or for a portable disk.
+    fn copy(&self, machine: &Name) -> Result<(), OperateError> {
         Err(OperateError::NoSuchMachine(machine.clone()))
     }
 
@@ -233,6 +239,7 @@ pub fn requests(node: Arc<dyn Operate>) -> Router {
         .route("/v1/machines/{name}/reverse", post(reverse))
         .route("/v1/machines/{name}/suspend", post(suspend))
         .route("/v1/machines/{name}/resume", post(resume))
+        .route("/v1/machines/{name}/copy", post(copy))
         .route("/v1/machines/{name}/resize", post(resize))
         .with_state(node)
 }
@@ -309,6 +316,10 @@ async fn suspend(
 
 async fn resume(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
     answer(move || node.resume(&machine(&name)?)).await
+}
+
+async fn copy(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
+    answer(move || node.copy(&machine(&name)?)).await
 }
 
 async fn resize(

@@ -17,6 +17,7 @@ use self::compare::About;
 use super::{
     driver::{BeginAnswer, Command, CutAnswer, Driver, Heard},
     pipeline::{Pipeline, Raw},
+    progress::Phase,
     sync_flush::Flushes,
 };
 use crate::{
@@ -80,6 +81,8 @@ pub(super) struct Conversation<'a> {
     demanding: Vec<BeginAnswer>,
     /// Whether it ends as soon as nothing is under way.
     suspending: bool,
+    /// What the replica has, while the initial copy waits. Nothing was compared yet.
+    held: Option<message::Head>,
     /// What the questions on the way are about, the oldest first.
     asked: VecDeque<About>,
     /// Bytes and time of saturated sending since the last measurement.
@@ -112,6 +115,7 @@ impl<'a> Conversation<'a> {
             answering,
             demanding,
             suspending: false,
+            held: None,
             asked: VecDeque::new(),
             measured,
         }
@@ -121,7 +125,7 @@ impl<'a> Conversation<'a> {
     pub(super) fn run(mut self) -> (End, bool) {
         self.sender.connected(self.driver.hello());
         let (Ok(end) | Err(end)) = self.talk();
-        let replicated = self.sender.is_replicating();
+        let replicated = self.sender.is_replicating() || self.held.is_some();
         self.leave(&end);
         (end, replicated)
     }
@@ -132,6 +136,9 @@ impl<'a> Conversation<'a> {
                 self.act(action)?;
             }
             // What was staged is acknowledged by now.
+            if let Some(head) = self.held.take_if(|_| !self.driver.waits_to_copy()) {
+                self.compare(head)?;
+            }
             if self.suspending && !self.sender.is_closing() {
                 return Ok(End::Suspended);
             }
@@ -239,6 +246,12 @@ impl<'a> Conversation<'a> {
                 Err(_) => return Some(End::Lost("the link ended".into())),
             },
             recv(self.driver.commands) -> command => match command {
+                Ok(Command::Cut(answer)) if self.held.is_some() => {
+                    let _ = answer.send(Err(self.driver.told_to_wait()));
+                }
+                Ok(Command::Resync(answer)) if self.held.is_some() => {
+                    let _ = answer.send(Err(self.driver.told_to_wait()));
+                }
                 Ok(Command::Cut(answer)) => {
                     self.waiting.push(answer);
                     self.sender.want_cut();
@@ -284,6 +297,11 @@ impl<'a> Conversation<'a> {
     }
 
     fn compare(&mut self, head: message::Head) -> Result<(), End> {
+        let has_nothing = matches!(head, message::Head::Empty | message::Head::Copying);
+        if has_nothing && self.driver.waits_to_copy() {
+            self.hold(head);
+            return Ok(());
+        }
         let machine = &self.driver.machine;
         let agreed = machine.agree(head);
         let (reconciled, agreement) = agreed.map_err(|error| End::Lost(chain(&error)))?;
@@ -302,6 +320,21 @@ impl<'a> Conversation<'a> {
             self.sender.want_cut();
         }
         Ok(())
+    }
+
+    /// Leaves the replica, which has nothing, as it is until the initial copy is due. Whoever waits for more is told.
+    fn hold(&mut self, head: message::Head) {
+        let driver = self.driver;
+        tracing::info!(machine = %driver.subject.name, ?head, "connected to the replica, the initial copy waits");
+        driver.progress.lock().phase = Phase::CopyWaits(driver.target.copy_due);
+        self.flushes(|flushes| flushes.linked(false));
+        self.held = Some(head);
+        for answer in self.waiting.drain(..) {
+            let _ = answer.send(Err(driver.told_to_wait()));
+        }
+        for answer in self.demanding.drain(..) {
+            let _ = answer.send(Err(driver.told_to_wait()));
+        }
     }
 
     fn open(&mut self, log: Log) -> Result<(), End> {

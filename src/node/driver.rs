@@ -17,6 +17,7 @@ use super::{
     call::{Callee, bring_back},
     control::VerifyRequest,
     conversation::{Conversation, End},
+    initial_copy,
     pacing::Pacing,
     pipeline::Pipeline,
     progress::{Phase, Progress},
@@ -26,7 +27,7 @@ use super::{
 use crate::{
     base::{
         chain::chain,
-        clock::Clock,
+        clock::{Clock, Timestamp},
         ids::{Generation, Ids, Lineage, MachineId, Name},
     },
     delta::policy::Setting,
@@ -57,6 +58,8 @@ pub(super) struct Target {
     pub(super) interval: Duration,
     pub(super) compression: Setting,
     pub(super) pacing: Pacing,
+    /// When the copy for a replica that has nothing begins, if it does by itself.
+    pub(super) copy_due: Option<Timestamp>,
 }
 
 /// The machine as its replica should know it.
@@ -373,6 +376,18 @@ impl Driver {
                 done = work => Some(done),
             }
         })
+    }
+
+    /// Whether the copy for a replica that has nothing is not due yet.
+    pub(super) fn waits_to_copy(&self) -> bool {
+        initial_copy::waits(self.target.copy_due, self.host.clock.wall())
+    }
+
+    /// Why nothing is sent while the initial copy waits.
+    pub(super) fn told_to_wait(&self) -> String {
+        let (name, phase) = (&self.subject.name, Phase::CopyWaits(self.target.copy_due));
+        let (_, why) = phase.state(false);
+        format!("machine {name}: {}", why.unwrap_or_default())
     }
 
     /// Whether the thread has to end at once because the machine is suspended.

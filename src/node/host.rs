@@ -7,11 +7,13 @@
 //!   serving   a machine that is written here   report    what a machine tells
 //!   roles     what operators ask for           peers     what the other host asks for
 //!   grow      a larger disk                    suspend   stops the replication for a while
+//!   copying   when the initial copy begins
 //! ```
 //! The store's folder holds `node.redb`, the host's records, and a folder for each machine. A machine that is not
 //! configured begins with the first greeting of a host that is allowed to; from then on it belongs to that host.
 
 mod config;
+mod copying;
 mod file;
 mod grow;
 mod member;
@@ -503,6 +505,10 @@ impl Operate for Host {
 
     fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
         self.asked(machine)?.resume()
+    }
+
+    fn copy(&self, machine: &Name) -> Result<(), OperateError> {
+        self.asked(machine)?.copy_now()
     }
 
     fn resize(

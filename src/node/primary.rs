@@ -29,7 +29,7 @@ use crate::{
     base::{
         clock::{Clock, SystemClock, Timestamp},
         ids::{Ids, Lineage, Name, SystemIds},
-        units::DiskIndex,
+        units::{DiskIndex, Epoch},
     },
     disk::{Access, Disk},
     protocol::message::DiskSpec,
@@ -292,6 +292,13 @@ impl Primary {
         if let Some(flushes) = &self.flushes {
             flushes.alone();
         }
+    }
+
+    /// Whether the replica has nothing, as far as is known, so that an initial copy is what comes next.
+    pub(super) fn needs_copy(&self) -> bool {
+        let told = matches!(self.progress.lock().phase, Phase::CopyWaits(_));
+        let head = self.machine().and_then(|machine| machine.lineage());
+        told || head.is_none_or(|head| head.epoch == Epoch::INITIAL)
     }
 
     fn opened(&self) -> Arc<Opened> {

@@ -22,6 +22,8 @@ use crate::{
 pub(super) enum Phase {
     /// Not connected yet.
     Connecting,
+    /// The replica has nothing, and its copy is not due yet; nothing if it is not due by itself.
+    CopyWaits(Option<Timestamp>),
     /// The initial copy runs.
     Copying,
     /// Changes flow.
@@ -44,6 +46,16 @@ impl Phase {
                 Some("connecting to the replica".into()),
             ),
             Self::Connecting => (ReplicationState::ReadyForInitialReplication, None),
+            Self::CopyWaits(due) => {
+                let why = match due {
+                    Some(due) => format!("it waits until {due}; `understudy copy` begins it at once"),
+                    None => "it waits for a portable copy (`understudy export` and `import`); `understudy copy` sends it over the network".into(),
+                };
+                (
+                    ReplicationState::ReadyForInitialReplication,
+                    Some(format!("the initial copy has not begun: {why}")),
+                )
+            }
             Self::Copying => (ReplicationState::InitialReplicationInProgress, None),
             Self::Replicating => (ReplicationState::Replicating, None),
             Self::Suspended(since) => {

@@ -143,6 +143,11 @@ pub async fn ask_resume(way: impl Into<Way>, machine: &Name) -> Result<SuspendRe
     ask(way, "POST", &path_of(machine, "resume"), &()).await
 }
 
+/// Asks a node to begin the initial copy of `machine` that waits.
+pub async fn ask_copy(way: impl Into<Way>, machine: &Name) -> Result<(), ClientError> {
+    ask(way, "POST", &path_of(machine, "copy"), &()).await
+}
+
 /// Asks a node to make a disk of `machine` larger; answers when its guest can use it.
 pub async fn ask_resize(
     way: impl Into<Way>,

@@ -16,7 +16,7 @@ use crate::{
         control::{
             CancelReport, CancelRequest, FailoverKind, FailoverReport, FailoverRequest, Operate,
             OperateError, ResizeReport, ResizeRequest, ReverseRequest, SuspendReport,
-            SuspendRequest, TestRequest, VerifyRequest, ask_cancel, ask_cut, ask_points,
+            SuspendRequest, TestRequest, VerifyRequest, ask_cancel, ask_copy, ask_cut, ask_points,
             ask_resize, ask_resume, ask_resync, ask_suspend, ask_test, ask_verify,
         },
         operate::Way,
@@ -63,6 +63,11 @@ impl Operate for Front {
     fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
         let way = self.find(Kind::Planned, machine)?;
         self.on(ask_resume(&way, machine))
+    }
+
+    fn copy(&self, machine: &Name) -> Result<(), OperateError> {
+        let way = self.find(Kind::Planned, machine)?;
+        self.on(ask_copy(&way, machine))
     }
 
     fn resize(

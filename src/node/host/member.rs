@@ -160,6 +160,7 @@ impl Member {
             }
             if step.next.part != before.part {
                 record.suspended = None;
+                record.initial_copy = None;
             }
         })?;
         if step.next != before {

@@ -95,6 +95,7 @@ impl Member {
                 }),
             };
             let target = Target {
+                copy_due: self.copy_due().map_err(StartError::other)?,
                 callee,
                 interval,
                 compression,
