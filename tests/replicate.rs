@@ -6,6 +6,7 @@ mod flow;
 mod flushes;
 mod guest;
 mod policies;
+mod portable;
 mod resync;
 mod schedule;
 mod seed;

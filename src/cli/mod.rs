@@ -7,9 +7,11 @@
 pub mod bench;
 pub mod copy;
 pub mod demo;
+pub mod export;
 pub mod failover;
 mod hosting;
 pub mod image;
+pub mod import;
 pub mod jobs;
 pub mod mount;
 pub mod output;
@@ -83,6 +85,10 @@ enum Verb {
     Resume(suspend::ResumeArgs),
     /// Begin an initial copy now that waits for its time or for a portable disk.
     Copy(copy::CopyArgs),
+    /// On the primary: write the initial copy of a machine to a portable disk, while its guest runs.
+    Export(export::ExportArgs),
+    /// On the replica: begin with the initial copy from a portable disk.
+    Import(import::ImportArgs),
     /// Make a disk of a machine larger while its guest uses it; its replica follows.
     Resize(resize::ResizeArgs),
     /// Move several machines as a recovery plan says: check it, try it, run it.
@@ -148,6 +154,8 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Suspend(args) => runtime()?.block_on(suspend::suspend(&args, out)),
         Verb::Resume(args) => runtime()?.block_on(suspend::resume(&args, out)),
         Verb::Copy(args) => runtime()?.block_on(copy::run(&args, out)),
+        Verb::Export(args) => runtime()?.block_on(export::run(&args, out)),
+        Verb::Import(args) => runtime()?.block_on(import::run(&args, out)),
         Verb::Resize(args) => runtime()?.block_on(resize::run(&args, out)),
     }
 }

@@ -15,6 +15,8 @@
 //! | `POST /v1/machines/{name}/suspend` with a [`SuspendRequest`] | a [`SuspendReport`], once nothing is sent any more |
 //! | `POST /v1/machines/{name}/resume` | a [`SuspendReport`] of what is over |
 //! | `POST /v1/machines/{name}/copy` | `null`, once an initial copy that waited may begin |
+//! | `POST /v1/machines/{name}/export` with a [`FolderRequest`] | an [`ExportReport`], once the file is complete and durable |
+//! | `POST /v1/machines/{name}/import` with a [`FolderRequest`] | an [`ImportReport`], once the replica has all of it |
 //! | `POST /v1/machines/{name}/resize` with a [`ResizeRequest`] | a [`ResizeReport`] |
 //!
 //! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder. The
@@ -45,13 +47,14 @@ use tokio::net::{UnixListener, UnixStream};
 pub(super) use self::client::ask;
 pub use self::{
     client::{
-        ClientError, ask_cancel, ask_commit, ask_copy, ask_cut, ask_failover, ask_points,
-        ask_resize, ask_resume, ask_resync, ask_reverse, ask_status, ask_suspend, ask_test,
-        ask_verify, sockets,
+        ClientError, ask_cancel, ask_commit, ask_copy, ask_cut, ask_export, ask_failover,
+        ask_import, ask_points, ask_resize, ask_resume, ask_resync, ask_reverse, ask_status,
+        ask_suspend, ask_test, ask_verify, sockets,
     },
     request::{
-        CancelReport, CancelRequest, FailoverKind, FailoverReport, FailoverRequest, ResizeReport,
-        ResizeRequest, ReverseRequest, SuspendReport, SuspendRequest, TestRequest, VerifyRequest,
+        CancelReport, CancelRequest, ExportReport, FailoverKind, FailoverReport, FailoverRequest,
+        FolderRequest, ImportReport, ResizeReport, ResizeRequest, ReverseRequest, SuspendReport,
+        SuspendRequest, TestRequest, VerifyRequest,
     },
 };
 use super::{
@@ -119,6 +122,16 @@ pub trait Operate: Send + Sync + 'static {
     /// Begins an initial copy that waits for its time or for a portable disk.
     fn copy(&self, machine: &Name) -> Result<(), OperateError> {
         Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Writes the initial copy of a machine to a folder of this host.
+    fn export(&self, machine: &Name, _: &FolderRequest) -> Result<ExportReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Takes in the initial copy of a machine from a folder of this host.
+    fn import(&self, machine: &Name, _: &FolderRequest) -> Result<ImportReport, OperateError> {
+        Err(OperateError::NoSuchReplica(machine.clone()))
     }
 
     /// Makes a disk of a machine larger while it is in use.
@@ -240,6 +253,8 @@ pub fn requests(node: Arc<dyn Operate>) -> Router {
         .route("/v1/machines/{name}/suspend", post(suspend))
         .route("/v1/machines/{name}/resume", post(resume))
         .route("/v1/machines/{name}/copy", post(copy))
+        .route("/v1/machines/{name}/export", post(export))
+        .route("/v1/machines/{name}/import", post(import))
         .route("/v1/machines/{name}/resize", post(resize))
         .with_state(node)
 }
@@ -320,6 +335,22 @@ async fn resume(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
 
 async fn copy(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
     answer(move || node.copy(&machine(&name)?)).await
+}
+
+async fn export(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<FolderRequest>,
+) -> Response {
+    answer(move || node.export(&machine(&name)?, &request)).await
+}
+
+async fn import(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<FolderRequest>,
+) -> Response {
+    answer(move || node.import(&machine(&name)?, &request)).await
 }
 
 async fn resize(

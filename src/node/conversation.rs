@@ -12,12 +12,13 @@ use bytes::Bytes;
 use crossbeam_channel::{Receiver, never, select};
 
 mod compare;
+mod hold;
 
 use self::compare::About;
 use super::{
     driver::{BeginAnswer, Command, CutAnswer, Driver, Heard},
     pipeline::{Pipeline, Raw},
-    progress::Phase,
+    portable::export::Export,
     sync_flush::Flushes,
 };
 use crate::{
@@ -27,7 +28,7 @@ use crate::{
         limits::FRAME_BYTES_MAX,
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
-    delta::{DiskEntry, EncodedFrame, Encoder, Header, LogKind},
+    delta::{EncodedFrame, Encoder, LogKind},
     net::{self, Link, LinkError, LogSender, Reason},
     protocol::{
         message::{self, ToReplica},
@@ -47,6 +48,8 @@ pub(super) enum End {
     Stop,
     /// The machine is suspended, and nothing was under way any more.
     Suspended,
+    /// The initial copy is written to a portable disk first.
+    Export(Export),
     /// The link was lost, or this host had to give up on it.
     Lost(String),
     /// The other side does not want to.
@@ -83,6 +86,8 @@ pub(super) struct Conversation<'a> {
     suspending: bool,
     /// What the replica has, while the initial copy waits. Nothing was compared yet.
     held: Option<message::Head>,
+    /// A wish for an export that was not judged yet.
+    export: Option<Export>,
     /// What the questions on the way are about, the oldest first.
     asked: VecDeque<About>,
     /// Bytes and time of saturated sending since the last measurement.
@@ -116,6 +121,7 @@ impl<'a> Conversation<'a> {
             demanding,
             suspending: false,
             held: None,
+            export: None,
             asked: VecDeque::new(),
             measured,
         }
@@ -136,6 +142,9 @@ impl<'a> Conversation<'a> {
                 self.act(action)?;
             }
             // What was staged is acknowledged by now.
+            if let Some(export) = self.may_export() {
+                return Ok(End::Export(export));
+            }
             if let Some(head) = self.held.take_if(|_| !self.driver.waits_to_copy()) {
                 self.compare(head)?;
             }
@@ -261,6 +270,11 @@ impl<'a> Conversation<'a> {
                     // Whoever asked may have gone away.
                     let _ = answer.send(self.driver.begin_verify(request));
                 }
+                Ok(Command::Export(export)) => {
+                    if let Some(before) = self.export.replace(export) {
+                        before.refuse("another export was asked for".into());
+                    }
+                }
                 Ok(Command::Suspend) => self.suspending = true,
                 Ok(Command::Stop) | Err(_) => return Some(End::Stop),
             },
@@ -322,40 +336,12 @@ impl<'a> Conversation<'a> {
         Ok(())
     }
 
-    /// Leaves the replica, which has nothing, as it is until the initial copy is due. Whoever waits for more is told.
-    fn hold(&mut self, head: message::Head) {
-        let driver = self.driver;
-        tracing::info!(machine = %driver.subject.name, ?head, "connected to the replica, the initial copy waits");
-        driver.progress.lock().phase = Phase::CopyWaits(driver.target.copy_due);
-        self.flushes(|flushes| flushes.linked(false));
-        self.held = Some(head);
-        for answer in self.waiting.drain(..) {
-            let _ = answer.send(Err(driver.told_to_wait()));
-        }
-        for answer in self.demanding.drain(..) {
-            let _ = answer.send(Err(driver.told_to_wait()));
-        }
-    }
-
     fn open(&mut self, log: Log) -> Result<(), End> {
-        let subject = &self.driver.subject;
         let (kind, parent) = match log {
             Log::InitialCopy => (LogKind::Initial, None),
             Log::Delta => (LogKind::Delta, self.driver.machine.lineage()),
         };
-        let disks = subject.disks.iter().map(|disk| DiskEntry {
-            name: disk.name.clone(),
-            size: disk.size,
-            logical_sector: disk.logical_sector,
-            physical_sector: disk.physical_sector,
-        });
-        let header = Header {
-            machine: subject.id,
-            generation: subject.generation,
-            kind,
-            parent,
-            disks: disks.collect(),
-        };
+        let header = self.driver.header(kind, parent);
         let (encoder, bytes) = Encoder::new(&header);
         let stream = done(self.driver.until_stopped(self.link.open_log()))?;
         let runs = (kind == LogKind::Initial).then(VecDeque::new);
@@ -512,12 +498,19 @@ impl<'a> Conversation<'a> {
             End::Stop | End::Suspended => {
                 (Reason::Suspended, "suspended by an operator".to_owned())
             }
+            End::Export(_) => (
+                Reason::Done,
+                "the initial copy is being exported".to_owned(),
+            ),
             End::Lost(why) => (Reason::Aborted, why.clone()),
             End::Refused(why) => (Reason::Protocol, why.to_string()),
         };
         self.flushes(|flushes| flushes.unlinked(&text));
         self.link.close(reason, &text);
         self.driver.host.runtime.block_on(self.link.drained());
+        if let Some(export) = self.export.take() {
+            export.refuse(format!("the link to the replica was lost: {text}"));
+        }
         for answer in self.waiting.drain(..).chain(self.answering.drain(..)) {
             let _ = answer.send(Err(format!("the link to the replica was lost: {text}")));
         }

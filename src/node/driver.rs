@@ -7,7 +7,7 @@
 //! what was under way back to the maps, waits and dials again. Guest writes never wait for any of this: they mark
 //! their blocks and go on.
 
-use std::{convert::Infallible, sync::Arc, thread, time::Duration};
+use std::{convert::Infallible, path::PathBuf, sync::Arc, thread, time::Duration};
 
 use crossbeam_channel::{Receiver, Sender as ChannelSender, after, bounded, select, unbounded};
 use parking_lot::Mutex;
@@ -15,11 +15,12 @@ use tokio::{runtime::Handle, sync::watch};
 
 use super::{
     call::{Callee, bring_back},
-    control::VerifyRequest,
+    control::{ExportReport, OperateError, VerifyRequest},
     conversation::{Conversation, End},
     initial_copy,
     pacing::Pacing,
     pipeline::Pipeline,
+    portable::export::Export,
     progress::{Phase, Progress},
     sync_flush::Flushes,
     verify::Verifying,
@@ -29,8 +30,9 @@ use crate::{
         chain::chain,
         clock::{Clock, Timestamp},
         ids::{Generation, Ids, Lineage, MachineId, Name},
+        units::Epoch,
     },
-    delta::policy::Setting,
+    delta::{DiskEntry, Header, LogKind, policy::Setting},
     net::{self, Backoff, Control, Link},
     protocol::{
         claim::{Answer, Claim},
@@ -84,6 +86,7 @@ pub(super) enum Command {
     Cut(CutAnswer),
     Resync(BeginAnswer),
     Verify(VerifyRequest, BeginAnswer),
+    Export(Export),
     /// End as soon as nothing is under way.
     Suspend,
     Stop,
@@ -96,6 +99,14 @@ enum Halt {
     Stop,
     /// An operator suspended it.
     Suspend,
+}
+
+/// How a pause ended.
+enum Rested {
+    Over,
+    /// The thread has to end.
+    Halted,
+    Asked(Export),
 }
 
 /// What came over the link.
@@ -177,6 +188,15 @@ impl Replication {
         self.request(Command::Resync)
     }
 
+    /// Asks for an export of the initial copy; the answer comes when the file is there.
+    pub(super) fn request_export(&self, folder: PathBuf) -> Pending<ExportReport, OperateError> {
+        let (answer, answered) = bounded(1);
+        let _ = self
+            .commands
+            .send(Command::Export(Export { folder, answer }));
+        Pending(answered)
+    }
+
     /// Asks for a verification; the answer comes when it is begun, be there a link or not.
     pub(super) fn request_verify(&self, request: VerifyRequest) -> Pending<()> {
         self.request(|answer| Command::Verify(request, answer))
@@ -195,14 +215,12 @@ impl Replication {
 
 /// Something that was asked for.
 #[derive(Debug)]
-pub(super) struct Pending<T>(Receiver<Result<T, String>>);
+pub(super) struct Pending<T, E = String>(Receiver<Result<T, E>>);
 
-impl<T> Pending<T> {
-    /// Waits until it is done.
-    pub(super) fn wait(self) -> Result<T, String> {
-        self.0
-            .recv()
-            .unwrap_or_else(|_| Err("replication has stopped".into()))
+impl<T, E> Pending<T, E> {
+    /// Waits until it is done; nothing if the replication has ended meanwhile.
+    pub(super) fn wait(self) -> Option<Result<T, E>> {
+        self.0.recv().ok()
     }
 }
 
@@ -215,6 +233,9 @@ impl Drop for Replication {
 /// Hears what the peer says of the roles. Returns at once.
 pub(super) type Answered = Arc<dyn Fn(Answer) + Send + Sync>;
 
+/// Remembers when the initial copy begins; nothing if it does not by itself.
+pub(super) type SetCopyDue = Arc<dyn Fn(Option<Timestamp>) -> Result<(), String> + Send + Sync>;
+
 /// What the node lends to the thread.
 #[derive(Clone)]
 pub(super) struct Host {
@@ -222,6 +243,8 @@ pub(super) struct Host {
     pub(super) ids: Arc<dyn Ids>,
     pub(super) runtime: Handle,
     pub(super) answered: Answered,
+    /// Remembers durably when the initial copy begins. Waits for nobody.
+    pub(super) set_copy_due: SetCopyDue,
 }
 
 /// The replication thread's own.
@@ -238,7 +261,7 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    fn run(self) {
+    fn run(mut self) {
         self.resume_verification();
         let mut backoff = Backoff::new(REDIAL.0, REDIAL.1);
         loop {
@@ -252,6 +275,12 @@ impl Driver {
                     }
                     match end {
                         End::Stop | End::Suspended => return,
+                        End::Export(export) => {
+                            if self.export(&export) {
+                                return;
+                            }
+                            continue;
+                        }
                         End::Lost(why) => {
                             self.progress.lock().phase = Phase::Unreachable(why.clone());
                             why
@@ -286,8 +315,14 @@ impl Driver {
                 random[0], random[1], random[2], random[3],
             ]));
             tracing::warn!(machine = %self.subject.name, retry_in = ?pause, "not replicating: {why}");
-            if self.rest(pause, &why) {
-                return;
+            match self.rest(pause, &why) {
+                Rested::Halted => return,
+                Rested::Asked(export) => {
+                    if self.export(&export) {
+                        return;
+                    }
+                }
+                Rested::Over => {}
             }
         }
     }
@@ -390,13 +425,18 @@ impl Driver {
         format!("machine {name}: {}", why.unwrap_or_default())
     }
 
+    /// Whether the thread has to end at once.
+    pub(super) fn is_halted(&self) -> bool {
+        self.stopping.borrow().is_some()
+    }
+
     /// Whether the thread has to end at once because the machine is suspended.
     pub(super) fn is_suspended(&self) -> bool {
         *self.stopping.borrow() == Some(Halt::Suspend)
     }
 
-    /// Waits for `pause`; whether the node is being stopped.
-    fn rest(&self, pause: Duration, why: &str) -> bool {
+    /// Waits for `pause`.
+    fn rest(&self, pause: Duration, why: &str) -> Rested {
         let until = after(pause);
         loop {
             select! {
@@ -410,9 +450,16 @@ impl Driver {
                     Ok(Command::Verify(request, answer)) => {
                         let _ = answer.send(self.begin_verify(request));
                     }
-                    Ok(Command::Suspend | Command::Stop) | Err(_) => return true,
+                    Ok(Command::Export(export)) => match self.machine.lineage() {
+                        Some(head) if head.epoch > Epoch::INITIAL => export.refuse(format!(
+                            "machine {}: its replica held epoch {} when it was last seen; whether it needs a copy is known when it is back",
+                            self.subject.name, head.epoch
+                        )),
+                        _ => return Rested::Asked(export),
+                    },
+                    Ok(Command::Suspend | Command::Stop) | Err(_) => return Rested::Halted,
                 },
-                recv(until) -> _ => return false,
+                recv(until) -> _ => return Rested::Over,
             }
         }
     }
@@ -428,9 +475,7 @@ impl Driver {
             .host
             .runtime
             .spawn(listen(receiver, link.clone(), heard));
-        let workers = thread::available_parallelism().map_or(1, |n| n.get().min(4));
-        let workers = u16::try_from(workers).expect("at most four");
-        let pipeline = match Pipeline::start(self.target.compression, workers, &self.host.clock) {
+        let pipeline = match Pipeline::start(self.target.compression, workers(), &self.host.clock) {
             Ok(pipeline) => pipeline,
             Err(error) => {
                 return (
@@ -447,6 +492,23 @@ impl Driver {
         let ended = Conversation::new(self, pace, link.clone(), mouth, ears, pipeline).run();
         listener.abort();
         ended
+    }
+
+    /// The header of a log that continues `parent`.
+    pub(super) fn header(&self, kind: LogKind, parent: Option<Lineage>) -> Header {
+        let disks = self.subject.disks.iter().map(|disk| DiskEntry {
+            name: disk.name.clone(),
+            size: disk.size,
+            logical_sector: disk.logical_sector,
+            physical_sector: disk.physical_sector,
+        });
+        Header {
+            machine: self.subject.id,
+            generation: self.subject.generation,
+            kind,
+            parent,
+            disks: disks.collect(),
+        }
     }
 
     pub(super) fn hello(&self) -> Hello {
@@ -470,6 +532,12 @@ impl Driver {
             disks,
         }
     }
+}
+
+/// Threads that pack.
+pub(super) fn workers() -> u16 {
+    let workers = thread::available_parallelism().map_or(1, |n| n.get().min(4));
+    u16::try_from(workers).expect("at most four")
 }
 
 async fn listen(mut receiver: net::ControlReceiver, link: Link, heard: ChannelSender<Heard>) {

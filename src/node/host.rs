@@ -56,9 +56,9 @@ pub use super::served::Keeping;
 use super::{
     admission,
     control::{
-        CancelReport, CancelRequest, FailoverReport, FailoverRequest, Operate, OperateError,
-        ResizeReport, ResizeRequest, ReverseRequest, SuspendReport, SuspendRequest, TestRequest,
-        VerifyRequest,
+        CancelReport, CancelRequest, ExportReport, FailoverReport, FailoverRequest, FolderRequest,
+        ImportReport, Operate, OperateError, ResizeReport, ResizeRequest, ReverseRequest,
+        SuspendReport, SuspendRequest, TestRequest, VerifyRequest,
     },
     lock_folder,
     primary::PrimaryError,
@@ -509,6 +509,25 @@ impl Operate for Host {
 
     fn copy(&self, machine: &Name) -> Result<(), OperateError> {
         self.asked(machine)?.copy_now()
+    }
+
+    fn export(
+        &self,
+        machine: &Name,
+        request: &FolderRequest,
+    ) -> Result<ExportReport, OperateError> {
+        match self.asked(machine)?.serving() {
+            Some(serving) => serving.primary.export(&request.folder),
+            None => Err(OperateError::NoSuchMachine(machine.clone())),
+        }
+    }
+
+    fn import(
+        &self,
+        machine: &Name,
+        request: &FolderRequest,
+    ) -> Result<ImportReport, OperateError> {
+        self.asked(machine)?.import(&request.folder)
     }
 
     fn resize(

@@ -9,13 +9,18 @@ mod status;
 
 pub(super) use grow::GrowError;
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::{Mutex, RwLock};
 
 pub use super::images::ImageConfig;
 use super::{
-    control::{Operate, OperateError, VerifyRequest},
+    control::{ExportReport, Operate, OperateError, VerifyRequest},
     driver::{Host, Pending, Replication, Subject, Target},
     images::ImageError,
     pacing::Pacing,
@@ -408,20 +413,31 @@ impl Primary {
 
     /// Cuts now and waits until the epoch is durable on the replica.
     pub(super) fn cut_now(&self) -> Result<Lineage, OperateError> {
-        self.request(Replication::request_cut)
+        self.request(Replication::request_cut, OperateError::NotNow)
     }
 
     /// Begins to compare everything with the replica.
     pub(super) fn resync_now(&self) -> Result<(), OperateError> {
-        self.request(Replication::request_resync)
+        self.request(Replication::request_resync, OperateError::NotNow)
     }
 
     /// Begins to compare the replica's points with the disks.
     pub(super) fn verify_now(&self, request: VerifyRequest) -> Result<(), OperateError> {
-        self.request(|replication| replication.request_verify(request))
+        let what = |replication: &Replication| replication.request_verify(request);
+        self.request(what, OperateError::NotNow)
     }
 
-    fn request<T>(&self, what: impl FnOnce(&Replication) -> Pending<T>) -> Result<T, OperateError> {
+    /// Writes the initial copy into a folder.
+    pub(super) fn export(&self, folder: &Path) -> Result<ExportReport, OperateError> {
+        let what = |replication: &Replication| replication.request_export(folder.to_owned());
+        self.request(what, |error| error)
+    }
+
+    fn request<T, E>(
+        &self,
+        what: impl FnOnce(&Replication) -> Pending<T, E>,
+        told: impl FnOnce(E) -> OperateError,
+    ) -> Result<T, OperateError> {
         let running = self.replication.lock();
         let pending = match running.as_ref() {
             None => Err(format!("machine {} is not replicated", self.name)),
@@ -435,7 +451,8 @@ impl Primary {
         // The lock is free again: a cut may take as long as the link does, and the node must be able to stop.
         drop(running);
         let pending = pending.map_err(OperateError::NotNow)?;
-        pending.wait().map_err(OperateError::NotNow)
+        let stopped = || OperateError::NotNow("replication has stopped".into());
+        pending.wait().ok_or_else(stopped)?.map_err(told)
     }
 
     fn path(&self, disk: &Source) -> PathBuf {

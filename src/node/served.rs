@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 
 use super::{
     control::{CancelReport, CancelRequest, OperateError, TestRequest},
+    portable::import::Importing,
     session::SharedProgress,
     status::{
         DiskStatus, MachineStatus, PointStatus, RecoveryStatus, TestStatus, TrafficStatus, millis,
@@ -51,11 +52,13 @@ pub(super) struct Served {
     pub(super) store: Arc<MachineReplica>,
     pub(super) progress: SharedProgress,
     pub(super) clock: Arc<dyn Clock>,
+    /// The portable copy that is being taken in, if one is.
+    pub(super) importing: Importing,
     tests: TestFailovers,
     /// Whether images that are there are what a new replica begins with.
     seed: bool,
     /// Where the images are.
-    folder: PathBuf,
+    pub(super) folder: PathBuf,
     upkeep: Mutex<Option<Upkeep>>,
     /// Locks on images that lie where others could open them.
     _locks: Vec<File>,
@@ -212,6 +215,7 @@ impl Served {
             store,
             progress: SharedProgress::default(),
             clock,
+            importing: Importing::default(),
             tests,
             seed: keeping.seed,
             folder: path,
@@ -260,6 +264,7 @@ impl Served {
 
     /// Ends everything, hides test failovers until the next start, waits for a merge, closes the images.
     pub(super) fn close(&self) -> Result<(), ReplicaError> {
+        self.importing.stop();
         drop(self.end_session("the replica is being closed"));
         self.tests.rest();
         self.end_upkeep();
@@ -331,13 +336,17 @@ impl Served {
             interval: Duration::from_secs(1),
             rpo: rpo.now_ms.map(Duration::from_millis),
         };
-        let (health, reasons) = match (&progress.connected, signs.health()) {
+        let copy = self.importing.status(self.clock.monotonic());
+        let (health, mut reasons) = match (&progress.connected, signs.health()) {
             (None, (health, mut reasons)) if suspended.is_none() => {
                 reasons.push("the primary is not connected".into());
                 (health.max(Health::Warning), reasons)
             }
             (_, judged) => judged,
         };
+        if copy.is_some() {
+            reasons.push("a portable copy is being imported".into());
+        }
         let disks = store.images.iter().map(|image| self.disk_status(image));
         MachineStatus {
             name: self.name.clone(),
@@ -363,7 +372,7 @@ impl Served {
             last_test,
             rpo,
             sync_on_flush: None,
-            copy: None,
+            copy,
             resync: None,
             verify: None,
             traffic: TrafficStatus {

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::base::{
     clock::Timestamp,
-    ids::{Generation, Name},
+    ids::{Generation, Lineage, Name},
     units::Epoch,
 };
 
@@ -96,6 +96,34 @@ pub struct SuspendRequest {
 pub struct SuspendReport {
     /// Since when; nothing if a machine that was resumed was not suspended.
     pub since: Option<Timestamp>,
+}
+
+/// A folder of the host that is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FolderRequest {
+    /// Its absolute path.
+    pub folder: PathBuf,
+}
+
+/// An initial copy that was exported.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportReport {
+    /// The file.
+    pub file: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    /// What a replica is at that has it.
+    pub lineage: Lineage,
+}
+
+/// An initial copy that was imported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImportReport {
+    /// Length of the file.
+    pub bytes: u64,
+    /// What the replica is at now.
+    pub lineage: Lineage,
 }
 
 /// A larger disk.

@@ -1,11 +1,13 @@
 //! When the initial copy of a machine begins, as its host remembers it.
 
+use std::path::Path;
+
 use super::{member::Member, record::CopyDue};
 use crate::{
     base::clock::Timestamp,
     coord::role::Part,
     node::{
-        control::OperateError,
+        control::{ImportReport, OperateError},
         initial_copy::{self, InitialCopy},
     },
     storage::ledger::LedgerError,
@@ -26,6 +28,30 @@ impl Member {
                 Ok(due)
             }
         }
+    }
+
+    /// Remembers when the initial copy begins, whatever the configuration said. Called without a turn: whoever has it
+    /// may wait for the replication thread, which calls this.
+    pub(super) fn set_copy_due(&self, due: Option<Timestamp>) -> Result<(), LedgerError> {
+        let setting = self.replication().initial_copy;
+        self.change(|record| record.initial_copy = Some(CopyDue { setting, due }))
+    }
+
+    /// Takes in an initial copy that a portable disk brings. Other verbs do not wait for it.
+    pub(super) fn import(&self, folder: &Path) -> Result<ImportReport, OperateError> {
+        let (served, generation) = {
+            let _turn = self.turn();
+            let role = self.record().role;
+            if role.part == Part::Primary {
+                return Err(OperateError::NotNow(format!(
+                    "machine {}: a portable copy is imported on the replica's host, and this host is {}",
+                    self.name(),
+                    role.describe()
+                )));
+            }
+            (self.replica()?, role.generation)
+        };
+        served.import(folder, generation)
     }
 
     /// Begins an initial copy that waits.
@@ -52,9 +78,7 @@ impl Member {
                 "no initial copy waits: `understudy status` tells how the replica is".into(),
             );
         }
-        let setting = self.replication().initial_copy;
-        let due = InitialCopy::Now.due(Timestamp::default());
-        self.change(|record| record.initial_copy = Some(CopyDue { setting, due }))?;
+        self.set_copy_due(InitialCopy::Now.due(Timestamp::default()))?;
         self.arrange()?;
         tracing::info!(machine = %name, "the initial copy is due now, an operator says");
         Ok(())

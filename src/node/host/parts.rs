@@ -84,6 +84,7 @@ impl Member {
                 disks: serving.primary.specs(),
             };
             let me = Weak::clone(&self.me);
+            let again = Weak::clone(&self.me);
             let host = driver::Host {
                 clock: Arc::clone(&self.shared.clock),
                 ids: Arc::clone(&self.shared.ids),
@@ -92,6 +93,10 @@ impl Member {
                     if let Some(member) = me.upgrade() {
                         member.answered(answer);
                     }
+                }),
+                set_copy_due: Arc::new(move |due| match again.upgrade() {
+                    Some(member) => member.set_copy_due(due).map_err(|error| chain(&error)),
+                    None => Err("the node is being stopped".into()),
                 }),
             };
             let target = Target {
