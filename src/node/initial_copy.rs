@@ -122,7 +122,7 @@ mod tests {
     #[test]
     fn a_copy_begins_at_once_or_the_next_time_it_is_that_late() {
         for (setting, hour, wait) in [
-            ("now", 9, HOUR * 0),
+            ("now", 9, Duration::ZERO),
             ("22:00", 9, HOUR * 13),
             ("22:00", 21, HOUR),
             ("22:00", 22, HOUR * 24),
@@ -131,7 +131,7 @@ mod tests {
             ("24:00", 23, HOUR),
             ("2026-11-23T11:00:00Z", 9, HOUR * 2),
             ("2026-11-24T08:30Z", 9, HOUR * 23 + HOUR / 2),
-            ("2026-11-22T11:00:00Z", 9, HOUR * 0),
+            ("2026-11-22T11:00:00Z", 9, Duration::ZERO),
         ] {
             assert_eq!(
                 waited(setting, &clock(hour)),

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use super::{
     control::{CancelReport, CancelRequest, OperateError, TestRequest},
     portable::import::Importing,
-    session::SharedProgress,
+    session::{ReceiveProgress, SharedProgress},
     status::{
         DiskStatus, MachineStatus, PointStatus, RecoveryStatus, TestStatus, TrafficStatus, millis,
     },
@@ -311,15 +311,8 @@ impl Served {
         let (store, points) = (self.store.status(), self.store.points());
         let (tests, last_test) = (self.tests.status(), self.tests.last());
         let progress = self.progress.lock();
-        // What was said before the link that stands now is over.
-        let suspended = progress.suspended.filter(|_| progress.connected.is_none());
-        let state = match store.head {
-            _ if progress.problem.is_some() => ReplicationState::Error,
-            Head::Empty => ReplicationState::WaitingForInitialReplication,
-            Head::Copying | Head::Copied(_) => ReplicationState::InitialReplicationInProgress,
-            Head::Complete(_) if suspended.is_some() => ReplicationState::Suspended,
-            Head::Complete(_) => ReplicationState::Replicating,
-        };
+        let suspended = progress.suspended();
+        let state = replication_state(store.head, &progress);
         let now = self.clock.wall();
         let mut rpo = progress.rpo.status(now, false);
         if rpo.now_ms.is_none() {
@@ -384,6 +377,16 @@ impl Served {
             write_latency: None,
             disks: disks.collect(),
         }
+    }
+}
+
+fn replication_state(head: Head, progress: &ReceiveProgress) -> ReplicationState {
+    match head {
+        _ if progress.problem.is_some() => ReplicationState::Error,
+        Head::Empty => ReplicationState::WaitingForInitialReplication,
+        Head::Copying | Head::Copied(_) => ReplicationState::InitialReplicationInProgress,
+        Head::Complete(_) if progress.suspended().is_some() => ReplicationState::Suspended,
+        Head::Complete(_) => ReplicationState::Replicating,
     }
 }
 

@@ -376,5 +376,12 @@ pub(super) struct ReceiveProgress {
     pub(super) suspended: Option<Timestamp>,
 }
 
+impl ReceiveProgress {
+    /// Since when the primary has suspended the replication. What it said before a link that stands now is over.
+    pub(super) fn suspended(&self) -> Option<Timestamp> {
+        self.suspended.filter(|_| self.connected.is_none())
+    }
+}
+
 /// Shared between the session, the upkeep thread and the status.
 pub(super) type SharedProgress = Mutex<ReceiveProgress>;

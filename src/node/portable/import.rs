@@ -233,11 +233,11 @@ impl Served {
         let mut staged = None;
         self.read(source, |piece| {
             let events = ingest.push(piece).map_err(|error| chain(&error))?;
-            let lineages = events.into_iter().filter_map(|event| match event {
-                IngestEvent::Staged { lineage, .. } => Some(lineage),
-                IngestEvent::Durable { .. } => None,
-            });
-            staged = staged.or(lineages.last());
+            for event in events {
+                if let IngestEvent::Staged { lineage, .. } = event {
+                    staged = Some(lineage);
+                }
+            }
             Ok(())
         })?;
         ingest.finish().map_err(|error| failed(&error))?;
