@@ -110,6 +110,7 @@ fn a_copy_is_carried_and_only_what_changed_since_is_sent() {
     assert_eq!(exported.bytes, fs::metadata(file(&folder)).unwrap().len());
     let status = primary.wait("a copy that waits", waits);
     assert_eq!(status.traffic.sent, 0, "nothing went over the network");
+    assert_eq!(status.durable, None, "the replica has nothing yet");
     let owed = status.traffic.owed;
     assert!(owed > 0, "the guest wrote during the export");
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
