@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    str::FromStr,
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -43,6 +44,49 @@ impl fmt::Display for Timestamp {
             "{year:04}-{month:02}-{of_month:02} {hour:02}:{minute:02}:{second:02} UTC"
         ))
     }
+}
+
+impl FromStr for Timestamp {
+    type Err = String;
+
+    /// Reads `2026-11-30T22:00:00Z` or `2026-11-30T22:00Z` (RFC 3339 in UTC), from 1970 to 9999.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is not a time like 2026-11-30T22:00:00Z");
+        let parse = || {
+            let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
+            let [year, month, day] = numbers(date, '-')?[..] else {
+                return None;
+            };
+            let (hour, minute, second) = match numbers(time, ':')?[..] {
+                [hour, minute] => (hour, minute, 0),
+                [hour, minute, second] => (hour, minute, second),
+                _ => return None,
+            };
+            if !(1970..=9999).contains(&year) || hour > 23 || minute > 59 || second > 59 {
+                return None;
+            }
+            // The inverse of what is shown: counted from 0000-03-01, so that a leap day is the last of its year.
+            let shifted = if month > 2 { month - 3 } else { month + 9 };
+            let counted = year - u64::from(month <= 2);
+            let days = counted * 365 + counted / 4 - counted / 100 + counted / 400;
+            let days = days + (153 * shifted + 2) / 5 + day.checked_sub(1)? - 719_468;
+            let seconds = days * 86_400 + hour * 3_600 + minute * 60 + second;
+            let time = Self(seconds * 1_000_000);
+            // A day that no month has is shown as another one.
+            let same = time.to_string().starts_with(date);
+            same.then_some(time)
+        };
+        parse().ok_or_else(wrong)
+    }
+}
+
+/// Numbers of at most four plain digits.
+fn numbers(text: &str, between: char) -> Option<Vec<u64>> {
+    let number = |text: &str| {
+        let plain = (1..=4).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+        plain.then(|| text.parse().ok()).flatten()
+    };
+    text.split(between).map(number).collect()
 }
 
 /// Two clocks: one that people read and one that only ever goes forward.
@@ -120,7 +164,20 @@ mod tests {
             (4_107_542_400, "2100-03-01 00:00:00 UTC"),
         ] {
             assert_eq!(Timestamp(seconds * 1_000_000 + 999_999).to_string(), shown);
+            let written = shown.replacen(' ', "T", 1).replace(" UTC", "Z");
+            assert_eq!(written.parse(), Ok(Timestamp(seconds * 1_000_000)));
         }
         assert!(!Timestamp(u64::MAX).to_string().is_empty());
+        for wrong in [
+            "2023-02-29T00:00Z",
+            "2024-00-01T00:00Z",
+            "2024-04-31T00:00Z",
+            "1969-12-31T23:59:59Z",
+            "2024-1-1T0:0",
+            "T",
+            "Z",
+        ] {
+            assert!(wrong.parse::<Timestamp>().is_err(), "{wrong}");
+        }
     }
 }

@@ -5,10 +5,13 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod copy;
 pub mod demo;
+pub mod export;
 pub mod failover;
 mod hosting;
 pub mod image;
+pub mod import;
 pub mod jobs;
 pub mod mount;
 pub mod output;
@@ -20,6 +23,7 @@ pub mod resize;
 pub mod resync;
 pub mod serve;
 pub mod status;
+pub mod suspend;
 pub mod verify;
 
 use std::{fmt, io::IsTerminal as _, path::PathBuf, process::ExitCode};
@@ -75,6 +79,16 @@ enum Verb {
     Cancel(failover::CancelArgs),
     /// On a host that was the primary before a failover: let it follow the new one.
     Reverse(failover::ReverseArgs),
+    /// Stop replicating a machine for a while: its changes are tracked, and its guest goes on.
+    Suspend(suspend::SuspendArgs),
+    /// Replicate a machine again that was suspended: what changed meanwhile is sent.
+    Resume(suspend::ResumeArgs),
+    /// Begin an initial copy now that waits for its time or for a portable disk.
+    Copy(copy::CopyArgs),
+    /// On the primary: write the initial copy of a machine to a portable disk, while its guest runs.
+    Export(export::ExportArgs),
+    /// On the replica: begin with the initial copy from a portable disk.
+    Import(import::ImportArgs),
     /// Make a disk of a machine larger while its guest uses it; its replica follows.
     Resize(resize::ResizeArgs),
     /// Move several machines as a recovery plan says: check it, try it, run it.
@@ -137,6 +151,11 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Plan(args) => runtime()?.block_on(plan::run(&args, out)),
         Verb::Jobs(args) => runtime()?.block_on(jobs::run(&args, out)),
         Verb::Reverse(args) => runtime()?.block_on(failover::reverse(&args, out)),
+        Verb::Suspend(args) => runtime()?.block_on(suspend::suspend(&args, out)),
+        Verb::Resume(args) => runtime()?.block_on(suspend::resume(&args, out)),
+        Verb::Copy(args) => runtime()?.block_on(copy::run(&args, out)),
+        Verb::Export(args) => runtime()?.block_on(export::run(&args, out)),
+        Verb::Import(args) => runtime()?.block_on(import::run(&args, out)),
         Verb::Resize(args) => runtime()?.block_on(resize::run(&args, out)),
     }
 }

@@ -21,6 +21,7 @@ use crate::{
         self,
         control::{Operate, requests},
         host::{Host, HostConfig, MachineConfig, PeerConfig, ReplicationConfig, parse_interval},
+        initial_copy::InitialCopy,
         policy::Limit,
         primary::{ImageConfig, Primary, PrimaryError, ShowConfig},
         sync_flush::SyncOnFlush,
@@ -100,6 +101,16 @@ pub struct MountArgs {
         requires = "replicate_to"
     )]
     bandwidth: Limit,
+    /// When the initial copy begins: now; at 22:00, the next time it is that late in UTC; at 2026-11-30T22:00:00Z; or
+    /// portable, which waits for `understudy export` and `import`. `understudy copy` begins it at once. Until then
+    /// changes are tracked, and there is nothing to fail over to.
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "now",
+        requires = "replicate_to"
+    )]
+    initial_copy: InitialCopy,
     /// Threads that serve the mount: the queue depth that the images see.
     #[arg(long, value_name = "N", default_value_t = THREADS_DEFAULT, value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: u16,
@@ -255,6 +266,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         compression: args.compression,
         sync_on_flush: args.sync_on_flush,
         bandwidth: args.bandwidth.into(),
+        initial_copy: args.initial_copy,
         group: None,
     };
     let configured = MachineConfig {

@@ -31,7 +31,7 @@ impl fmt::Display for Role {
 pub enum ReplicationState {
     /// No replica is configured.
     Disabled,
-    /// Primary: a replica is configured and has not been reached yet.
+    /// Primary: a replica is configured, and the initial copy has not begun.
     ReadyForInitialReplication,
     /// Both: the initial copy is running.
     InitialReplicationInProgress,
@@ -39,7 +39,8 @@ pub enum ReplicationState {
     WaitingForInitialReplication,
     /// Both: changes flow.
     Replicating,
-    /// Primary: the machine was replicated and its replica cannot be reached; changes are only tracked.
+    /// Primary: the machine was replicated and its replica cannot be reached, or an operator suspended it; changes are only
+    /// tracked. Replica: the primary said that it is suspended, or a failover was cancelled.
     Suspended,
     /// Both: stopped for a reason that does not mend itself.
     Error,
@@ -170,7 +171,7 @@ impl Signs {
             ReplicationState::ReadyForInitialReplication
             | ReplicationState::InitialReplicationInProgress
             | ReplicationState::WaitingForInitialReplication => {
-                let why = self.stopped.as_ref().map(|why| format!(": {why}"));
+                let why = self.stopped.as_ref().map(|why| format!("; {why}"));
                 let text = format!(
                     "the initial copy is not complete: there is nothing to fail over to{}",
                     why.unwrap_or_default()

@@ -54,6 +54,8 @@ pub enum Reason {
     Fenced,
     /// The epoch under way was given up; it is merged into the next one.
     Aborted,
+    /// An operator suspended the replication: nothing comes until it is resumed.
+    Suspended,
     /// A reason of another version.
     Unknown(u64),
 }
@@ -69,6 +71,7 @@ impl Reason {
             Self::Busy => VarInt::from_u32(5),
             Self::Fenced => VarInt::from_u32(6),
             Self::Aborted => VarInt::from_u32(7),
+            Self::Suspended => VarInt::from_u32(8),
             Self::Unknown(code) => VarInt::from_u64(code).unwrap_or(VarInt::MAX),
         }
     }
@@ -83,6 +86,7 @@ impl Reason {
             5 => Self::Busy,
             6 => Self::Fenced,
             7 => Self::Aborted,
+            8 => Self::Suspended,
             code => Self::Unknown(code),
         }
     }
@@ -99,6 +103,7 @@ impl fmt::Display for Reason {
             Self::Busy => "busy",
             Self::Fenced => "fenced",
             Self::Aborted => "aborted",
+            Self::Suspended => "suspended",
             Self::Unknown(code) => return write!(f, "reason {code}"),
         })
     }
@@ -272,6 +277,14 @@ impl Link {
     /// Waits until the link is closed, by either side, and says why. Safe to cancel.
     pub async fn closed(&self) -> LinkError {
         lost(&self.peer, self.connection.closed().await)
+    }
+
+    /// Why the peer closed the link, if it did.
+    pub fn closed_by_peer(&self) -> Option<Reason> {
+        match self.connection.close_reason()? {
+            ConnectionError::ApplicationClosed(close) => Some(Reason::from_code(close.error_code)),
+            _ => None,
+        }
     }
 
     /// Waits until the message of [`Link::close`] has left a dialled link, at most two seconds: to be called before the

@@ -122,8 +122,16 @@ async fn feed(
     }
     tracing::info!(%machine, primary = %peer, "receiving");
     served.progress.lock().connected = Some(peer.to_string());
-    session::serve(Arc::clone(&served), generation, link, sender, receiver).await;
-    served.progress.lock().connected = None;
+    let ended = session::serve(Arc::clone(&served), generation, link, sender, receiver).await;
+    let mut progress = served.progress.lock();
+    progress.connected = None;
+    match ended {
+        Some(Reason::Suspended) => progress.suspended = Some(served.clock.wall()),
+        // A question about roles says nothing of the replication.
+        Some(Reason::Done) => {}
+        _ => progress.suspended = None,
+    }
+    drop(progress);
     tracing::info!(%machine, primary = %peer, "no longer receiving");
 }
 

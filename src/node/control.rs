@@ -12,6 +12,11 @@
 //! | `POST /v1/machines/{name}/commit` | a [`FailoverReport`] |
 //! | `POST /v1/machines/{name}/cancel` with a [`CancelRequest`] | a [`CancelReport`] of what was taken back or cleaned up |
 //! | `POST /v1/machines/{name}/reverse` with a [`ReverseRequest`] | a [`FailoverReport`] |
+//! | `POST /v1/machines/{name}/suspend` with a [`SuspendRequest`] | a [`SuspendReport`], once nothing is sent any more |
+//! | `POST /v1/machines/{name}/resume` | a [`SuspendReport`] of what is over |
+//! | `POST /v1/machines/{name}/copy` | `null`, once an initial copy that waited may begin |
+//! | `POST /v1/machines/{name}/export` with a [`FolderRequest`] | an [`ExportReport`], once the file is complete and durable |
+//! | `POST /v1/machines/{name}/import` with a [`FolderRequest`] | an [`ImportReport`], once the replica has all of it |
 //! | `POST /v1/machines/{name}/resize` with a [`ResizeRequest`] | a [`ResizeReport`] |
 //!
 //! A node binds `<run folder>/<pid>.sock`, or the path it was given; `status` asks every socket of the run folder. The
@@ -42,12 +47,14 @@ use tokio::net::{UnixListener, UnixStream};
 pub(super) use self::client::ask;
 pub use self::{
     client::{
-        ClientError, ask_cancel, ask_commit, ask_cut, ask_failover, ask_points, ask_resize,
-        ask_resync, ask_reverse, ask_status, ask_test, ask_verify, sockets,
+        ClientError, ask_cancel, ask_commit, ask_copy, ask_cut, ask_export, ask_failover,
+        ask_import, ask_points, ask_resize, ask_resume, ask_resync, ask_reverse, ask_status,
+        ask_suspend, ask_test, ask_verify, sockets,
     },
     request::{
-        CancelReport, CancelRequest, FailoverKind, FailoverReport, FailoverRequest, ResizeReport,
-        ResizeRequest, ReverseRequest, TestRequest, VerifyRequest,
+        CancelReport, CancelRequest, ExportReport, FailoverKind, FailoverReport, FailoverRequest,
+        FolderRequest, ImportReport, ResizeReport, ResizeRequest, ReverseRequest, SuspendReport,
+        SuspendRequest, TestRequest, VerifyRequest,
     },
 };
 use super::{
@@ -100,6 +107,31 @@ pub trait Operate: Send + Sync + 'static {
     /// Lets a host that was the primary follow the new one.
     fn reverse(&self, machine: &Name, _: ReverseRequest) -> Result<FailoverReport, OperateError> {
         Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Stops replicating a machine until it is resumed. Its changes are tracked.
+    fn suspend(&self, machine: &Name, _: SuspendRequest) -> Result<SuspendReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Replicates a machine again that was suspended.
+    fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Begins an initial copy that waits for its time or for a portable disk.
+    fn copy(&self, machine: &Name) -> Result<(), OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Writes the initial copy of a machine to a folder of this host.
+    fn export(&self, machine: &Name, _: &FolderRequest) -> Result<ExportReport, OperateError> {
+        Err(OperateError::NoSuchMachine(machine.clone()))
+    }
+
+    /// Takes in the initial copy of a machine from a folder of this host.
+    fn import(&self, machine: &Name, _: &FolderRequest) -> Result<ImportReport, OperateError> {
+        Err(OperateError::NoSuchReplica(machine.clone()))
     }
 
     /// Makes a disk of a machine larger while it is in use.
@@ -218,6 +250,11 @@ pub fn requests(node: Arc<dyn Operate>) -> Router {
         .route("/v1/machines/{name}/commit", post(commit))
         .route("/v1/machines/{name}/cancel", post(cancel))
         .route("/v1/machines/{name}/reverse", post(reverse))
+        .route("/v1/machines/{name}/suspend", post(suspend))
+        .route("/v1/machines/{name}/resume", post(resume))
+        .route("/v1/machines/{name}/copy", post(copy))
+        .route("/v1/machines/{name}/export", post(export))
+        .route("/v1/machines/{name}/import", post(import))
         .route("/v1/machines/{name}/resize", post(resize))
         .with_state(node)
 }
@@ -282,6 +319,38 @@ async fn reverse(
     Json(request): Json<ReverseRequest>,
 ) -> Response {
     answer(move || node.reverse(&machine(&name)?, request)).await
+}
+
+async fn suspend(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<SuspendRequest>,
+) -> Response {
+    answer(move || node.suspend(&machine(&name)?, request)).await
+}
+
+async fn resume(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
+    answer(move || node.resume(&machine(&name)?)).await
+}
+
+async fn copy(State(node): Node, UrlPath(name): UrlPath<String>) -> Response {
+    answer(move || node.copy(&machine(&name)?)).await
+}
+
+async fn export(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<FolderRequest>,
+) -> Response {
+    answer(move || node.export(&machine(&name)?, &request)).await
+}
+
+async fn import(
+    State(node): Node,
+    UrlPath(name): UrlPath<String>,
+    Json(request): Json<FolderRequest>,
+) -> Response {
+    answer(move || node.import(&machine(&name)?, &request)).await
 }
 
 async fn resize(

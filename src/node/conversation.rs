@@ -12,11 +12,13 @@ use bytes::Bytes;
 use crossbeam_channel::{Receiver, never, select};
 
 mod compare;
+mod hold;
 
 use self::compare::About;
 use super::{
     driver::{BeginAnswer, Command, CutAnswer, Driver, Heard},
     pipeline::{Pipeline, Raw},
+    portable::export::Export,
     sync_flush::Flushes,
 };
 use crate::{
@@ -26,7 +28,7 @@ use crate::{
         limits::FRAME_BYTES_MAX,
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
-    delta::{DiskEntry, EncodedFrame, Encoder, Header, LogKind},
+    delta::{EncodedFrame, Encoder, LogKind},
     net::{self, Link, LinkError, LogSender, Reason},
     protocol::{
         message::{self, ToReplica},
@@ -44,6 +46,10 @@ const MEASURE_BYTES: u64 = 8 << 20;
 pub(super) enum End {
     /// The node is being stopped.
     Stop,
+    /// The machine is suspended, and nothing was under way any more.
+    Suspended,
+    /// The initial copy is written to a portable disk first.
+    Export(Export),
     /// The link was lost, or this host had to give up on it.
     Lost(String),
     /// The other side does not want to.
@@ -76,6 +82,12 @@ pub(super) struct Conversation<'a> {
     answering: Vec<CutAnswer>,
     /// Commands that wait until no epoch is closing.
     demanding: Vec<BeginAnswer>,
+    /// Whether it ends as soon as nothing is under way.
+    suspending: bool,
+    /// What the replica has, while the initial copy waits. Nothing was compared yet.
+    held: Option<message::Head>,
+    /// A wish for an export that was not judged yet.
+    export: Option<Export>,
     /// What the questions on the way are about, the oldest first.
     asked: VecDeque<About>,
     /// Bytes and time of saturated sending since the last measurement.
@@ -107,6 +119,9 @@ impl<'a> Conversation<'a> {
             waiting,
             answering,
             demanding,
+            suspending: false,
+            held: None,
+            export: None,
             asked: VecDeque::new(),
             measured,
         }
@@ -116,7 +131,7 @@ impl<'a> Conversation<'a> {
     pub(super) fn run(mut self) -> (End, bool) {
         self.sender.connected(self.driver.hello());
         let (Ok(end) | Err(end)) = self.talk();
-        let replicated = self.sender.is_replicating();
+        let replicated = self.sender.is_replicating() || self.held.is_some();
         self.leave(&end);
         (end, replicated)
     }
@@ -127,6 +142,15 @@ impl<'a> Conversation<'a> {
                 self.act(action)?;
             }
             // What was staged is acknowledged by now.
+            if let Some(export) = self.may_export() {
+                return Ok(End::Export(export));
+            }
+            if let Some(head) = self.held.take_if(|_| !self.driver.waits_to_copy()) {
+                self.compare(head)?;
+            }
+            if self.suspending && !self.sender.is_closing() {
+                return Ok(End::Suspended);
+            }
             if self.sender.is_open() {
                 self.begin_demanded();
             }
@@ -231,6 +255,12 @@ impl<'a> Conversation<'a> {
                 Err(_) => return Some(End::Lost("the link ended".into())),
             },
             recv(self.driver.commands) -> command => match command {
+                Ok(Command::Cut(answer)) if self.held.is_some() => {
+                    let _ = answer.send(Err(self.driver.told_to_wait()));
+                }
+                Ok(Command::Resync(answer)) if self.held.is_some() => {
+                    let _ = answer.send(Err(self.driver.told_to_wait()));
+                }
                 Ok(Command::Cut(answer)) => {
                     self.waiting.push(answer);
                     self.sender.want_cut();
@@ -240,6 +270,12 @@ impl<'a> Conversation<'a> {
                     // Whoever asked may have gone away.
                     let _ = answer.send(self.driver.begin_verify(request));
                 }
+                Ok(Command::Export(export)) => {
+                    if let Some(before) = self.export.replace(export) {
+                        before.refuse("another export was asked for".into());
+                    }
+                }
+                Ok(Command::Suspend) => self.suspending = true,
                 Ok(Command::Stop) | Err(_) => return Some(End::Stop),
             },
             default(wait) => {}
@@ -275,6 +311,11 @@ impl<'a> Conversation<'a> {
     }
 
     fn compare(&mut self, head: message::Head) -> Result<(), End> {
+        let has_nothing = matches!(head, message::Head::Empty | message::Head::Copying);
+        if has_nothing && self.driver.waits_to_copy() {
+            self.hold(head);
+            return Ok(());
+        }
         let machine = &self.driver.machine;
         let agreed = machine.agree(head);
         let (reconciled, agreement) = agreed.map_err(|error| End::Lost(chain(&error)))?;
@@ -296,24 +337,11 @@ impl<'a> Conversation<'a> {
     }
 
     fn open(&mut self, log: Log) -> Result<(), End> {
-        let subject = &self.driver.subject;
         let (kind, parent) = match log {
             Log::InitialCopy => (LogKind::Initial, None),
             Log::Delta => (LogKind::Delta, self.driver.machine.lineage()),
         };
-        let disks = subject.disks.iter().map(|disk| DiskEntry {
-            name: disk.name.clone(),
-            size: disk.size,
-            logical_sector: disk.logical_sector,
-            physical_sector: disk.physical_sector,
-        });
-        let header = Header {
-            machine: subject.id,
-            generation: subject.generation,
-            kind,
-            parent,
-            disks: disks.collect(),
-        };
+        let header = self.driver.header(kind, parent);
         let (encoder, bytes) = Encoder::new(&header);
         let stream = done(self.driver.until_stopped(self.link.open_log()))?;
         let runs = (kind == LogKind::Initial).then(VecDeque::new);
@@ -464,13 +492,25 @@ impl<'a> Conversation<'a> {
         self.driver.machine.disconnected();
         self.unanswered();
         let (reason, text) = match end {
-            End::Stop => (Reason::Stopping, "the primary is being stopped".to_owned()),
+            End::Stop if !self.driver.is_suspended() => {
+                (Reason::Stopping, "the primary is being stopped".to_owned())
+            }
+            End::Stop | End::Suspended => {
+                (Reason::Suspended, "suspended by an operator".to_owned())
+            }
+            End::Export(_) => (
+                Reason::Done,
+                "the initial copy is being exported".to_owned(),
+            ),
             End::Lost(why) => (Reason::Aborted, why.clone()),
             End::Refused(why) => (Reason::Protocol, why.to_string()),
         };
         self.flushes(|flushes| flushes.unlinked(&text));
         self.link.close(reason, &text);
         self.driver.host.runtime.block_on(self.link.drained());
+        if let Some(export) = self.export.take() {
+            export.refuse(format!("the link to the replica was lost: {text}"));
+        }
         for answer in self.waiting.drain(..).chain(self.answering.drain(..)) {
             let _ = answer.send(Err(format!("the link to the replica was lost: {text}")));
         }

@@ -7,18 +7,20 @@
 //! what was under way back to the maps, waits and dials again. Guest writes never wait for any of this: they mark
 //! their blocks and go on.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{convert::Infallible, path::PathBuf, sync::Arc, thread, time::Duration};
 
-use crossbeam_channel::{Receiver, Sender as ChannelSender, after, select, unbounded};
+use crossbeam_channel::{Receiver, Sender as ChannelSender, after, bounded, select, unbounded};
 use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::watch};
 
 use super::{
     call::{Callee, bring_back},
-    control::VerifyRequest,
+    control::{ExportReport, OperateError, VerifyRequest},
     conversation::{Conversation, End},
+    initial_copy,
     pacing::Pacing,
     pipeline::Pipeline,
+    portable::export::Export,
     progress::{Phase, Progress},
     sync_flush::Flushes,
     verify::Verifying,
@@ -26,10 +28,11 @@ use super::{
 use crate::{
     base::{
         chain::chain,
-        clock::Clock,
+        clock::{Clock, Timestamp},
         ids::{Generation, Ids, Lineage, MachineId, Name},
+        units::Epoch,
     },
-    delta::policy::Setting,
+    delta::{DiskEntry, Header, LogKind, policy::Setting},
     net::{self, Backoff, Control, Link},
     protocol::{
         claim::{Answer, Claim},
@@ -45,6 +48,8 @@ const AHEAD_BYTES: u64 = 16 << 20;
 const CURRENT_EVERY: Duration = Duration::from_secs(1);
 /// First and longest pause between two dials.
 const REDIAL: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// How long a suspension waits for what is under way to become durable.
+const SUSPEND_WITHIN: Duration = Duration::from_secs(5);
 /// Longest pause while only the peer's role is in the way: an operator waits for what comes of it.
 const ROLES_AGAIN: Duration = Duration::from_secs(2);
 
@@ -55,6 +60,8 @@ pub(super) struct Target {
     pub(super) interval: Duration,
     pub(super) compression: Setting,
     pub(super) pacing: Pacing,
+    /// When the copy for a replica that has nothing begins, if it does by itself.
+    pub(super) copy_due: Option<Timestamp>,
 }
 
 /// The machine as its replica should know it.
@@ -79,7 +86,27 @@ pub(super) enum Command {
     Cut(CutAnswer),
     Resync(BeginAnswer),
     Verify(VerifyRequest, BeginAnswer),
+    Export(Export),
+    /// End as soon as nothing is under way.
+    Suspend,
     Stop,
+}
+
+/// Why the thread has to end at once, whatever it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Halt {
+    /// The machine is replicated in another way from now on, or not at all.
+    Stop,
+    /// An operator suspended it.
+    Suspend,
+}
+
+/// How a pause ended.
+enum Rested {
+    Over,
+    /// The thread has to end.
+    Halted,
+    Asked(Export),
 }
 
 /// What came over the link.
@@ -92,8 +119,9 @@ pub(super) enum Heard {
 #[derive(Debug)]
 pub(super) struct Replication {
     commands: ChannelSender<Command>,
-    /// Becomes true when the thread has to end, whatever it waits for.
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Option<Halt>>,
+    /// Disconnected once the thread has ended.
+    ended: Receiver<Infallible>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -107,7 +135,8 @@ impl Replication {
         host: Host,
     ) -> std::io::Result<Self> {
         let (commands, receiver) = unbounded();
-        let (stop, stopping) = watch::channel(false);
+        let (stop, stopping) = watch::channel(None);
+        let (ending, ended) = bounded(0);
         let thread = thread::Builder::new()
             .name("replicate".into())
             .spawn(move || {
@@ -122,12 +151,31 @@ impl Replication {
                     stopping,
                 };
                 driver.run();
+                drop::<ChannelSender<Infallible>>(ending);
             })?;
         Ok(Self {
             commands,
             stop,
+            ended,
             thread: Some(thread),
         })
+    }
+
+    /// Ends it for an operator who suspends the machine, and tells the replica. An epoch that is under way may become
+    /// durable first; one that takes too long is merged, as after a lost link.
+    pub(super) fn suspend(mut self) {
+        let _ = self.commands.send(Command::Suspend);
+        let _ = self.ended.recv_timeout(SUSPEND_WITHIN);
+        self.halt(Halt::Suspend);
+    }
+
+    fn halt(&mut self, why: Halt) {
+        if let Some(thread) = self.thread.take() {
+            // Both fail only if the thread has ended already, and then it has said why.
+            let _ = self.stop.send(Some(why));
+            let _ = self.commands.send(Command::Stop);
+            let _ = thread.join();
+        }
     }
 
     /// Asks for a cut now; the answer comes when the epoch is durable on the replica.
@@ -140,6 +188,15 @@ impl Replication {
         self.request(Command::Resync)
     }
 
+    /// Asks for an export of the initial copy; the answer comes when the file is there.
+    pub(super) fn request_export(&self, folder: PathBuf) -> Pending<ExportReport, OperateError> {
+        let (answer, answered) = bounded(1);
+        let _ = self
+            .commands
+            .send(Command::Export(Export { folder, answer }));
+        Pending(answered)
+    }
+
     /// Asks for a verification; the answer comes when it is begun, be there a link or not.
     pub(super) fn request_verify(&self, request: VerifyRequest) -> Pending<()> {
         self.request(|answer| Command::Verify(request, answer))
@@ -149,7 +206,7 @@ impl Replication {
         &self,
         command: impl FnOnce(ChannelSender<Result<T, String>>) -> Command,
     ) -> Pending<T> {
-        let (answer, answered) = crossbeam_channel::bounded(1);
+        let (answer, answered) = bounded(1);
         // If the thread has ended the answer is dropped, which the caller sees when it waits.
         let _ = self.commands.send(command(answer));
         Pending(answered)
@@ -158,30 +215,26 @@ impl Replication {
 
 /// Something that was asked for.
 #[derive(Debug)]
-pub(super) struct Pending<T>(Receiver<Result<T, String>>);
+pub(super) struct Pending<T, E = String>(Receiver<Result<T, E>>);
 
-impl<T> Pending<T> {
-    /// Waits until it is done.
-    pub(super) fn wait(self) -> Result<T, String> {
-        self.0
-            .recv()
-            .unwrap_or_else(|_| Err("replication has stopped".into()))
+impl<T, E> Pending<T, E> {
+    /// Waits until it is done; nothing if the replication has ended meanwhile.
+    pub(super) fn wait(self) -> Option<Result<T, E>> {
+        self.0.recv().ok()
     }
 }
 
 impl Drop for Replication {
     fn drop(&mut self) {
-        // All fail only if the thread has ended already, and then it has said why.
-        let _ = self.stop.send(true);
-        let _ = self.commands.send(Command::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.halt(Halt::Stop);
     }
 }
 
 /// Hears what the peer says of the roles. Returns at once.
 pub(super) type Answered = Arc<dyn Fn(Answer) + Send + Sync>;
+
+/// Remembers when the initial copy begins; nothing if it does not by itself.
+pub(super) type SetCopyDue = Arc<dyn Fn(Option<Timestamp>) -> Result<(), String> + Send + Sync>;
 
 /// What the node lends to the thread.
 #[derive(Clone)]
@@ -190,6 +243,8 @@ pub(super) struct Host {
     pub(super) ids: Arc<dyn Ids>,
     pub(super) runtime: Handle,
     pub(super) answered: Answered,
+    /// Remembers durably when the initial copy begins. Waits for nobody.
+    pub(super) set_copy_due: SetCopyDue,
 }
 
 /// The replication thread's own.
@@ -202,11 +257,11 @@ pub(super) struct Driver {
     pub(super) flushes: Option<Arc<Flushes>>,
     pub(super) host: Host,
     pub(super) commands: Receiver<Command>,
-    stopping: watch::Receiver<bool>,
+    stopping: watch::Receiver<Option<Halt>>,
 }
 
 impl Driver {
-    fn run(self) {
+    fn run(mut self) {
         self.resume_verification();
         let mut backoff = Backoff::new(REDIAL.0, REDIAL.1);
         loop {
@@ -219,7 +274,13 @@ impl Driver {
                         backoff.reset();
                     }
                     match end {
-                        End::Stop => return,
+                        End::Stop | End::Suspended => return,
+                        End::Export(export) => {
+                            if self.export(&export) {
+                                return;
+                            }
+                            continue;
+                        }
                         End::Lost(why) => {
                             self.progress.lock().phase = Phase::Unreachable(why.clone());
                             why
@@ -254,8 +315,14 @@ impl Driver {
                 random[0], random[1], random[2], random[3],
             ]));
             tracing::warn!(machine = %self.subject.name, retry_in = ?pause, "not replicating: {why}");
-            if self.rest(pause, &why) {
-                return;
+            match self.rest(pause, &why) {
+                Rested::Halted => return,
+                Rested::Asked(export) => {
+                    if self.export(&export) {
+                        return;
+                    }
+                }
+                Rested::Over => {}
             }
         }
     }
@@ -340,14 +407,36 @@ impl Driver {
         let mut stopping = self.stopping.clone();
         self.host.runtime.block_on(async {
             tokio::select! {
-                _ = stopping.wait_for(|stop| *stop) => None,
+                _ = stopping.wait_for(Option::is_some) => None,
                 done = work => Some(done),
             }
         })
     }
 
-    /// Waits for `pause`; whether the node is being stopped.
-    fn rest(&self, pause: Duration, why: &str) -> bool {
+    /// Whether the copy for a replica that has nothing is not due yet.
+    pub(super) fn waits_to_copy(&self) -> bool {
+        initial_copy::waits(self.target.copy_due, self.host.clock.wall())
+    }
+
+    /// Why nothing is sent while the initial copy waits.
+    pub(super) fn told_to_wait(&self) -> String {
+        let (name, phase) = (&self.subject.name, Phase::CopyWaits(self.target.copy_due));
+        let (_, why) = phase.state(false);
+        format!("machine {name}: {}", why.unwrap_or_default())
+    }
+
+    /// Whether the thread has to end at once.
+    pub(super) fn is_halted(&self) -> bool {
+        self.stopping.borrow().is_some()
+    }
+
+    /// Whether the thread has to end at once because the machine is suspended.
+    pub(super) fn is_suspended(&self) -> bool {
+        *self.stopping.borrow() == Some(Halt::Suspend)
+    }
+
+    /// Waits for `pause`.
+    fn rest(&self, pause: Duration, why: &str) -> Rested {
         let until = after(pause);
         loop {
             select! {
@@ -361,9 +450,16 @@ impl Driver {
                     Ok(Command::Verify(request, answer)) => {
                         let _ = answer.send(self.begin_verify(request));
                     }
-                    Ok(Command::Stop) | Err(_) => return true,
+                    Ok(Command::Export(export)) => match self.machine.lineage() {
+                        Some(head) if head.epoch > Epoch::INITIAL => export.refuse(format!(
+                            "machine {}: its replica held epoch {} when it was last seen; whether it needs a copy is known when it is back",
+                            self.subject.name, head.epoch
+                        )),
+                        _ => return Rested::Asked(export),
+                    },
+                    Ok(Command::Suspend | Command::Stop) | Err(_) => return Rested::Halted,
                 },
-                recv(until) -> _ => return false,
+                recv(until) -> _ => return Rested::Over,
             }
         }
     }
@@ -379,9 +475,7 @@ impl Driver {
             .host
             .runtime
             .spawn(listen(receiver, link.clone(), heard));
-        let workers = thread::available_parallelism().map_or(1, |n| n.get().min(4));
-        let workers = u16::try_from(workers).expect("at most four");
-        let pipeline = match Pipeline::start(self.target.compression, workers, &self.host.clock) {
+        let pipeline = match Pipeline::start(self.target.compression, workers(), &self.host.clock) {
             Ok(pipeline) => pipeline,
             Err(error) => {
                 return (
@@ -398,6 +492,23 @@ impl Driver {
         let ended = Conversation::new(self, pace, link.clone(), mouth, ears, pipeline).run();
         listener.abort();
         ended
+    }
+
+    /// The header of a log that continues `parent`.
+    pub(super) fn header(&self, kind: LogKind, parent: Option<Lineage>) -> Header {
+        let disks = self.subject.disks.iter().map(|disk| DiskEntry {
+            name: disk.name.clone(),
+            size: disk.size,
+            logical_sector: disk.logical_sector,
+            physical_sector: disk.physical_sector,
+        });
+        Header {
+            machine: self.subject.id,
+            generation: self.subject.generation,
+            kind,
+            parent,
+            disks: disks.collect(),
+        }
     }
 
     pub(super) fn hello(&self) -> Hello {
@@ -421,6 +532,12 @@ impl Driver {
             disks,
         }
     }
+}
+
+/// Threads that pack.
+pub(super) fn workers() -> u16 {
+    let workers = thread::available_parallelism().map_or(1, |n| n.get().min(4));
+    u16::try_from(workers).expect("at most four")
 }
 
 async fn listen(mut receiver: net::ControlReceiver, link: Link, heard: ChannelSender<Heard>) {

@@ -6,12 +6,14 @@
 //!   member    one machine: from part to part   parts     what runs in each of them
 //!   serving   a machine that is written here   report    what a machine tells
 //!   roles     what operators ask for           peers     what the other host asks for
-//!   grow      a larger disk
+//!   grow      a larger disk                    suspend   stops the replication for a while
+//!   copying   when the initial copy begins
 //! ```
 //! The store's folder holds `node.redb`, the host's records, and a folder for each machine. A machine that is not
 //! configured begins with the first greeting of a host that is allowed to; from then on it belongs to that host.
 
 mod config;
+mod copying;
 mod file;
 mod grow;
 mod member;
@@ -22,6 +24,7 @@ mod record;
 mod report;
 mod roles;
 mod serving;
+mod suspend;
 
 use std::{
     collections::BTreeMap,
@@ -53,8 +56,9 @@ pub use super::served::Keeping;
 use super::{
     admission,
     control::{
-        CancelReport, CancelRequest, FailoverReport, FailoverRequest, Operate, OperateError,
-        ResizeReport, ResizeRequest, ReverseRequest, TestRequest, VerifyRequest,
+        CancelReport, CancelRequest, ExportReport, FailoverReport, FailoverRequest, FolderRequest,
+        ImportReport, Operate, OperateError, ResizeReport, ResizeRequest, ReverseRequest,
+        SuspendReport, SuspendRequest, TestRequest, VerifyRequest,
     },
     lock_folder,
     primary::PrimaryError,
@@ -491,6 +495,41 @@ impl Operate for Host {
         request: ReverseRequest,
     ) -> Result<FailoverReport, OperateError> {
         self.asked(machine)?.reverse(request)
+    }
+
+    fn suspend(
+        &self,
+        machine: &Name,
+        request: SuspendRequest,
+    ) -> Result<SuspendReport, OperateError> {
+        self.asked(machine)?.suspend(request)
+    }
+
+    fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
+        self.asked(machine)?.resume()
+    }
+
+    fn copy(&self, machine: &Name) -> Result<(), OperateError> {
+        self.asked(machine)?.copy_now()
+    }
+
+    fn export(
+        &self,
+        machine: &Name,
+        request: &FolderRequest,
+    ) -> Result<ExportReport, OperateError> {
+        match self.asked(machine)?.serving() {
+            Some(serving) => serving.primary.export(&request.folder),
+            None => Err(OperateError::NoSuchMachine(machine.clone())),
+        }
+    }
+
+    fn import(
+        &self,
+        machine: &Name,
+        request: &FolderRequest,
+    ) -> Result<ImportReport, OperateError> {
+        self.asked(machine)?.import(&request.folder)
     }
 
     fn resize(

@@ -9,6 +9,7 @@
 //!   exposure   a recovery point as writable disks in a mount          progress    what the status knows of a link
 //!   pipeline   packs frames on worker threads, in order               status      what all of them tell
 //!   policy     when and how fast an operator lets it replicate        pacing      keeps to that while sending
+//!   initial_copy   when it begins                                   portable   it as a file that is carried
 //!   control    what operators ask, on a socket                        operate      the same over the network
 //!   coordinator   jobs and plans: what concerns several hosts
 //!   sync_flush   flushes that wait for the replica                 verify   how far a verification is, and what it found
@@ -27,10 +28,12 @@ mod driver;
 mod exposure;
 pub mod host;
 pub mod images;
+pub mod initial_copy;
 pub mod operate;
 mod pacing;
 mod pipeline;
 pub mod policy;
+mod portable;
 pub mod primary;
 mod progress;
 mod served;

@@ -29,6 +29,20 @@ impl TimeOfDay {
     }
 }
 
+impl TimeOfDay {
+    /// The first time after `now` at which it is this late.
+    pub fn next_after(self, now: Timestamp) -> Timestamp {
+        let day = u64::from(MINUTES_PER_DAY) * MICROS_PER_MINUTE;
+        let today = now.0 / day * day;
+        let at = today.saturating_add(u64::from(self.0) * MICROS_PER_MINUTE);
+        Timestamp(if at > now.0 {
+            at
+        } else {
+            at.saturating_add(day)
+        })
+    }
+}
+
 impl fmt::Display for TimeOfDay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:02}:{:02}", self.0 / 60, self.0 % 60)

@@ -9,17 +9,22 @@ mod status;
 
 pub(super) use grow::GrowError;
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::{Mutex, RwLock};
 
 pub use super::images::ImageConfig;
 use super::{
-    control::{Operate, OperateError, VerifyRequest},
+    control::{ExportReport, Operate, OperateError, VerifyRequest},
     driver::{Host, Pending, Replication, Subject, Target},
     images::ImageError,
     pacing::Pacing,
-    progress::Progress,
+    progress::{Phase, Progress},
     sources::{Source, Stamped, open_images, spec},
     status::NodeStatus,
     sync_flush::{Flushes, SyncDisk, SyncOnFlush},
@@ -27,9 +32,9 @@ use super::{
 };
 use crate::{
     base::{
-        clock::{Clock, SystemClock},
+        clock::{Clock, SystemClock, Timestamp},
         ids::{Ids, Lineage, Name, SystemIds},
-        units::DiskIndex,
+        units::{DiskIndex, Epoch},
     },
     disk::{Access, Disk},
     protocol::message::DiskSpec,
@@ -179,10 +184,23 @@ pub(super) struct Beginning<'a> {
 /// A replication that runs, and what the status tells of it.
 #[derive(Debug)]
 struct Running {
-    replication: Replication,
+    /// Nothing while it is suspended.
+    replication: Option<Replication>,
     peer: String,
     interval: Duration,
     pacing: Pacing,
+}
+
+impl Running {
+    /// What there is to tell of a replication that does not run.
+    fn suspended(target: &Target) -> Self {
+        Self {
+            replication: None,
+            peer: target.callee.address.clone(),
+            interval: target.interval,
+            pacing: target.pacing.clone(),
+        }
+    }
 }
 
 impl Primary {
@@ -250,18 +268,26 @@ impl Primary {
         if let Some(flushes) = &flushes {
             flushes.unlinked("connecting to the replica");
         }
-        let (peer, interval) = (target.callee.address.clone(), target.interval);
-        let pacing = target.pacing.clone();
+        let mut running = Running::suspended(&target);
         let told = (Arc::clone(&self.progress), flushes);
         let replication = Replication::start(machine, subject, target, told, host)
             .map_err(PrimaryError::Thread)?;
-        *self.replication.lock() = Some(Running {
-            replication,
-            peer,
-            interval,
-            pacing,
-        });
+        running.replication = Some(replication);
+        *self.replication.lock() = Some(running);
         Ok(())
+    }
+
+    /// Ends the replication until [`replicate`](Self::replicate) is called again. What is under way may end first, for a
+    /// moment. The guest's flushes stand as if the link were lost.
+    pub(super) fn suspend(&self, target: &Target, since: Timestamp) {
+        let running = self.replication.lock().replace(Running::suspended(target));
+        if let Some(replication) = running.and_then(|running| running.replication) {
+            replication.suspend();
+        }
+        self.progress.lock().phase = Phase::Suspended(since);
+        if let Some(flushes) = &self.flushes {
+            flushes.unlinked("the machine is suspended");
+        }
     }
 
     /// Ends the replication: the link is closed when this returns. From then on no flush waits for a replica.
@@ -271,6 +297,13 @@ impl Primary {
         if let Some(flushes) = &self.flushes {
             flushes.alone();
         }
+    }
+
+    /// Whether the replica has nothing, as far as is known, so that an initial copy is what comes next.
+    pub(super) fn needs_copy(&self) -> bool {
+        let told = matches!(self.progress.lock().phase, Phase::CopyWaits(_));
+        let head = self.machine().and_then(|machine| machine.lineage());
+        told || head.is_none_or(|head| head.epoch == Epoch::INITIAL)
     }
 
     fn opened(&self) -> Arc<Opened> {
@@ -380,28 +413,46 @@ impl Primary {
 
     /// Cuts now and waits until the epoch is durable on the replica.
     pub(super) fn cut_now(&self) -> Result<Lineage, OperateError> {
-        self.request(Replication::request_cut)
+        self.request(Replication::request_cut, OperateError::NotNow)
     }
 
     /// Begins to compare everything with the replica.
     pub(super) fn resync_now(&self) -> Result<(), OperateError> {
-        self.request(Replication::request_resync)
+        self.request(Replication::request_resync, OperateError::NotNow)
     }
 
     /// Begins to compare the replica's points with the disks.
     pub(super) fn verify_now(&self, request: VerifyRequest) -> Result<(), OperateError> {
-        self.request(|replication| replication.request_verify(request))
+        let what = |replication: &Replication| replication.request_verify(request);
+        self.request(what, OperateError::NotNow)
     }
 
-    fn request<T>(&self, what: impl FnOnce(&Replication) -> Pending<T>) -> Result<T, OperateError> {
+    /// Writes the initial copy into a folder.
+    pub(super) fn export(&self, folder: &Path) -> Result<ExportReport, OperateError> {
+        let what = |replication: &Replication| replication.request_export(folder.to_owned());
+        self.request(what, |error| error)
+    }
+
+    fn request<T, E>(
+        &self,
+        what: impl FnOnce(&Replication) -> Pending<T, E>,
+        told: impl FnOnce(E) -> OperateError,
+    ) -> Result<T, OperateError> {
         let running = self.replication.lock();
-        let pending = running.as_ref().map(|running| what(&running.replication));
+        let pending = match running.as_ref() {
+            None => Err(format!("machine {} is not replicated", self.name)),
+            Some(running) => running.replication.as_ref().map(what).ok_or_else(|| {
+                format!(
+                    "machine {0} is suspended: `understudy resume {0}` first",
+                    self.name
+                )
+            }),
+        };
         // The lock is free again: a cut may take as long as the link does, and the node must be able to stop.
         drop(running);
-        let pending = pending.ok_or_else(|| {
-            OperateError::NotNow(format!("machine {} is not replicated", self.name))
-        })?;
-        pending.wait().map_err(OperateError::NotNow)
+        let pending = pending.map_err(OperateError::NotNow)?;
+        let stopped = || OperateError::NotNow("replication has stopped".into());
+        pending.wait().ok_or_else(stopped)?.map_err(told)
     }
 
     fn path(&self, disk: &Source) -> PathBuf {

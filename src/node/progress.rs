@@ -22,10 +22,16 @@ use crate::{
 pub(super) enum Phase {
     /// Not connected yet.
     Connecting,
+    /// The replica has nothing, and its copy is not due yet; nothing if it is not due by itself.
+    CopyWaits(Option<Timestamp>),
+    /// The initial copy is being written to a portable disk.
+    Exporting,
     /// The initial copy runs.
     Copying,
     /// Changes flow.
     Replicating,
+    /// An operator stopped it until it is resumed.
+    Suspended(Timestamp),
     /// No link, and why; it is dialled again.
     Unreachable(String),
     /// The replica refused, and why; somebody has to act.
@@ -42,8 +48,26 @@ impl Phase {
                 Some("connecting to the replica".into()),
             ),
             Self::Connecting => (ReplicationState::ReadyForInitialReplication, None),
+            Self::CopyWaits(due) => {
+                let why = match due {
+                    Some(due) => format!("it waits until {due}; `understudy copy` begins it at once"),
+                    None => "it waits for a portable copy (`understudy export` and `import`); `understudy copy` sends it over the network".into(),
+                };
+                (
+                    ReplicationState::ReadyForInitialReplication,
+                    Some(format!("the initial copy has not begun: {why}")),
+                )
+            }
+            Self::Exporting => (
+                ReplicationState::InitialReplicationInProgress,
+                Some("it is being exported to a portable disk".into()),
+            ),
             Self::Copying => (ReplicationState::InitialReplicationInProgress, None),
             Self::Replicating => (ReplicationState::Replicating, None),
+            Self::Suspended(since) => {
+                let why = format!("suspended since {since}, until `understudy resume`");
+                (ReplicationState::Suspended, Some(why))
+            }
             Self::Unreachable(why) if complete => (ReplicationState::Suspended, Some(why.clone())),
             Self::Unreachable(why) => (
                 ReplicationState::ReadyForInitialReplication,
@@ -134,6 +158,28 @@ impl Progress {
         self.resync(machine, clock);
     }
 
+    /// The initial copy, of `total` bytes, is written to a portable disk from now on.
+    pub(super) fn exporting(&mut self, total: u64, clock: &dyn Clock) {
+        self.phase = Phase::Exporting;
+        self.copy = Some(Copy {
+            began: clock.monotonic(),
+            total,
+            done: 0,
+        });
+    }
+
+    /// So many bytes of the disks were written there.
+    pub(super) fn copied(&mut self, raw: u64) {
+        if let Some(copy) = &mut self.copy {
+            copy.done += raw;
+        }
+    }
+
+    /// No copy is under way any more.
+    pub(super) fn copy_ended(&mut self) {
+        self.copy = None;
+    }
+
     /// Looks whether a resync of the machine is under way. One that is known already goes on.
     pub(super) fn resync(&mut self, machine: &Machine, clock: &dyn Clock) {
         let known = self.resync.filter(|resync| resync.ended.is_none());
@@ -175,9 +221,7 @@ impl Progress {
     pub(super) fn sent(&mut self, raw: u64, bytes: u64) {
         self.raw += raw;
         self.sent += bytes;
-        if let Some(copy) = &mut self.copy {
-            copy.done += raw;
-        }
+        self.copied(raw);
     }
 
     /// An epoch became durable; `cut` is nothing for the initial copy.
@@ -229,7 +273,7 @@ impl Progress {
 }
 
 /// Bytes per second.
-pub(super) fn rate(bytes: u64, elapsed: Duration) -> u64 {
+pub(in crate::node) fn rate(bytes: u64, elapsed: Duration) -> u64 {
     let elapsed = elapsed.as_millis().max(1);
     u64::try_from(u128::from(bytes) * 1000 / elapsed).unwrap_or(u64::MAX)
 }

@@ -7,7 +7,8 @@ use parking_lot::Mutex;
 
 use super::{
     control::{CancelReport, CancelRequest, OperateError, TestRequest},
-    session::SharedProgress,
+    portable::import::Importing,
+    session::{ReceiveProgress, SharedProgress},
     status::{
         DiskStatus, MachineStatus, PointStatus, RecoveryStatus, TestStatus, TrafficStatus, millis,
     },
@@ -52,11 +53,13 @@ pub(super) struct Served {
     pub(super) store: Arc<MachineReplica>,
     pub(super) progress: SharedProgress,
     pub(super) clock: Arc<dyn Clock>,
+    /// The portable copy that is being taken in, if one is.
+    pub(super) importing: Importing,
     tests: TestFailovers,
     /// Whether images that are there are what a new replica begins with.
     seed: bool,
     /// Where the images are.
-    folder: PathBuf,
+    pub(super) folder: PathBuf,
     upkeep: Mutex<Option<Upkeep>>,
     /// The point that a failover is on.
     held: Mutex<Option<Held>>,
@@ -218,6 +221,7 @@ impl Served {
             store,
             progress: SharedProgress::default(),
             clock,
+            importing: Importing::default(),
             tests,
             seed: keeping.seed,
             folder: path,
@@ -284,6 +288,7 @@ impl Served {
 
     /// Ends everything, hides test failovers until the next start, waits for a merge, closes the images.
     pub(super) fn close(&self) -> Result<(), ReplicaError> {
+        self.importing.stop();
         drop(self.end_session("the replica is being closed"));
         self.tests.rest();
         self.end_upkeep();
@@ -332,39 +337,42 @@ impl Served {
         let (store, points) = (self.store.status(), self.store.points());
         let (tests, last_test) = (self.tests.status(), self.tests.last());
         let progress = self.progress.lock();
-        let state = match store.head {
-            _ if progress.problem.is_some() => ReplicationState::Error,
-            Head::Empty => ReplicationState::WaitingForInitialReplication,
-            Head::Copying | Head::Copied(_) => ReplicationState::InitialReplicationInProgress,
-            Head::Complete(_) => ReplicationState::Replicating,
-        };
+        let suspended = progress.suspended();
+        let state = replication_state(store.head, &progress);
         let now = self.clock.wall();
         let mut rpo = progress.rpo.status(now, false);
         if rpo.now_ms.is_none() {
             // Nothing received since this node started: the last point is as old as its cut.
             rpo.now_ms = store.last_cut.map(|cut| millis(now.since(cut)));
         }
+        let by_the_primary =
+            || suspended.map(|since| format!("suspended by the primary since {since}"));
         let signs = Signs {
             state,
-            stopped: progress.problem.clone(),
+            stopped: progress.problem.clone().or_else(by_the_primary),
             disk: None,
             points: squeezed(store.squeeze),
             interval: Duration::from_secs(1),
             rpo: rpo.now_ms.map(Duration::from_millis),
         };
-        let (health, reasons) = match (&progress.connected, signs.health()) {
-            (None, (health, mut reasons)) => {
+        let copy = self.importing.status(self.clock.monotonic());
+        let (health, mut reasons) = match (&progress.connected, signs.health()) {
+            (None, (health, mut reasons)) if suspended.is_none() => {
                 reasons.push("the primary is not connected".into());
                 (health.max(Health::Warning), reasons)
             }
-            (Some(_), judged) => judged,
+            (_, judged) => judged,
         };
+        if copy.is_some() {
+            reasons.push("a portable copy is being imported".into());
+        }
         let disks = store.images.iter().map(|image| self.disk_status(image));
         MachineStatus {
             name: self.name.clone(),
             id: Some(self.id),
             role: Role::Replica,
             part: None,
+            suspended,
             state,
             health,
             reasons,
@@ -383,7 +391,7 @@ impl Served {
             last_test,
             rpo,
             sync_on_flush: None,
-            copy: None,
+            copy,
             resync: None,
             verify: None,
             traffic: TrafficStatus {
@@ -395,6 +403,16 @@ impl Served {
             write_latency: None,
             disks: disks.collect(),
         }
+    }
+}
+
+fn replication_state(head: Head, progress: &ReceiveProgress) -> ReplicationState {
+    match head {
+        _ if progress.problem.is_some() => ReplicationState::Error,
+        Head::Empty => ReplicationState::WaitingForInitialReplication,
+        Head::Copying | Head::Copied(_) => ReplicationState::InitialReplicationInProgress,
+        Head::Complete(_) if progress.suspended().is_some() => ReplicationState::Suspended,
+        Head::Complete(_) => ReplicationState::Replicating,
     }
 }
 

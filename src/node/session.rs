@@ -14,7 +14,7 @@ use tokio::sync::mpsc::{self, Receiver as EventReceiver, Sender as EventSender, 
 
 use super::{served::Served, writers::Writers};
 use crate::{
-    base::{chain::chain, ids::Generation, units::to_u64},
+    base::{chain::chain, clock::Timestamp, ids::Generation, units::to_u64},
     net::{ControlReceiver, ControlSender, Link, LinkError, LogReceiver, Reason},
     protocol::{
         compare::Question,
@@ -43,14 +43,15 @@ enum Event {
     Lost(String),
 }
 
-/// Serves one greeted connection until it ends. Answers through `control` from now on.
+/// Serves one greeted connection until it ends; why the primary ended it, if it did. Answers through `control` from now
+/// on.
 pub(super) async fn serve(
     served: Arc<Served>,
     generation: Generation,
     link: Link,
     sender: ControlSender,
     receiver: ControlReceiver,
-) {
+) -> Option<Reason> {
     let (events, inbox) = mpsc::channel(BATCHES);
     let (answers, outbox) = mpsc::unbounded_channel();
     let ears = tokio::spawn(hear(receiver, link.clone(), events.clone()));
@@ -86,7 +87,9 @@ pub(super) async fn serve(
     logs.abort();
     // Everything that was said is on its way before the link is closed.
     let _ = mouth.await;
+    let by_peer = closing.closed_by_peer();
     closing.close(Reason::Done, &why);
+    by_peer
 }
 
 async fn hear(mut receiver: ControlReceiver, link: Link, events: EventSender<Event>) {
@@ -376,6 +379,15 @@ pub(super) struct ReceiveProgress {
     pub(super) problem: Option<String>,
     /// The primary's name, while it is connected.
     pub(super) connected: Option<String>,
+    /// Since when the primary has suspended the replication, as far as it said so.
+    pub(super) suspended: Option<Timestamp>,
+}
+
+impl ReceiveProgress {
+    /// Since when the primary has suspended the replication. What it said before a link that stands now is over.
+    pub(super) fn suspended(&self) -> Option<Timestamp> {
+        self.suspended.filter(|_| self.connected.is_none())
+    }
 }
 
 /// Shared between the session, the upkeep thread and the status.

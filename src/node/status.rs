@@ -53,6 +53,9 @@ pub struct MachineStatus {
     /// The same in full: what it remembers of failovers. Nothing while nobody keeps roles for the machine.
     #[serde(default)]
     pub part: Option<Part>,
+    /// Since when it is suspended: as an operator wanted it on the primary, as the primary said on the replica.
+    #[serde(default)]
+    pub suspended: Option<Timestamp>,
     /// Where its replication stands.
     pub state: ReplicationState,
     /// How it fares.

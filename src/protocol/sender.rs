@@ -358,6 +358,14 @@ impl Sender {
         matches!(self.phase, Phase::Open { .. })
     }
 
+    /// Whether an epoch was cut or its copy was sealed, and it is not durable on the replica yet.
+    pub fn is_closing(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Cutting | Phase::Closing | Phase::Sealing | Phase::Sealed(_)
+        )
+    }
+
     /// Whether the initial copy is running.
     pub fn is_copying(&self) -> bool {
         self.phase == Phase::Copying

@@ -51,6 +51,13 @@ fn a_machine_is_moved_from_a_third_host_there_and_back() {
     does(&coord, &["cancel", "web", "--test", &number]);
     assert_eq!(machine(&alpha, "web").unwrap().tests, []);
 
+    // Suspending does as well.
+    does(&coord, &["suspend", "web"]);
+    assert!(machine(&beta, "web").unwrap().suspended.is_some());
+    let why = fails(&coord, &["resync", "web"], 3);
+    assert!(why.contains("understudy resume web"), "{why}");
+    does(&coord, &["resume", "web"]);
+
     // The host is lost, and its machine goes on elsewhere.
     let web = |machine: &MachineStatus| machine.name.as_str() == "web";
     beta.wait("a primary with nothing left to do", |m| {

@@ -9,8 +9,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::{
     Problem, RUN_FOLDER,
     request::{
-        CancelReport, CancelRequest, FailoverReport, FailoverRequest, ResizeReport, ResizeRequest,
-        ReverseRequest, TestRequest, VerifyRequest,
+        CancelReport, CancelRequest, ExportReport, FailoverReport, FailoverRequest, FolderRequest,
+        ImportReport, ResizeReport, ResizeRequest, ReverseRequest, SuspendReport, SuspendRequest,
+        TestRequest, VerifyRequest,
     },
 };
 use crate::{
@@ -127,6 +128,43 @@ pub async fn ask_reverse(
     request: ReverseRequest,
 ) -> Result<FailoverReport, ClientError> {
     ask(way, "POST", &path_of(machine, "reverse"), &request).await
+}
+
+/// Asks a node to stop replicating `machine`; answers when nothing is sent any more.
+pub async fn ask_suspend(
+    way: impl Into<Way>,
+    machine: &Name,
+    request: SuspendRequest,
+) -> Result<SuspendReport, ClientError> {
+    ask(way, "POST", &path_of(machine, "suspend"), &request).await
+}
+
+/// Asks a node to replicate `machine` again.
+pub async fn ask_resume(way: impl Into<Way>, machine: &Name) -> Result<SuspendReport, ClientError> {
+    ask(way, "POST", &path_of(machine, "resume"), &()).await
+}
+
+/// Asks a node to begin the initial copy of `machine` that waits.
+pub async fn ask_copy(way: impl Into<Way>, machine: &Name) -> Result<(), ClientError> {
+    ask(way, "POST", &path_of(machine, "copy"), &()).await
+}
+
+/// Asks a node to write the initial copy of `machine` to a folder of its host; answers when it is there.
+pub async fn ask_export(
+    way: impl Into<Way>,
+    machine: &Name,
+    request: &FolderRequest,
+) -> Result<ExportReport, ClientError> {
+    ask(way, "POST", &path_of(machine, "export"), request).await
+}
+
+/// Asks a node to take in the initial copy of `machine` from a folder of its host; answers when it is durable.
+pub async fn ask_import(
+    way: impl Into<Way>,
+    machine: &Name,
+    request: &FolderRequest,
+) -> Result<ImportReport, ClientError> {
+    ask(way, "POST", &path_of(machine, "import"), request).await
 }
 
 /// Asks a node to make a disk of `machine` larger; answers when its guest can use it.

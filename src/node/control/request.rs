@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::base::{
-    ids::{Generation, Name},
+    clock::Timestamp,
+    ids::{Generation, Lineage, Name},
     units::Epoch,
 };
 
@@ -79,6 +80,50 @@ pub struct ReverseRequest {
     /// Also if a disk is still in use here, whose user gets errors from then on.
     #[serde(default)]
     pub force: bool,
+}
+
+/// A suspension.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SuspendRequest {
+    /// Also if the guest's flushes have to wait for the replica until the machine is resumed.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// A machine that is suspended, or was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SuspendReport {
+    /// Since when; nothing if a machine that was resumed was not suspended.
+    pub since: Option<Timestamp>,
+}
+
+/// A folder of the host that is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FolderRequest {
+    /// Its absolute path.
+    pub folder: PathBuf,
+}
+
+/// An initial copy that was exported.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportReport {
+    /// The file.
+    pub file: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    /// What a replica is at that has it.
+    pub lineage: Lineage,
+}
+
+/// An initial copy that was imported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImportReport {
+    /// Length of the file.
+    pub bytes: u64,
+    /// What the replica is at now.
+    pub lineage: Lineage,
 }
 
 /// A larger disk.

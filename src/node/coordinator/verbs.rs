@@ -14,9 +14,11 @@ use crate::{
     },
     node::{
         control::{
-            CancelReport, CancelRequest, FailoverKind, FailoverReport, FailoverRequest, Operate,
-            OperateError, ResizeReport, ResizeRequest, ReverseRequest, TestRequest, VerifyRequest,
-            ask_cancel, ask_cut, ask_points, ask_resize, ask_resync, ask_test, ask_verify,
+            CancelReport, CancelRequest, ExportReport, FailoverKind, FailoverReport,
+            FailoverRequest, FolderRequest, ImportReport, Operate, OperateError, ResizeReport,
+            ResizeRequest, ReverseRequest, SuspendReport, SuspendRequest, TestRequest,
+            VerifyRequest, ask_cancel, ask_copy, ask_cut, ask_points, ask_resize, ask_resume,
+            ask_resync, ask_suspend, ask_test, ask_verify,
         },
         operate::Way,
         status::{NodeStatus, PointStatus, TestStatus},
@@ -48,6 +50,33 @@ impl Operate for Front {
     fn verify(&self, machine: &Name, request: VerifyRequest) -> Result<(), OperateError> {
         let way = self.find(Kind::Planned, machine)?;
         self.on(ask_verify(&way, machine, request))
+    }
+
+    fn suspend(
+        &self,
+        machine: &Name,
+        request: SuspendRequest,
+    ) -> Result<SuspendReport, OperateError> {
+        let way = self.find(Kind::Planned, machine)?;
+        self.on(ask_suspend(&way, machine, request))
+    }
+
+    fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
+        let way = self.find(Kind::Planned, machine)?;
+        self.on(ask_resume(&way, machine))
+    }
+
+    fn copy(&self, machine: &Name) -> Result<(), OperateError> {
+        let way = self.find(Kind::Planned, machine)?;
+        self.on(ask_copy(&way, machine))
+    }
+
+    fn export(&self, machine: &Name, _: &FolderRequest) -> Result<ExportReport, OperateError> {
+        Err(on_the_spot(machine))
+    }
+
+    fn import(&self, machine: &Name, _: &FolderRequest) -> Result<ImportReport, OperateError> {
+        Err(on_the_spot(machine))
     }
 
     fn resize(
@@ -167,6 +196,14 @@ impl Front {
             }
         }
     }
+}
+
+/// Why a folder is not named from elsewhere.
+fn on_the_spot(machine: &Name) -> OperateError {
+    OperateError::NotNow(format!(
+        "machine {machine}: a portable copy is exported and imported on the host that the disk is attached to: ask the \
+         node there"
+    ))
 }
 
 /// What became of the one step of a job.

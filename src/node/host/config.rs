@@ -11,8 +11,8 @@ use crate::{
     base::ids::Name,
     delta::policy::Setting,
     node::{
-        images::ImageConfig, policy::Bandwidth, primary::ShowConfig, served::Keeping,
-        sync_flush::SyncOnFlush,
+        images::ImageConfig, initial_copy::InitialCopy, policy::Bandwidth, primary::ShowConfig,
+        served::Keeping, sync_flush::SyncOnFlush,
     },
 };
 
@@ -133,6 +133,8 @@ pub struct ReplicationConfig {
     pub sync_on_flush: Option<SyncOnFlush>,
     /// What the machine may send; below what its group and its host may.
     pub bandwidth: Bandwidth,
+    /// When the initial copy begins.
+    pub initial_copy: InitialCopy,
 }
 
 impl Default for ReplicationConfig {
@@ -143,6 +145,7 @@ impl Default for ReplicationConfig {
             compression: Setting::Auto,
             sync_on_flush: None,
             bandwidth: Bandwidth::default(),
+            initial_copy: InitialCopy::Now,
         }
     }
 }

@@ -32,6 +32,7 @@
 //! sync-on-flush = "strict"              # or "available"; without it no flush waits for the replica
 //! bandwidth     = "20M"                 # that they together may send
 //! bandwidth-windows = [{ from = "08:00", to = "18:00", days = "mon-fri", limit = "5M" }]    # UTC
+//! initial-copy  = "22:00"               # UTC; or "now", "2026-11-30T22:00:00Z", "portable"
 //! keep          = 24                    # of their replicas that are kept here
 //!
 //! [machines.web]                        # a machine whose images lie here
@@ -67,6 +68,7 @@ use crate::{
     net,
     node::{
         images::{ImageConfig, ImageError},
+        initial_copy::InitialCopy,
         policy::Limit,
         primary::ShowConfig,
         sync_flush::SyncOnFlush,
@@ -120,6 +122,7 @@ struct HostTable {
     #[serde(default, deserialize_with = "text")]
     compression: Option<Setting>,
     sync_on_flush: Option<SyncOnFlush>,
+    initial_copy: Option<InitialCopy>,
     #[serde(default, deserialize_with = "text")]
     bandwidth: Option<Limit>,
     #[serde(default)]
@@ -186,6 +189,7 @@ struct MachineTable {
     #[serde(default, deserialize_with = "text")]
     compression: Option<Setting>,
     sync_on_flush: Option<SyncOnFlush>,
+    initial_copy: Option<InitialCopy>,
     #[serde(default, deserialize_with = "text")]
     bandwidth: Option<Limit>,
     #[serde(default)]
@@ -240,6 +244,7 @@ impl HostTable {
             interval: self.interval,
             compression: self.compression,
             sync_on_flush: self.sync_on_flush,
+            initial_copy: self.initial_copy,
         };
         let (keeping, kept) = self.replicas.config(from)?;
         let policies = Policies::new(replicating, keeping.clone(), self.groups)?;
@@ -342,10 +347,15 @@ impl MachineTable {
             let why = "there is no replica to be in sync with: name the peer";
             return Err(("sync-on-flush".into(), why.into()));
         }
+        if self.initial_copy.is_some() && self.peer.is_none() {
+            let why = "there is nobody to copy it to: name the peer";
+            return Err(("initial-copy".into(), why.into()));
+        }
         let replicating = Replicating {
             interval: self.interval,
             compression: self.compression,
             sync_on_flush: self.sync_on_flush,
+            initial_copy: self.initial_copy,
         };
         let bandwidth = bandwidth(self.bandwidth, self.bandwidth_windows)?;
         let replication: ReplicationConfig = policies.of(self.group, replicating, bandwidth)?;
@@ -479,6 +489,7 @@ mod tests {
         [groups.gold]
         interval = "500ms"
         sync-on-flush = "strict"
+        initial-copy = "22:00"
         bandwidth = "20M"
         bandwidth-windows = [
             { from = "08:00", to = "18:00", days = "mon-fri", limit = "5M" },
@@ -504,6 +515,7 @@ mod tests {
         peer = "b"
         group = "gold"
         interval = "100ms"
+        initial-copy = "portable"
         bandwidth = "1M"
         [machines.db]
         images = ["db.raw"]
@@ -546,12 +558,13 @@ mod tests {
                 "group slow: together no limit",
                 "machine db: replicates to b every 2s, compression none, no limit (group slow)",
                 "machine lone: not replicated",
-                "machine web: replicates to b every 100ms, compression auto, sync-on-flush strict, 1.00 MiB/s (group gold)",
+                "machine web: replicates to b every 100ms, compression auto, sync-on-flush strict, initial copy by portable disk, 1.00 MiB/s \
+                 (group gold)",
                 "replicas: the latest point, the 3 newest beside it, 2 hourly ones, as raw",
                 "replica of db: the latest point, the 3 newest beside it, 2 hourly ones, as raw",
                 "replica of mail: the latest point, the 7 newest beside it, 24 hourly ones, in 1.00 GiB at most, as raw; \
-                 after a failover to here it replicates every 500ms, compression auto, sync-on-flush strict, no limit \
-                 (group gold)",
+                 after a failover to here it replicates every 500ms, compression auto, sync-on-flush strict, \
+                 initial copy at 22:00 (UTC), no limit (group gold)",
                 "replica of web: the latest point, the 9 newest beside it, 2 hourly ones, in 1.00 GiB at most, as raw",
             ]
         );
@@ -577,6 +590,7 @@ mod tests {
             ("keep = 7", "keep = 70000", "groups.gold.keep"),
             ("keep = 9", "keep = 70000", "replicas.machines.web.keep"),
             ("keep = 9", "group = \"slow\"", "a machine has one group"),
+            ("\"portable\"", "\"ten\"", "neither now, nor portable"),
             ("hourly = 24", "houry = 24", "unknown field `houry`"),
         ] {
             let text = GROUPS.replacen(was, is, 1);

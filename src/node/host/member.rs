@@ -158,6 +158,10 @@ impl Member {
             if step.next != before {
                 also(record);
             }
+            if step.next.part != before.part {
+                record.suspended = None;
+                record.initial_copy = None;
+            }
         })?;
         if step.next != before {
             tracing::info!(machine = %self.name, was = before.describe(), is = step.next.describe(), generation = %step.next.generation, "role");

@@ -84,6 +84,7 @@ impl Member {
                 disks: serving.primary.specs(),
             };
             let me = Weak::clone(&self.me);
+            let again = Weak::clone(&self.me);
             let host = driver::Host {
                 clock: Arc::clone(&self.shared.clock),
                 ids: Arc::clone(&self.shared.ids),
@@ -93,14 +94,22 @@ impl Member {
                         member.answered(answer);
                     }
                 }),
+                set_copy_due: Arc::new(move |due| match again.upgrade() {
+                    Some(member) => member.set_copy_due(due).map_err(|error| chain(&error)),
+                    None => Err("the node is being stopped".into()),
+                }),
             };
             let target = Target {
+                copy_due: self.copy_due().map_err(StartError::other)?,
                 callee,
                 interval,
                 compression,
                 pacing,
             };
-            serving.primary.replicate(subject, target, host)?;
+            match record.suspended {
+                Some(since) => serving.primary.suspend(&target, since),
+                None => serving.primary.replicate(subject, target, host)?,
+            }
         } else {
             serving.primary.end_replication();
         }

@@ -32,6 +32,13 @@ impl Member {
     ) -> Result<(Arc<Served>, Generation), Refusal> {
         let _turn = self.turn();
         let served = self.following();
+        if served
+            .as_ref()
+            .is_some_and(|served| served.importing.is_running())
+        {
+            let detail = format!("a portable copy of machine {} is being imported", self.name);
+            return Err(Refusal::NotNow { detail });
+        }
         // The link before is over, to its last message, before this one is heard.
         let over = served
             .as_ref()

@@ -25,6 +25,7 @@ use crate::{
     delta::policy::Setting,
     disk::image::Format,
     node::{
+        initial_copy::InitialCopy,
         pacing::{Limiter, Pacing},
         policy::{Bandwidth, Days, Limit, TimeOfDay, Window, interval_text},
         served::Keeping,
@@ -45,6 +46,7 @@ pub(super) struct GroupTable {
     #[serde(default, deserialize_with = "text")]
     compression: Option<Setting>,
     sync_on_flush: Option<SyncOnFlush>,
+    initial_copy: Option<InitialCopy>,
     #[serde(default, deserialize_with = "text")]
     bandwidth: Option<Limit>,
     #[serde(default)]
@@ -88,6 +90,7 @@ pub(super) struct Replicating {
     pub(super) interval: Option<Duration>,
     pub(super) compression: Option<Setting>,
     pub(super) sync_on_flush: Option<SyncOnFlush>,
+    pub(super) initial_copy: Option<InitialCopy>,
 }
 
 impl Replicating {
@@ -97,6 +100,7 @@ impl Replicating {
             interval: self.interval.or(above.interval),
             compression: self.compression.or(above.compression),
             sync_on_flush: self.sync_on_flush.or(above.sync_on_flush),
+            initial_copy: self.initial_copy.or(above.initial_copy),
         }
     }
 
@@ -107,6 +111,7 @@ impl Replicating {
             interval: self.interval.unwrap_or(default.interval),
             compression: self.compression.unwrap_or(default.compression),
             sync_on_flush: self.sync_on_flush,
+            initial_copy: self.initial_copy.unwrap_or(default.initial_copy),
             bandwidth,
         }
     }
@@ -172,6 +177,7 @@ impl Policies {
                 interval: table.interval,
                 compression: table.compression,
                 sync_on_flush: table.sync_on_flush,
+                initial_copy: table.initial_copy,
             };
             groups.insert(name.clone(), (replicating.or(&host), kept));
             bandwidths.insert(name, limit);
@@ -345,6 +351,13 @@ fn replicates(config: &ReplicationConfig) -> String {
     );
     if let Some(policy) = config.sync_on_flush {
         let _ = write!(text, ", sync-on-flush {policy}");
+    }
+    match config.initial_copy {
+        InitialCopy::Now => {}
+        InitialCopy::Portable => text.push_str(", initial copy by portable disk"),
+        time => {
+            let _ = write!(text, ", initial copy at {time} (UTC)");
+        }
     }
     let _ = write!(text, ", {}", config.bandwidth);
     if let Some(group) = &config.group {

@@ -11,6 +11,7 @@ use crate::{
     },
     coord::role::RoleState,
     disk::image::Format,
+    node::initial_copy::InitialCopy,
     replica::Adoption,
 };
 
@@ -30,6 +31,21 @@ pub(super) struct Record {
     pub(super) layers: Option<Layers>,
     /// The images are to become a replica's, holding this.
     pub(super) adoption: Option<AdoptionRecord>,
+    /// Since when an operator wants it not to be replicated. A change of parts ends that.
+    #[serde(default)]
+    pub(super) suspended: Option<Timestamp>,
+    /// When the initial copy begins. Nothing if that is at once, or if nobody asked for one in this part.
+    #[serde(default)]
+    pub(super) initial_copy: Option<CopyDue>,
+}
+
+/// When an initial copy begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct CopyDue {
+    /// What the configuration said when this was decided. Once it says something else, that counts.
+    pub(super) setting: InitialCopy,
+    /// Nothing if it waits for a portable disk.
+    pub(super) due: Option<Timestamp>,
 }
 
 /// An image of a promoted machine.
@@ -89,6 +105,8 @@ impl Record {
             images: Vec::new(),
             layers: None,
             adoption: None,
+            suspended: None,
+            initial_copy: None,
         }
     }
 

@@ -29,6 +29,7 @@ impl Member {
         status.id = Some(record.id);
         status.generation = Some(record.role.generation);
         status.part = Some(record.role.part);
+        status.suspended = record.suspended.or(status.suspended);
         if let Running::Serving(serving) = &running
             && let Some(below) = serving.below()
         {
@@ -154,6 +155,7 @@ impl Member {
                 _ => Role::Primary,
             },
             part: None,
+            suspended: None,
             state: ReplicationState::Disabled,
             health: Health::NotApplicable,
             reasons: Vec::new(),

@@ -82,6 +82,11 @@ impl Member {
             return not_now("is not served here at the moment".into());
         };
         self.callee().ok_or_else(|| self.no_callee())?;
+        if let Some(since) = record.suspended {
+            return not_now(format!(
+                "is suspended since {since}: `understudy resume {name}` first, so that its replica gets the last changes"
+            ));
+        }
         if record.layers.is_some() {
             return not_now(format!(
                 "still folds its last failover into the images ({} bytes to go): try again later",

@@ -4,10 +4,13 @@ use std::time::Duration;
 
 use super::{Primary, Source, Tracked};
 use crate::{
-    base::units::{BLOCK_BYTES, Epoch},
+    base::{
+        ids::Lineage,
+        units::{BLOCK_BYTES, Epoch},
+    },
     coord::state::{ReplicationState, Role, Signs},
     node::{
-        progress::Progress,
+        progress::{Phase, Progress},
         status::{DiskStatus, LatencyStatus, MachineStatus, RpoStatus, TrafficStatus},
     },
     volume::MachineState,
@@ -56,12 +59,13 @@ impl Primary {
             id: tracked.map(|tracked| tracked.machine.id()),
             role: Role::Primary,
             part: None,
+            suspended: None,
             state,
             health,
             reasons,
             generation: None,
             peer: running.map(|running| running.peer.clone()),
-            durable: tracked.and_then(|tracked| tracked.machine.lineage()),
+            durable: tracked.and_then(|tracked| acknowledged(&progress, tracked)),
             base_epoch: None,
             recovery: None,
             tests: Vec::new(),
@@ -127,6 +131,14 @@ fn traffic(progress: &Progress, tracked: &Tracked) -> TrafficStatus {
         merged: counters.merged_epochs,
         ..TrafficStatus::default()
     }
+}
+
+/// The head that the replica has acknowledged. Epoch 0 may be on a portable disk instead, until a link has shown that it
+/// is not.
+fn acknowledged(progress: &Progress, tracked: &Tracked) -> Option<Lineage> {
+    let linked = matches!(progress.phase, Phase::Copying | Phase::Replicating);
+    let head = tracked.machine.lineage();
+    head.filter(|head| head.epoch > Epoch::INITIAL || linked)
 }
 
 /// Whether the replica has acknowledged a recovery point, which an initial copy alone is not.
