@@ -14,6 +14,7 @@ mod net;
 mod plans;
 mod replicate;
 mod roles;
+mod security;
 mod simulate;
 mod staging;
 mod support;

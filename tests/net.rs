@@ -1,6 +1,7 @@
 //! Links between hosts over real sockets: who gets in, who does not and why, and what arrives.
 #![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
 
+mod revocation;
 mod speed;
 mod strangers;
 

@@ -15,6 +15,7 @@ pub mod output;
 pub mod pki;
 pub mod plan;
 pub mod points;
+pub mod reload;
 pub mod replica;
 pub mod resize;
 pub mod resync;
@@ -59,6 +60,8 @@ enum Verb {
     Replica(replica::ReplicaArgs),
     /// Serve a host from a configuration file: machines that run here and replicas of others at once.
     Serve(serve::ServeArgs),
+    /// Let nodes of this host read their certificates and the list of revoked ones again, without a restart.
+    Reload(reload::ReloadArgs),
     /// Show what the nodes of this host are doing.
     Status(status::StatusArgs),
     /// List the recovery points of a machine's replica.
@@ -127,6 +130,7 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Mount(args) => runtime()?.block_on(mount::run(args, out)),
         Verb::Replica(args) => runtime()?.block_on(replica::run(args, out)),
         Verb::Serve(args) => runtime()?.block_on(serve::run(args, out)),
+        Verb::Reload(args) => runtime()?.block_on(reload::run(&args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),
         Verb::Points(args) => runtime()?.block_on(points::run(&args, out)),
         Verb::Resync(args) => runtime()?.block_on(resync::run(&args, out)),

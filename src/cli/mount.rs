@@ -73,6 +73,9 @@ pub struct MountArgs {
     /// Folder with this host's certificate and key (`understudy pki issue`).
     #[arg(long, value_name = "DIR")]
     identity: Option<PathBuf>,
+    /// File of revoked certificates (`understudy pki revoke`), whose holders are refused.
+    #[arg(long, value_name = "FILE", requires = "identity")]
+    crl: Option<PathBuf>,
     /// The name in the replica's certificate [default: HOST of --replicate-to].
     #[arg(long, value_name = "NAME", requires = "replicate_to")]
     peer: Option<Name>,
@@ -265,6 +268,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
     };
     let config = Box::new(HostConfig {
         identity: args.identity,
+        crl: args.crl,
         listen: args.listen,
         peers,
         replication,

@@ -23,7 +23,7 @@ use quinn::{
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::transport::Protocol;
+use super::{bonds::Bond, transport::Protocol};
 use crate::base::{ids::Name, limits::MESSAGE_BYTES_MAX, units::to_usize};
 
 /// Bytes of a message's length.
@@ -54,6 +54,8 @@ pub enum Reason {
     Fenced,
     /// The epoch under way was given up; it is merged into the next one.
     Aborted,
+    /// The peer's certificate was revoked, or is not accepted any more, since the link began.
+    Revoked,
     /// A reason of another version.
     Unknown(u64),
 }
@@ -69,6 +71,7 @@ impl Reason {
             Self::Busy => VarInt::from_u32(5),
             Self::Fenced => VarInt::from_u32(6),
             Self::Aborted => VarInt::from_u32(7),
+            Self::Revoked => VarInt::from_u32(8),
             Self::Unknown(code) => VarInt::from_u64(code).unwrap_or(VarInt::MAX),
         }
     }
@@ -83,6 +86,7 @@ impl Reason {
             5 => Self::Busy,
             6 => Self::Fenced,
             7 => Self::Aborted,
+            8 => Self::Revoked,
             code => Self::Unknown(code),
         }
     }
@@ -99,6 +103,7 @@ impl fmt::Display for Reason {
             Self::Busy => "busy",
             Self::Fenced => "fenced",
             Self::Aborted => "aborted",
+            Self::Revoked => "certificate revoked",
             Self::Unknown(code) => return write!(f, "reason {code}"),
         })
     }
@@ -186,7 +191,7 @@ pub struct LinkStats {
 /// A handle on one connection; clones share it. Dropping the last handle and the last stream closes it.
 #[derive(Clone)]
 pub struct Link {
-    connection: Connection,
+    bond: Arc<Bond>,
     protocol: Protocol,
     peer: Arc<Peer>,
     /// The socket of a dialled link, which serves it alone.
@@ -195,18 +200,22 @@ pub struct Link {
 
 impl Link {
     pub(super) fn new(
-        connection: Connection,
+        bond: Arc<Bond>,
         protocol: Protocol,
         name: Name,
         own_endpoint: Option<Endpoint>,
     ) -> Self {
-        let address = connection.remote_address();
+        let address = bond.connection.remote_address();
         Self {
-            connection,
+            bond,
             protocol,
             peer: Arc::new(Peer { name, address }),
             own_endpoint,
         }
+    }
+
+    fn connection(&self) -> &Connection {
+        &self.bond.connection
     }
 
     /// Who is at the other end.
@@ -221,7 +230,7 @@ impl Link {
 
     /// Opens a log stream. Waits while the peer already has as many as it takes.
     pub async fn open_log(&self) -> Result<LogSender, LinkError> {
-        let stream = self.connection.open_uni().await;
+        let stream = self.connection().open_uni().await;
         let stream = stream.map_err(|error| lost(&self.peer, error))?;
         Ok(LogSender {
             stream,
@@ -232,7 +241,7 @@ impl Link {
 
     /// Waits for the peer to open a log stream. Safe to cancel.
     pub async fn accept_log(&self) -> Result<LogReceiver, LinkError> {
-        let stream = self.connection.accept_uni().await;
+        let stream = self.connection().accept_uni().await;
         let stream = stream.map_err(|error| lost(&self.peer, error))?;
         Ok(LogReceiver {
             stream,
@@ -242,7 +251,7 @@ impl Link {
 
     /// What the link carried so far.
     pub fn stats(&self) -> LinkStats {
-        let stats = self.connection.stats();
+        let stats = self.connection().stats();
         LinkStats {
             round_trip: stats.path.rtt,
             sent_bytes: stats.udp_tx.bytes,
@@ -257,7 +266,7 @@ impl Link {
     /// A secret that only the two ends of this very connection know (RFC 5705), to bind other proofs to it.
     pub fn binding(&self) -> [u8; 32] {
         let mut secret = [0; 32];
-        self.connection
+        self.connection()
             .export_keying_material(&mut secret, b"EXPORTER-understudy", b"")
             .expect("32 bytes are less than any exporter's limit");
         secret
@@ -266,12 +275,12 @@ impl Link {
     /// Closes the link at once: what is under way in either direction is lost. The peer learns `reason` and `text`.
     pub fn close(&self, reason: Reason, text: &str) {
         let text = &text.as_bytes()[..text.len().min(TEXT_BYTES_MAX)];
-        self.connection.close(reason.code(), text);
+        self.connection().close(reason.code(), text);
     }
 
     /// Waits until the link is closed, by either side, and says why. Safe to cancel.
     pub async fn closed(&self) -> LinkError {
-        lost(&self.peer, self.connection.closed().await)
+        lost(&self.peer, self.connection().closed().await)
     }
 
     /// Waits until the message of [`Link::close`] has left a dialled link, at most two seconds: to be called before the

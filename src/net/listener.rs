@@ -15,6 +15,7 @@ use tokio::{
 };
 
 use super::{
+    bonds::Bond,
     dial::{peer_name, said, text_of, why_closed},
     identity::Identity,
     link::{Control, Link, Reason},
@@ -131,7 +132,7 @@ pub struct Listener {
 impl Listener {
     /// Listens on `address` (port 0: any free one) as `identity`, for the hosts of `allow`.
     pub fn bind(address: SocketAddr, identity: &Identity, allow: Allow) -> Result<Self, BindError> {
-        let server = transport::server_config(identity.server());
+        let server = Arc::clone(&identity.proof().server);
         let endpoint =
             transport::endpoint(address, identity.reset(), Some(server)).map_err(|source| {
                 match source.kind() {
@@ -141,7 +142,12 @@ impl Listener {
                 }
             })?;
         let (sender, outcomes) = mpsc::channel(OUTCOMES_MAX);
-        let accepting = tokio::spawn(accept_all(endpoint.clone(), allow, sender));
+        let accepting = tokio::spawn(accept_all(
+            endpoint.clone(),
+            identity.clone(),
+            allow,
+            sender,
+        ));
         Ok(Self {
             endpoint,
             outcomes,
@@ -182,6 +188,7 @@ impl Drop for Listener {
 
 async fn accept_all(
     endpoint: Endpoint,
+    identity: Identity,
     allow: Allow,
     outcomes: mpsc::Sender<Result<(Link, Control), AcceptError>>,
 ) {
@@ -202,10 +209,10 @@ async fn accept_all(
             let _ = incoming.retry();
             continue;
         }
-        let (allow, outcomes) = (Arc::clone(&allow), outcomes.clone());
+        let (identity, allow, outcomes) = (identity.clone(), Arc::clone(&allow), outcomes.clone());
         tokio::spawn(async move {
             let address = incoming.remote_address();
-            let outcome = timeout(HANDSHAKE_MAX, handshake(incoming, address, &allow))
+            let outcome = timeout(HANDSHAKE_MAX, handshake(incoming, &identity, &allow))
                 .await
                 .unwrap_or(Err(AcceptError::Unfinished(address)));
             drop(permit);
@@ -229,10 +236,11 @@ async fn deliver(
 
 async fn handshake(
     incoming: Incoming,
-    address: SocketAddr,
+    identity: &Identity,
     allow: &Allow,
 ) -> Result<(Link, Control), AcceptError> {
-    let connection = async { incoming.accept()?.await }
+    let (address, proof) = (incoming.remote_address(), identity.proof());
+    let connection = async { incoming.accept_with(Arc::clone(&proof.server))?.await }
         .await
         .map_err(|error| connection_failed(address, None, &error))?;
     let name = peer_name(&connection).map_err(|text| {
@@ -261,7 +269,11 @@ async fn handshake(
             String::new(),
         ));
     }
-    let link = Link::new(connection.clone(), protocol, name.clone(), None);
+    let bond = Arc::new(Bond::new(connection.clone(), name.clone(), None));
+    identity
+        .note(&bond, &proof)
+        .map_err(|refusal| refused(address, Some(name.clone()), refusal, String::new()))?;
+    let link = Link::new(bond, protocol, name.clone(), None);
     let greeted = async {
         let (send, recv) = connection.accept_bi().await.ok()?;
         let mut control = Control::new(&link, send, recv);

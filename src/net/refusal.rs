@@ -7,6 +7,7 @@
 use std::fmt;
 
 use quinn::ConnectionError;
+use serde::{Deserialize, Serialize};
 
 use super::link::Reason;
 
@@ -20,7 +21,8 @@ pub enum RefusedBy {
 }
 
 /// What was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Refusal {
     /// A certificate of a CA that the other side does not trust.
     UnknownCa,
@@ -30,7 +32,7 @@ pub enum Refusal {
     WrongName,
     /// No certificate at all.
     NoCertificate,
-    /// A certificate that was withdrawn.
+    /// A certificate that was revoked.
     Revoked,
     /// A certificate made for another use.
     WrongPurpose,
@@ -60,6 +62,7 @@ impl Refusal {
                 let refusal = match Reason::from_code(close.error_code) {
                     Reason::NotAllowed => Self::NotAllowed,
                     Reason::Unnamed => Self::Unnamed,
+                    Reason::Revoked => Self::Revoked,
                     Reason::Busy | Reason::Stopping => Self::Busy,
                     _ => return None,
                 };
@@ -130,8 +133,8 @@ impl fmt::Display for Explained {
             (Refusal::NoCertificate, Peer) => {
                 "it asks for a certificate and we showed none: every host needs an identity"
             }
-            (Refusal::Revoked, Us) => "its certificate was withdrawn",
-            (Refusal::Revoked, Peer) => "our certificate was withdrawn: issue a new identity",
+            (Refusal::Revoked, Us) => "its certificate was revoked: issue it a new identity if it still belongs here",
+            (Refusal::Revoked, Peer) => "our certificate was revoked: issue a new identity",
             (Refusal::WrongPurpose, Us) => {
                 "its certificate is not made for this end of a connection: it needs both clientAuth and serverAuth"
             }

@@ -37,11 +37,10 @@ use ring::{
     rand::{self, SystemRandom},
 };
 use rustls::{
-    RootCertStore,
-    client::Resumption,
+    client::{Resumption, WebPkiServerVerifier},
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer},
-    server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier},
+    server::{NoServerSessionStorage, danger::ClientCertVerifier},
     version::TLS13,
 };
 
@@ -113,19 +112,13 @@ const _: () = assert!(SEND_WINDOW_BYTES > STREAM_WINDOW_BYTES as u64);
 
 /// TLS for the listening side: TLS 1.3, a client certificate required, no resumption, no early data.
 pub(super) fn server_crypto(
-    roots: &Arc<RootCertStore>,
+    callers: Arc<dyn ClientCertVerifier>,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 ) -> Result<QuicServerConfig, rustls::Error> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), provider())
-        .build()
-        .map_err(|error| match error {
-            VerifierBuilderError::InvalidCrl(error) => error.into(),
-            error => rustls::Error::General(error.to_string()),
-        })?;
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(callers)
         .with_single_cert(chain, key)?;
     config.alpn_protocols = Protocol::ALL
         .map(|protocol| protocol.alpn().to_vec())
@@ -138,14 +131,14 @@ pub(super) fn server_crypto(
 
 /// TLS for the dialling side of a link for `protocol`.
 pub(super) fn client_crypto(
-    roots: &Arc<RootCertStore>,
+    called: Arc<WebPkiServerVerifier>,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     protocol: Protocol,
 ) -> Result<QuicClientConfig, rustls::Error> {
     let mut config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_root_certificates(Arc::clone(roots))
+        .with_webpki_verifier(called)
         .with_client_auth_cert(chain, key)?;
     config.alpn_protocols = vec![protocol.alpn().to_vec()];
     config.resumption = Resumption::disabled();
@@ -153,7 +146,7 @@ pub(super) fn client_crypto(
     Ok(QuicClientConfig::try_from(config).expect("ring has the cipher suite QUIC begins with"))
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(super) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
@@ -234,7 +227,7 @@ impl ConnectionIdGenerator for AnyConnectionId {
 pub(super) fn endpoint(
     address: SocketAddr,
     reset: ResetKey,
-    server: Option<ServerConfig>,
+    server: Option<Arc<ServerConfig>>,
 ) -> io::Result<Endpoint> {
     let socket = std::net::UdpSocket::bind(address)?;
     widen(&socket)?;
@@ -244,7 +237,7 @@ pub(super) fn endpoint(
         .expect("the largest packet is one that QUIC allows");
     let runtime = Arc::new(TokioRuntime);
     let socket = Arc::new(RowSocket(runtime.wrap_udp_socket(socket)?));
-    Endpoint::new_with_abstract_socket(config, server, socket, runtime)
+    Endpoint::new_with_abstract_socket(config, server.map(Arc::unwrap_or_clone), socket, runtime)
 }
 
 /// Asks for large socket buffers: what does not fit is dropped by the kernel, and the sender takes it for congestion.

@@ -219,6 +219,7 @@ pub fn requests(node: Arc<dyn Operate>) -> Router {
         .route("/v1/machines/{name}/cancel", post(cancel))
         .route("/v1/machines/{name}/reverse", post(reverse))
         .route("/v1/machines/{name}/resize", post(resize))
+        .fallback(unknown)
         .with_state(node)
 }
 
@@ -290,6 +291,13 @@ async fn resize(
     Json(request): Json<ResizeRequest>,
 ) -> Response {
     answer(move || node.resize(&machine(&name)?, &request)).await
+}
+
+async fn unknown() -> Response {
+    let problem = Problem {
+        error: "this node does not do that for whoever asks here".into(),
+    };
+    (StatusCode::NOT_FOUND, Json(problem)).into_response()
 }
 
 fn machine(name: &str) -> Result<Name, OperateError> {

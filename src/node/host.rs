@@ -180,7 +180,10 @@ impl Host {
             path: store.clone(),
             source,
         };
-        let identity = config.identity.as_deref().map(Identity::load).transpose()?;
+        let crl = config.crl.as_deref();
+        let identity = config.identity.as_deref();
+        let identity = identity.map(|identity| Identity::load_with(identity, crl));
+        let identity = identity.transpose()?;
         let folder = FileFolder::open(&store).map_err(failed)?;
         raise_file_limit();
         let lock = lock_folder(&store).map_err(failed)?;

@@ -128,6 +128,11 @@ impl Hosts {
         self.port.set(port);
     }
 
+    /// The replica's port; 0 while there is none.
+    pub(crate) fn port(&self) -> u16 {
+        self.port.get()
+    }
+
     /// Starts the primary of [`MACHINE`] with these images.
     pub(crate) fn primary(&self, images: &[&Path], more: &[&str]) -> Node {
         Node::start(&self.primary_command(images, more), Some(self.mount()))

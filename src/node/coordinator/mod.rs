@@ -37,7 +37,7 @@ use tokio::runtime::Handle;
 
 pub use self::api::{
     JobStatus, JobSummary, PlanRequest, ask_cancel_job, ask_check, ask_continue_job, ask_job,
-    ask_jobs, ask_run,
+    ask_jobs, ask_reload, ask_run,
 };
 use self::{journal::Journal, runner::Running};
 use super::{
@@ -57,7 +57,7 @@ use crate::{
         plan::Plan,
         view::{self, Seen, Sight, View},
     },
-    net::Identity,
+    net::{Identity, Reloaded, Reread},
 };
 
 /// Jobs that have not ended, at most: each has a thread.
@@ -72,6 +72,8 @@ const LOOK_WITHIN: Duration = Duration::from_secs(5);
 pub struct Coordinator {
     host: Arc<Host>,
     ways: BTreeMap<Name, Way>,
+    /// What it operates other hosts as.
+    operator: Option<Identity>,
     journal: Journal,
     clock: Arc<dyn Clock>,
     ids: Arc<dyn Ids>,
@@ -97,8 +99,10 @@ impl Coordinator {
             |identity| identity.name().clone(),
         );
         let mut ways = BTreeMap::new();
+        let mut operator = None;
         if let Some(config) = &shared.config.coordinator {
-            let operator = Identity::load(&config.identity)?;
+            let crl = shared.config.crl.as_deref();
+            let operator = operator.insert(Identity::load_with(&config.identity, crl)?);
             for (name, address) in &config.hosts {
                 let way = Way::to(address.clone(), Some(name.clone()), operator.clone());
                 ways.insert(name.clone(), way);
@@ -109,6 +113,7 @@ impl Coordinator {
         let coordinator = Arc::new(Self {
             host: Arc::clone(host),
             ways,
+            operator,
             clock: Arc::clone(&shared.clock),
             ids: Arc::clone(&shared.ids),
             runtime: shared.runtime.clone(),
@@ -135,6 +140,27 @@ impl Coordinator {
             Arc::clone(&self.host) as _
         };
         control::requests(verbs).merge(api::requests(self))
+    }
+
+    /// Reads the files of the host's identity and of the coordinator's again, and closes the links of peers that they do
+    /// not accept any more. If one cannot be used nothing changes.
+    fn reload(&self) -> Result<Vec<Reloaded>, OperateError> {
+        let identities = self.host.shared().identity.iter().chain(&self.operator);
+        let reread: Result<Vec<_>, _> = identities.map(Identity::reread).collect();
+        let reread = reread.map_err(|error| {
+            let why = chain(&error);
+            tracing::error!("nothing was reloaded: {why}");
+            OperateError::Failed(format!("nothing was reloaded: {why}"))
+        })?;
+        if reread.is_empty() {
+            let why = "this node has no identity: there is nothing to reload";
+            return Err(OperateError::NotNow(why.into()));
+        }
+        let reloaded: Vec<_> = reread.into_iter().map(Reread::take).collect();
+        for reloaded in &reloaded {
+            tracing::info!("reloaded {reloaded}");
+        }
+        Ok(reloaded)
     }
 
     /// Ends what is done for jobs, in the middle of it. They go on when the coordinator starts again.

@@ -23,6 +23,8 @@ pub struct HostConfig {
     pub store: PathBuf,
     /// Folder of this host's identity. Without it nobody is called, and nobody is listened to.
     pub identity: Option<PathBuf>,
+    /// File of revoked certificates, whose holders are refused.
+    pub crl: Option<PathBuf>,
     /// Where to listen for peers.
     pub listen: Option<SocketAddr>,
     /// The hosts that may feed or claim machines here, by the names in their certificates.
@@ -54,6 +56,7 @@ impl HostConfig {
         Self {
             store,
             identity: None,
+            crl: None,
             listen: None,
             peers: BTreeMap::new(),
             operators: BTreeSet::new(),

@@ -3,6 +3,7 @@
 //! ```toml
 //! store    = "/var/lib/understudy"      # records, tracking, replicas
 //! identity = "/etc/understudy/host-a"   # this host's certificate and key
+//! crl      = "/etc/understudy/ca.crl"   # revoked certificates; `understudy reload` reads it and the identity again
 //! listen   = "0.0.0.0:7171"
 //! bandwidth = "50M"                     # bytes per second that all machines together may send
 //!
@@ -114,6 +115,7 @@ pub enum ConfigError {
 struct HostTable {
     store: PathBuf,
     identity: Option<PathBuf>,
+    crl: Option<PathBuf>,
     listen: Option<SocketAddr>,
     #[serde(default, deserialize_with = "interval")]
     interval: Option<Duration>,
@@ -226,6 +228,10 @@ impl HostTable {
             let why = "needed to listen and to call peers: there is no link without certificates";
             return Err(("identity".into(), why.into()));
         }
+        if self.crl.is_some() && self.identity.is_none() && self.coordinator.is_none() {
+            let why = "without an identity nobody is let in or called";
+            return Err(("crl".into(), why.into()));
+        }
         let both = |operator: &&Name| {
             let mut peers = self.peers.keys();
             peers.any(|peer| peer.as_str().eq_ignore_ascii_case(operator.as_str()))
@@ -265,6 +271,7 @@ impl HostTable {
         Ok(HostConfig {
             store: from.join(self.store),
             identity: self.identity.map(|identity| from.join(identity)),
+            crl: self.crl.map(|crl| from.join(crl)),
             listen: self.listen,
             peers,
             operators: self.operators,
