@@ -4,6 +4,7 @@
 //! 2 wrong usage, 3 refused (fenced, not authorised, unsafe, no such thing here).
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod bench;
 pub mod demo;
 pub mod failover;
@@ -31,6 +32,7 @@ use self::output::Output;
 use crate::node::{
     control::{self, ClientError},
     convert::ConvertError,
+    hardening::{self, Duty},
     images::ImageError,
     status::NodeStatus,
 };
@@ -62,6 +64,8 @@ enum Verb {
     Serve(serve::ServeArgs),
     /// Let nodes of this host read their certificates and the list of revoked ones again, without a restart.
     Reload(reload::ReloadArgs),
+    /// Check the audit log of a host.
+    Audit(audit::AuditArgs),
     /// Show what the nodes of this host are doing.
     Status(status::StatusArgs),
     /// List the recovery points of a machine's replica.
@@ -127,9 +131,10 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Pki(args) => pki::run(&args, out),
         Verb::Image(args) => image::run(&args, out),
         Verb::Bench(args) => bench::run(&args, out),
-        Verb::Mount(args) => runtime()?.block_on(mount::run(args, out)),
-        Verb::Replica(args) => runtime()?.block_on(replica::run(args, out)),
-        Verb::Serve(args) => runtime()?.block_on(serve::run(args, out)),
+        Verb::Mount(args) => host_runtime(Duty::Disks)?.block_on(mount::run(args, out)),
+        Verb::Replica(args) => host_runtime(Duty::Replicas)?.block_on(replica::run(args, out)),
+        Verb::Serve(args) => host_runtime(Duty::Disks)?.block_on(serve::run(args, out)),
+        Verb::Audit(args) => audit::run(&args, out),
         Verb::Reload(args) => runtime()?.block_on(reload::run(&args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),
         Verb::Points(args) => runtime()?.block_on(points::run(&args, out)),
@@ -156,6 +161,12 @@ async fn nodes() -> Result<Vec<(PathBuf, NodeStatus)>, ClientError> {
         }
     }
     Ok(nodes)
+}
+
+/// The runtime of a host, whose threads have given up what it does not need.
+fn host_runtime(duty: Duty) -> std::io::Result<tokio::runtime::Runtime> {
+    hardening::harden(duty);
+    runtime()
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {

@@ -251,7 +251,11 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
             None => Name::new(net::host_of(&to)?)?,
         };
         peer = Some(name.clone());
-        peers.insert(name, PeerConfig { address: Some(to) });
+        let peer = PeerConfig {
+            address: Some(to),
+            ..PeerConfig::default()
+        };
+        peers.insert(name, peer);
     }
     let replication = ReplicationConfig {
         interval: args.interval,

@@ -74,9 +74,9 @@ pub fn run(args: &PkiArgs, out: &Output) -> anyhow::Result<()> {
             let target = target
                 .clone()
                 .unwrap_or_else(|| PathBuf::from(name.as_str()));
-            pki::issue(dir, name, san, &target, now)?;
+            let key = pki::issue(dir, name, san, &target, now)?;
             out.line(&format!(
-                "issued the identity of {name} in {}: copy the folder to that host",
+                "issued the identity of {name} in {}: copy the folder to that host; its key is {key}",
                 target.display()
             ));
         }

@@ -86,6 +86,7 @@ fn config(args: ReplicaArgs) -> HostConfig {
             name,
             PeerConfig {
                 address: Some(address),
+                ..PeerConfig::default()
             },
         );
     }

@@ -10,7 +10,12 @@ use parking_lot::Mutex;
 use quinn::Connection;
 use rustls::pki_types::{CertificateDer, ServerName};
 
-use super::{link::Reason, proof::Proof, refusal::Refusal};
+use super::{
+    identity::{Trust, key_digest},
+    link::Reason,
+    proof::Proof,
+    refusal::Refusal,
+};
 use crate::base::{clock::Timestamp, ids::Name};
 
 /// A connection, and how its peer proved who it is. It lives as long as the handles of its link do.
@@ -34,6 +39,19 @@ impl Bond {
             dialled,
             name,
         }
+    }
+
+    /// Closes the connection unless its peer holds a key that its name may have.
+    pub(super) fn check_key(&self, trust: &Trust) -> Result<(), Refusal> {
+        let key = self.chain.first().and_then(key_digest);
+        if trust.believes(&self.name, key) {
+            return Ok(());
+        }
+        let key = key.unwrap_or_default();
+        let text = format!("the key {key} is not one that {} may have", self.name);
+        self.connection
+            .close(Reason::NotAllowed.code(), text.as_bytes());
+        Err(Refusal::WrongKey)
     }
 
     /// Judges the peer, and closes the connection if it lost its right to it.
@@ -74,12 +92,27 @@ impl Bonds {
         bonds.push(Arc::downgrade(bond));
     }
 
+    /// How many links with a peer are open.
+    pub(super) fn open_with(&self, name: &Name) -> usize {
+        let same = |bond: &&Arc<Bond>| bond.name.as_str().eq_ignore_ascii_case(name.as_str());
+        self.open().iter().filter(same).count()
+    }
+
+    /// How many links are open on which the peer called.
+    pub(super) fn accepted(&self) -> usize {
+        let called = |bond: &&Arc<Bond>| bond.dialled.is_none();
+        self.open().iter().filter(called).count()
+    }
+
+    fn open(&self) -> Vec<Arc<Bond>> {
+        let bonds: Vec<_> = self.0.lock().iter().filter_map(Weak::upgrade).collect();
+        let open = |bond: &Arc<Bond>| bond.connection.close_reason().is_none();
+        bonds.into_iter().filter(open).collect()
+    }
+
     /// Judges every link, and closes those whose peers lost their right to them; whose they were, and why.
     pub(super) fn judge(&self, proof: &Proof, now: Timestamp) -> Vec<(Name, Refusal)> {
-        let bonds: Vec<_> = self.0.lock().iter().filter_map(Weak::upgrade).collect();
-        let open = bonds
-            .iter()
-            .filter(|bond| bond.connection.close_reason().is_none());
+        let open = self.open().into_iter();
         open.filter_map(|bond| {
             let refusal = bond.judge(proof, now).err()?;
             Some((bond.name.clone(), refusal))

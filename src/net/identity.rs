@@ -4,6 +4,7 @@
 //! here, when the program starts or is told to read them again, and not at the first handshake in the night.
 
 use std::{
+    collections::BTreeMap,
     fmt, fs, io,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -28,6 +29,7 @@ use super::{
     transport::ResetKey,
 };
 use crate::base::{
+    checksum::{Digest, Sha256},
     clock::{Clock, SystemClock, Timestamp},
     ids::Name,
 };
@@ -42,11 +44,29 @@ pub const HOST_KEY: &str = "host.key";
 #[derive(Clone)]
 pub struct Identity(Arc<Shared>);
 
+/// Whom to believe beyond the authorities in the identity's folder.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trust {
+    /// File of revoked certificates, whose holders are refused.
+    pub crl: Option<PathBuf>,
+    /// Whoever proves to have one of these names must hold one of its keys, given by their [`key_digest`].
+    pub keys: BTreeMap<Name, Vec<Digest>>,
+}
+
+impl Trust {
+    /// Whether the holder of a key may have this name. Names are compared without regard to case.
+    pub(super) fn believes(&self, name: &Name, key: Option<Digest>) -> bool {
+        let same = |known: &Name| known.as_str().eq_ignore_ascii_case(name.as_str());
+        let known = self.keys.iter().find(|(known, _)| same(known));
+        known.is_none_or(|(_, keys)| key.is_some_and(|key| keys.contains(&key)))
+    }
+}
+
 struct Shared {
     name: Name,
     reset: ResetKey,
     dir: PathBuf,
-    crl: Option<PathBuf>,
+    trust: Trust,
     proof: RwLock<Arc<Proof>>,
     bonds: Bonds,
 }
@@ -170,26 +190,26 @@ impl IdentityError {
 impl Identity {
     /// Loads `ca.crt`, `host.crt` and `host.key` from the folder `dir`.
     pub fn load(dir: &Path) -> Result<Self, IdentityError> {
-        Self::load_with(dir, None)
+        Self::load_with(dir, Trust::default())
     }
 
-    /// As [`Identity::load`]; peers on the list of revoked certificates in the file `crl` are refused.
-    pub fn load_with(dir: &Path, crl: Option<&Path>) -> Result<Self, IdentityError> {
-        Self::load_all(dir, crl, now())
+    /// As [`Identity::load`], for peers that pass `trust` as well.
+    pub fn load_with(dir: &Path, trust: Trust) -> Result<Self, IdentityError> {
+        Self::load_all(dir, trust, now())
     }
 
     /// As [`Identity::load`], for a given time of day.
     pub fn load_at(dir: &Path, now: Timestamp) -> Result<Self, IdentityError> {
-        Self::load_all(dir, None, now)
+        Self::load_all(dir, Trust::default(), now)
     }
 
-    fn load_all(dir: &Path, crl: Option<&Path>, now: Timestamp) -> Result<Self, IdentityError> {
-        let proof = Proof::load(dir, crl, now)?;
+    fn load_all(dir: &Path, trust: Trust, now: Timestamp) -> Result<Self, IdentityError> {
+        let proof = Proof::load(dir, trust.crl.as_deref(), now)?;
         Ok(Self(Arc::new(Shared {
             name: proof.name.clone(),
             reset: proof.reset,
             dir: dir.to_owned(),
-            crl: crl.map(Path::to_owned),
+            trust,
             proof: RwLock::new(Arc::new(proof)),
             bonds: Bonds::default(),
         })))
@@ -201,7 +221,7 @@ impl Identity {
     /// If a file cannot be used, or the certificate has another name.
     pub fn reread(&self) -> Result<Reread, IdentityError> {
         let shared = &*self.0;
-        let proof = Proof::load(&shared.dir, shared.crl.as_deref(), now())?;
+        let proof = Proof::load(&shared.dir, shared.trust.crl.as_deref(), now())?;
         if proof.name != shared.name {
             return Err(IdentityError::Renamed {
                 path: shared.dir.join(HOST_CERTIFICATE),
@@ -235,8 +255,20 @@ impl Identity {
         Arc::clone(&self.0.proof.read())
     }
 
-    /// Notes a link whose handshake used `proof`, and judges it by what counts now if that is something else.
+    /// How many links with a peer are open.
+    pub(super) fn links_with(&self, name: &Name) -> usize {
+        self.0.bonds.open_with(name)
+    }
+
+    /// How many links that were accepted are open.
+    pub(super) fn links_accepted(&self) -> usize {
+        self.0.bonds.accepted()
+    }
+
+    /// Notes a link whose handshake used `proof`, and judges it by what counts now if that is something else. Its peer must
+    /// hold the key that is known of its name, if one is.
     pub(super) fn note(&self, bond: &Arc<Bond>, proof: &Arc<Proof>) -> Result<(), Refusal> {
+        bond.check_key(&self.0.trust)?;
         self.0.bonds.note(bond);
         let newest = self.proof();
         if Arc::ptr_eq(&newest, proof) {
@@ -273,6 +305,15 @@ impl fmt::Display for Reloaded {
         }
         Ok(())
     }
+}
+
+/// SHA-256 of the public key in a certificate (its `SubjectPublicKeyInfo` in DER form), which stays when the certificate is
+/// renewed with the same key.
+pub fn key_digest(certificate: &CertificateDer<'_>) -> Option<Digest> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let mut digest = Sha256::default();
+    digest.update(parsed.public_key().raw);
+    Some(digest.finish())
 }
 
 /// The name in a certificate that a TLS handshake has already verified.

@@ -23,7 +23,10 @@ use quinn::{
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{bonds::Bond, transport::Protocol};
+use super::{
+    bonds::Bond,
+    transport::{LOG_STREAMS_MAX, Protocol},
+};
 use crate::base::{ids::Name, limits::MESSAGE_BYTES_MAX, units::to_usize};
 
 /// Bytes of a message's length.
@@ -239,9 +242,11 @@ impl Link {
         })
     }
 
-    /// Waits for the peer to open a log stream. Safe to cancel.
+    /// Waits for the peer to open a log stream, which it cannot before this is called. Safe to cancel.
     pub async fn accept_log(&self) -> Result<LogReceiver, LinkError> {
-        let stream = self.connection().accept_uni().await;
+        let connection = self.connection();
+        connection.set_max_concurrent_uni_streams(VarInt::from_u32(LOG_STREAMS_MAX));
+        let stream = connection.accept_uni().await;
         let stream = stream.map_err(|error| lost(&self.peer, error))?;
         Ok(LogReceiver {
             stream,

@@ -37,7 +37,7 @@ pub mod transport;
 
 pub use backoff::Backoff;
 pub use dial::{DialError, dial, dial_for, host_of};
-pub use identity::{Identity, IdentityError, Reloaded, Reread};
+pub use identity::{Identity, IdentityError, Reloaded, Reread, Trust};
 pub use link::{
     Control, ControlReceiver, ControlSender, Link, LinkError, LinkStats, LogReceiver, LogSender,
     Peer, Reason,

@@ -29,10 +29,14 @@ use rcgen::{
 use rustls::pki_types::{CertificateDer, DnsName, pem::PemObject};
 
 use super::{
-    identity::{CA_CERTIFICATE, HOST_CERTIFICATE, HOST_KEY, seconds},
+    identity::{CA_CERTIFICATE, HOST_CERTIFICATE, HOST_KEY, key_digest, seconds},
     revoke,
 };
-use crate::base::{checksum::Sha256, clock::Timestamp, ids::Name};
+use crate::base::{
+    checksum::{Digest, Sha256},
+    clock::Timestamp,
+    ids::Name,
+};
 
 /// File name of the CA's private key.
 pub const CA_KEY: &str = "ca.key";
@@ -130,14 +134,14 @@ pub fn init(dir: &Path, now: Timestamp) -> Result<(), PkiError> {
 /// Issues the identity of host `name` into the folder `out`, which must not exist or be empty.
 ///
 /// `name` is what other hosts allow and what the certificate proves; `sans` are further names and addresses the host
-/// is dialled by. The CA in `ca` must have been made by [`init`].
+/// is dialled by. The CA in `ca` must have been made by [`init`]. Returns the [`key_digest`] of the identity.
 pub fn issue(
     ca: &Path,
     name: &Name,
     sans: &[San],
     out: &Path,
     now: Timestamp,
-) -> Result<(), PkiError> {
+) -> Result<Digest, PkiError> {
     let (ca_pem, issuer, ca_until) = load_ca(ca)?;
     let mut params = CertificateParams::default();
     params.distinguished_name = common_name(name.as_str());
@@ -161,7 +165,8 @@ pub fn issue(
             (HOST_CERTIFICATE, &certificate.pem(), 0o644),
             (HOST_KEY, &key.serialize_pem(), 0o600),
         ],
-    )
+    )?;
+    Ok(key_digest(certificate.der()).expect("a certificate that was just made can be read"))
 }
 
 /// Reads a CA folder: its certificate as PEM, what signs with it, and when it ends.

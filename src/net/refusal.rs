@@ -40,6 +40,8 @@ pub enum Refusal {
     NoCommonProtocol,
     /// A certificate without any DNS name: a host without a name cannot be allowed.
     Unnamed,
+    /// A key that is not known to belong to the name.
+    WrongKey,
     /// A name that is not on the allow list.
     NotAllowed,
     /// Too many links, or the listener is stopping.
@@ -150,6 +152,10 @@ impl fmt::Display for Explained {
             (Refusal::Unnamed, Peer) => {
                 "our certificate holds no DNS name it could allow: issue an identity with a name"
             }
+            (Refusal::WrongKey, Us) => {
+                "its key is not one that its name may have here: add the key to [keys] if it was renewed"
+            }
+            (Refusal::WrongKey, Peer) => "it does not know our key: add it to its [keys]",
             (Refusal::NotAllowed, Us) => "its name is not on our allow list: add it there if it belongs here",
             (Refusal::NotAllowed, Peer) => {
                 "our name is not on its allow list: add it there if this host belongs to it"

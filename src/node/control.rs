@@ -18,6 +18,7 @@
 //! same requests come over the network from [operators](super::operate).
 //! Errors are `{"error": "..."}` with status 404 (no such machine), 409 (not in this state), 422 (not understood) or 500.
 
+mod audited;
 mod client;
 mod request;
 
@@ -39,7 +40,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 
-pub(super) use self::client::ask;
+pub(super) use self::{audited::audited, client::ask};
 pub use self::{
     client::{
         ClientError, ask_cancel, ask_commit, ask_cut, ask_failover, ask_points, ask_resize,

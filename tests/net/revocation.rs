@@ -6,7 +6,7 @@ use bytes::Bytes;
 use understudy::{
     base::clock::Timestamp,
     net::{
-        Identity, IdentityError, LinkError, Reason, Refusal,
+        Identity, IdentityError, LinkError, Reason, Refusal, Trust,
         pki::PkiError,
         revoke::{self, LIST_VALID, List},
     },
@@ -31,7 +31,11 @@ impl Authority {
     /// An identity that obeys the authority's list.
     fn wary(&self, host: &str) -> Identity {
         let dir = self.issue(host, now());
-        Identity::load_with(&dir, Some(&self.list())).unwrap()
+        let trust = Trust {
+            crl: Some(self.list()),
+            ..Trust::default()
+        };
+        Identity::load_with(&dir, trust).unwrap()
     }
 
     /// Issues a host's identity anew, in its old place.

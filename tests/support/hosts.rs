@@ -175,6 +175,7 @@ impl Hosts {
     /// A node of this program with its socket and log in the folder.
     pub(crate) fn command(&self, what: &str, args: &[&str]) -> NodeCommand {
         NodeCommand {
+            starter: Vec::new(),
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
             socket: self.path(format!("{what}.sock")),
             log: self.path(format!("{what}.log")),
@@ -216,6 +217,7 @@ pub(crate) fn format_of(path: &Path) -> Format {
 /// How a node is started.
 #[derive(Clone)]
 pub(crate) struct NodeCommand {
+    starter: Vec<String>,
     args: Vec<String>,
     socket: PathBuf,
     log: PathBuf,
@@ -228,12 +230,25 @@ impl NodeCommand {
         self.log.set_file_name(format!("{name}.log"));
     }
 
+    /// The same, started by another program with these arguments.
+    pub(crate) fn through(mut self, starter: &[&str]) -> Self {
+        self.starter = starter.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
     fn spawn(&self) -> Child {
         let log = fs::File::options()
             .create(true)
             .append(true)
             .open(&self.log);
-        Command::new(PROGRAM)
+        let words: Vec<_> = self
+            .starter
+            .iter()
+            .map(String::as_str)
+            .chain([PROGRAM])
+            .collect();
+        Command::new(words[0])
+            .args(&words[1..])
             .args(&self.args)
             .arg("--control")
             .arg(&self.socket)
@@ -409,7 +424,15 @@ impl Node {
         }
     }
 
-    fn pid(&self) -> Pid {
+    /// The most memory it has held so far, in bytes.
+    pub(crate) fn memory_peak(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.unwrap().trim().strip_suffix(" kB").unwrap();
+        kib.parse::<u64>().unwrap() << 10
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
     }
 }

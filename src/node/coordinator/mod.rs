@@ -41,6 +41,7 @@ pub use self::api::{
 };
 use self::{journal::Journal, runner::Running};
 use super::{
+    audit::Event,
     control::{self, ClientError, Operate, OperateError, ask_status},
     host::{Host, HostError},
     operate::Way,
@@ -101,14 +102,14 @@ impl Coordinator {
         let mut ways = BTreeMap::new();
         let mut operator = None;
         if let Some(config) = &shared.config.coordinator {
-            let crl = shared.config.crl.as_deref();
-            let operator = operator.insert(Identity::load_with(&config.identity, crl)?);
+            let loaded = Identity::load_with(&config.identity, shared.config.trust())?;
+            let operator = operator.insert(loaded);
             for (name, address) in &config.hosts {
                 let way = Way::to(address.clone(), Some(name.clone()), operator.clone());
                 ways.insert(name.clone(), way);
             }
         }
-        ways.insert(own.clone(), Way::here(Arc::clone(host) as Arc<dyn Operate>));
+        ways.insert(own.clone(), Way::here(host));
         let journal = Journal::new(Arc::clone(&shared.ledger));
         let coordinator = Arc::new(Self {
             host: Arc::clone(host),
@@ -139,7 +140,8 @@ impl Coordinator {
         } else {
             Arc::clone(&self.host) as _
         };
-        control::requests(verbs).merge(api::requests(self))
+        let requests = control::requests(verbs).merge(api::requests(self));
+        control::audited(requests, "socket", &self.host.shared().audit)
     }
 
     /// Reads the files of the host's identity and of the coordinator's again, and closes the links of peers that they do
@@ -148,9 +150,9 @@ impl Coordinator {
         let identities = self.host.shared().identity.iter().chain(&self.operator);
         let reread: Result<Vec<_>, _> = identities.map(Identity::reread).collect();
         let reread = reread.map_err(|error| {
-            let why = chain(&error);
-            tracing::error!("nothing was reloaded: {why}");
-            OperateError::Failed(format!("nothing was reloaded: {why}"))
+            let why = format!("nothing was reloaded: {}", chain(&error));
+            tracing::error!("{why}");
+            OperateError::Failed(why)
         })?;
         if reread.is_empty() {
             let why = "this node has no identity: there is nothing to reload";
@@ -159,6 +161,9 @@ impl Coordinator {
         let reloaded: Vec<_> = reread.into_iter().map(Reread::take).collect();
         for reloaded in &reloaded {
             tracing::info!("reloaded {reloaded}");
+            self.host.shared().audit.record(&Event::Reloaded {
+                what: reloaded.to_string(),
+            });
         }
         Ok(reloaded)
     }

@@ -30,6 +30,10 @@ pub(super) struct Record {
     pub(super) layers: Option<Layers>,
     /// The images are to become a replica's, holding this.
     pub(super) adoption: Option<AdoptionRecord>,
+    /// The folder that its own folder is in, if not the host's store. Where a replica lies does not change with the
+    /// configuration.
+    #[serde(default)]
+    pub(super) store: Option<PathBuf>,
 }
 
 /// An image of a promoted machine.
@@ -89,6 +93,7 @@ impl Record {
             images: Vec::new(),
             layers: None,
             adoption: None,
+            store: None,
         }
     }
 
