@@ -251,11 +251,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
             None => Name::new(net::host_of(&to)?)?,
         };
         peer = Some(name.clone());
-        let peer = PeerConfig {
-            address: Some(to),
-            ..PeerConfig::default()
-        };
-        peers.insert(name, peer);
+        peers.insert(name, PeerConfig::at(to));
     }
     let replication = ReplicationConfig {
         interval: args.interval,

@@ -82,13 +82,7 @@ fn config(args: ReplicaArgs) -> HostConfig {
     let mut peers: BTreeMap<Name, PeerConfig> =
         allowed.map(|name| (name, PeerConfig::default())).collect();
     for (name, address) in args.peer {
-        peers.insert(
-            name,
-            PeerConfig {
-                address: Some(address),
-                ..PeerConfig::default()
-            },
-        );
+        peers.insert(name, PeerConfig::at(address));
     }
     HostConfig {
         identity: Some(args.identity),

@@ -143,6 +143,7 @@ pub fn issue(
     now: Timestamp,
 ) -> Result<Digest, PkiError> {
     let (ca_pem, issuer, ca_until) = load_ca(ca)?;
+    check_free(out)?;
     let mut params = CertificateParams::default();
     params.distinguished_name = common_name(name.as_str());
     params.subject_alt_names = alternative_names(name, sans)?;
@@ -280,11 +281,17 @@ pub(super) fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Erro
     }
 }
 
-/// Makes the folder `target` with `files` of (name, text, mode): whole or not at all.
-fn write_folder(target: &Path, files: &[(&str, &str, u32)]) -> Result<(), PkiError> {
+/// Refuses a folder with anything in it.
+fn check_free(target: &Path) -> Result<(), PkiError> {
     if fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_some()) {
         return Err(PkiError::Exists(target.to_owned()));
     }
+    Ok(())
+}
+
+/// Makes the folder `target` with `files` of (name, text, mode): whole or not at all.
+fn write_folder(target: &Path, files: &[(&str, &str, u32)]) -> Result<(), PkiError> {
+    check_free(target)?;
     let parent = match target.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),

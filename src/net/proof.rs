@@ -110,17 +110,14 @@ impl Proof {
     ) -> Result<(), Refusal> {
         let now = UnixTime::since_unix_epoch(Duration::from_micros(now.0));
         let (first, between) = chain.split_first().ok_or(Refusal::NoCertificate)?;
-        let judged = match dialled {
-            Some(name) => {
-                let verified = self
-                    .called
-                    .verify_server_cert(first, between, name, &[], now);
-                verified.map(|_| ())
-            }
-            None => {
-                let verified = self.callers.verify_client_cert(first, between, now);
-                verified.map(|_| ())
-            }
+        let judged = if let Some(name) = dialled {
+            let verified = self
+                .called
+                .verify_server_cert(first, between, name, &[], now);
+            verified.map(|_| ())
+        } else {
+            let verified = self.callers.verify_client_cert(first, between, now);
+            verified.map(|_| ())
         };
         judged.map_err(|error| match error {
             rustls::Error::InvalidCertificate(CertificateError::Revoked) => Refusal::Revoked,

@@ -282,7 +282,7 @@ impl Audit {
         }
         end.file = append_to(&self.path)?;
         end.bytes = 0;
-        File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()
+        File::open(self.path.parent().unwrap_or_else(|| Path::new(".")))?.sync_all()
     }
 }
 

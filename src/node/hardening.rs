@@ -29,10 +29,11 @@ use rustix::{
 
 /// What a host needs of root's capabilities.
 ///
-/// `SYS_ADMIN` mounts and unmounts; `DAC_OVERRIDE` and `DAC_READ_SEARCH` open images that belong to the hypervisor's user;
+/// `SYS_ADMIN` mounts and unmounts; `SYS_PTRACE` finds out who has a disk open, which a planned failover must know; `DAC_OVERRIDE` and `DAC_READ_SEARCH` open images that belong to the hypervisor's user;
 /// `FOWNER` and `CHOWN` keep owner and mode of images that are made anew; `NET_ADMIN` gives sockets the receive buffer of a
 /// long fast link; `NET_BIND_SERVICE` listens on a port below 1024.
 pub const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN
+    .union(CapabilitySet::SYS_PTRACE)
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::FOWNER)

@@ -52,7 +52,8 @@ async fn a_revoked_host_is_refused_by_either_side() {
     authority.revoke(&[]);
     let mut listener = listen(&authority.wary("replica"), &["primary"]);
     let (dialled, accepted) = meet(&mut listener, &primary).await;
-    (dialled.unwrap(), accepted.unwrap());
+    dialled.unwrap();
+    accepted.unwrap();
 
     authority.revoke(&["primary"]);
     let mut listener = listen(&authority.wary("strict"), &["primary"]);
@@ -117,7 +118,8 @@ async fn a_renewed_certificate_is_shown_after_a_reload() {
     assert_refused(met, Refusal::Revoked, false, "revoked");
     let _ = replica.reread().unwrap().take();
     let (dialled, accepted) = meet(&mut listener, &primary).await;
-    (dialled.unwrap(), accepted.unwrap());
+    dialled.unwrap();
+    accepted.unwrap();
 
     // And so does the dialler.
     let wary = authority.wary("wary");
@@ -129,7 +131,8 @@ async fn a_renewed_certificate_is_shown_after_a_reload() {
     assert_refused(met, Refusal::Revoked, true, "revoked");
     let _ = primary.reread().unwrap().take();
     let (dialled, accepted) = meet(&mut listener, &primary).await;
-    (dialled.unwrap(), accepted.unwrap());
+    dialled.unwrap();
+    accepted.unwrap();
 }
 
 #[tokio::test]
@@ -200,7 +203,8 @@ async fn files_that_cannot_be_used_change_nothing() {
     control.sender.send(message.clone()).await.unwrap();
     assert_eq!(kept.receiver.receive().await.unwrap(), Some(message));
     let (dialled, accepted) = meet(&mut listener, &primary).await;
-    (dialled.unwrap(), accepted.unwrap());
+    dialled.unwrap();
+    accepted.unwrap();
     drop((near, other));
 }
 
@@ -213,7 +217,8 @@ async fn an_expired_list_is_obeyed_and_one_of_another_authority_vouches_for_nobo
     assert!(list.valid_until < now());
     let mut listener = listen(&authority.wary("replica"), &["primary", "thief"]);
     let (dialled, accepted) = meet(&mut listener, &primary).await;
-    (dialled.unwrap(), accepted.unwrap());
+    dialled.unwrap();
+    accepted.unwrap();
     let met = meet(&mut listener, &thief).await;
     assert_refused(met, Refusal::Revoked, true, "revoked");
 
@@ -222,7 +227,8 @@ async fn an_expired_list_is_obeyed_and_one_of_another_authority_vouches_for_nobo
     fs::copy(other.list(), authority.list()).unwrap();
     let mut listener = listen(&authority.wary("strict"), &["primary"]);
     let (dialled, accepted) = meet(&mut listener, &primary).await;
-    (dialled.unwrap_err(), accepted.unwrap_err());
+    dialled.unwrap_err();
+    accepted.unwrap_err();
 }
 
 #[test]

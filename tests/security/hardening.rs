@@ -207,7 +207,7 @@ fn stop_traced(node: &Node) {
     };
     let pid = node.status().pid;
     kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGTERM).unwrap();
-    while Path::new(&format!("/proc/{}/task/{pid}", pid)).exists()
+    while Path::new(&format!("/proc/{pid}/task/{pid}")).exists()
         && fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
     {
         std::thread::sleep(std::time::Duration::from_millis(20));

@@ -128,6 +128,16 @@ pub struct PeerConfig {
     pub kept: Option<KeptConfig>,
 }
 
+impl PeerConfig {
+    /// A host that listens on `address`, as `HOST:PORT`, and may what is not denied to peers.
+    pub fn at(address: String) -> Self {
+        Self {
+            address: Some(address),
+            ..Self::default()
+        }
+    }
+}
+
 /// Other hosts to coordinate.
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {

@@ -97,7 +97,11 @@ pub(in crate::node) struct Member {
 impl Member {
     pub(super) fn new(shared: Arc<Shared>, name: Name, record: Record) -> Arc<Self> {
         let store = record.store.as_deref();
-        let places = Places(store.unwrap_or(shared.folder.path()).join(name.as_str()));
+        let places = Places(
+            store
+                .unwrap_or_else(|| shared.folder.path())
+                .join(name.as_str()),
+        );
         Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             name,
