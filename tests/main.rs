@@ -17,6 +17,7 @@ mod net;
 mod plans;
 mod replicate;
 mod roles;
+mod security;
 mod simulate;
 mod staging;
 mod support;

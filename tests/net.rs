@@ -1,8 +1,9 @@
 //! Links between hosts over real sockets: who gets in, who does not and why, and what arrives.
 #![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
 
+mod revocation;
 mod speed;
-mod strangers;
+pub(crate) mod strangers;
 
 use std::{
     fs,
@@ -23,7 +24,7 @@ use understudy::{
     },
     net::{
         AcceptError, Allow, BindError, Control, DialError, Identity, IdentityError, Link,
-        LinkError, Listener, Reason, Refusal, RefusedBy, dial,
+        LinkError, Listener, LogReceiver, LogSender, Reason, Refusal, RefusedBy, dial,
         pki::{self, HOST_VALID, PkiError, San},
     },
 };
@@ -446,8 +447,8 @@ async fn a_log_of_100_mib_arrives_intact() {
 #[tokio::test]
 async fn unread_logs_do_not_hold_up_control() {
     let (_listener, (near, mut to_far), (far, mut to_near)) = pair().await;
-    let mut log = near.open_log().await.unwrap();
     let stuffing = tokio::spawn(async move {
+        let mut log = near.open_log().await.unwrap();
         while log
             .write_chunks(&mut [vec![1; 1 << 20].into()])
             .await
@@ -472,15 +473,23 @@ async fn unread_logs_do_not_hold_up_control() {
     stuffing.await.unwrap();
 }
 
+/// A log from `near` to `far` that begins with these bytes. It cannot be opened before somebody waits for it.
+async fn begun((near, far): (&Link, &Link), bytes: &'static [u8]) -> (LogSender, LogReceiver) {
+    let begin = async {
+        let mut log = near.open_log().await.unwrap();
+        let bytes = Bytes::from_static(bytes);
+        log.write_chunks(&mut [bytes]).await.unwrap();
+        log
+    };
+    let (log, received) = tokio::join!(begin, far.accept_log());
+    (log, received.unwrap())
+}
+
 #[tokio::test]
 async fn a_log_that_is_broken_off_is_an_error_and_not_an_end() {
     let (_listener, (near, _near_control), (far, _far_control)) = pair().await;
     for explicit in [true, false] {
-        let mut log = near.open_log().await.unwrap();
-        log.write_chunks(&mut [Bytes::from_static(b"half a log")])
-            .await
-            .unwrap();
-        let mut received = far.accept_log().await.unwrap();
+        let (log, mut received) = begun((&near, &far), b"half a log").await;
         if explicit {
             log.reset(Reason::Aborted);
         } else {
@@ -499,11 +508,8 @@ async fn a_log_that_is_broken_off_is_an_error_and_not_an_end() {
         assert_eq!(reason, Reason::Aborted);
     }
 
-    let mut log = near.open_log().await.unwrap();
-    log.write_chunks(&mut [Bytes::from_static(b"unwanted")])
-        .await
-        .unwrap();
-    far.accept_log().await.unwrap().stop(Reason::Busy);
+    let (mut log, unwanted) = begun((&near, &far), b"unwanted").await;
+    unwanted.stop(Reason::Busy);
     let error = loop {
         if let Err(error) = log.write_chunks(&mut [Bytes::from_static(b"more")]).await {
             break error;

@@ -4,6 +4,7 @@
 //! 2 wrong usage, 3 refused (fenced, not authorised, unsafe, no such thing here).
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod bench;
 pub mod copy;
 pub mod demo;
@@ -18,6 +19,7 @@ pub mod output;
 pub mod pki;
 pub mod plan;
 pub mod points;
+pub mod reload;
 pub mod replica;
 pub mod resize;
 pub mod resync;
@@ -34,6 +36,7 @@ use self::output::Output;
 use crate::node::{
     control::{self, ClientError},
     convert::ConvertError,
+    hardening::{self, Duty},
     images::ImageError,
     status::NodeStatus,
 };
@@ -63,6 +66,10 @@ enum Verb {
     Replica(replica::ReplicaArgs),
     /// Serve a host from a configuration file: machines that run here and replicas of others at once.
     Serve(serve::ServeArgs),
+    /// Let nodes of this host read their certificates and the list of revoked ones again, without a restart.
+    Reload(reload::ReloadArgs),
+    /// Check the audit log of a host.
+    Audit(audit::AuditArgs),
     /// Show what the nodes of this host are doing.
     Status(status::StatusArgs),
     /// List the recovery points of a machine's replica.
@@ -138,9 +145,11 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Pki(args) => pki::run(&args, out),
         Verb::Image(args) => image::run(&args, out),
         Verb::Bench(args) => bench::run(&args, out),
-        Verb::Mount(args) => runtime()?.block_on(mount::run(args, out)),
-        Verb::Replica(args) => runtime()?.block_on(replica::run(args, out)),
-        Verb::Serve(args) => runtime()?.block_on(serve::run(args, out)),
+        Verb::Mount(args) => host_runtime(Duty::Disks)?.block_on(mount::run(args, out)),
+        Verb::Replica(args) => host_runtime(Duty::Replicas)?.block_on(replica::run(args, out)),
+        Verb::Serve(args) => host_runtime(Duty::Disks)?.block_on(serve::run(args, out)),
+        Verb::Audit(args) => audit::run(&args, out),
+        Verb::Reload(args) => runtime()?.block_on(reload::run(&args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),
         Verb::Points(args) => runtime()?.block_on(points::run(&args, out)),
         Verb::Resync(args) => runtime()?.block_on(resync::run(&args, out)),
@@ -171,6 +180,12 @@ async fn nodes() -> Result<Vec<(PathBuf, NodeStatus)>, ClientError> {
         }
     }
     Ok(nodes)
+}
+
+/// The runtime of a host, whose threads have given up what it does not need.
+fn host_runtime(duty: Duty) -> std::io::Result<tokio::runtime::Runtime> {
+    hardening::harden(duty);
+    runtime()
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {

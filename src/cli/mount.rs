@@ -74,6 +74,9 @@ pub struct MountArgs {
     /// Folder with this host's certificate and key (`understudy pki issue`).
     #[arg(long, value_name = "DIR")]
     identity: Option<PathBuf>,
+    /// File of revoked certificates (`understudy pki revoke`), whose holders are refused.
+    #[arg(long, value_name = "FILE", requires = "identity")]
+    crl: Option<PathBuf>,
     /// The name in the replica's certificate [default: HOST of --replicate-to].
     #[arg(long, value_name = "NAME", requires = "replicate_to")]
     peer: Option<Name>,
@@ -259,7 +262,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
             None => Name::new(net::host_of(&to)?)?,
         };
         peer = Some(name.clone());
-        peers.insert(name, PeerConfig { address: Some(to) });
+        peers.insert(name, PeerConfig::at(to));
     }
     let replication = ReplicationConfig {
         interval: args.interval,
@@ -277,6 +280,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
     };
     let config = Box::new(HostConfig {
         identity: args.identity,
+        crl: args.crl,
         listen: args.listen,
         peers,
         replication,

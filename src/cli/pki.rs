@@ -8,7 +8,10 @@ use crate::{
         clock::{Clock, SystemClock},
         ids::Name,
     },
-    net::pki::{self, San},
+    net::{
+        pki::{self, San},
+        revoke,
+    },
 };
 
 /// Options of `pki`.
@@ -38,6 +41,17 @@ enum PkiVerb {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
+    /// Revoke identities: signs the list of revoked certificates, DIR/ca.crl, which hosts take as `crl`. Without a name or a
+    /// certificate it signs the list anew for another 90 days.
+    Revoke {
+        /// The authority's folder.
+        dir: PathBuf,
+        /// Revoke everything that was issued to this name.
+        name: Vec<Name>,
+        /// Revoke the certificate in this file (`host.crt`).
+        #[arg(long, value_name = "FILE")]
+        certificate: Vec<PathBuf>,
+    },
 }
 
 /// Runs the verb.
@@ -60,10 +74,24 @@ pub fn run(args: &PkiArgs, out: &Output) -> anyhow::Result<()> {
             let target = target
                 .clone()
                 .unwrap_or_else(|| PathBuf::from(name.as_str()));
-            pki::issue(dir, name, san, &target, now)?;
+            let key = pki::issue(dir, name, san, &target, now)?;
             out.line(&format!(
-                "issued the identity of {name} in {}: copy the folder to that host",
+                "issued the identity of {name} in {}: copy the folder to that host; its key is {key}",
                 target.display()
+            ));
+        }
+        PkiVerb::Revoke {
+            dir,
+            name,
+            certificate,
+        } => {
+            let list = revoke::revoke(dir, name, certificate, now)?;
+            out.line(&format!(
+                "{}: {} revoked, {} of them now; copy it to every host by {} and run `understudy reload` there",
+                list.path.display(),
+                list.revoked,
+                list.added,
+                list.valid_until,
             ));
         }
     }

@@ -30,6 +30,9 @@ pub struct ReplicaArgs {
     /// Folder with this host's certificate and key (`understudy pki issue`).
     #[arg(long, value_name = "DIR")]
     identity: PathBuf,
+    /// File of revoked certificates (`understudy pki revoke`), whose holders are refused.
+    #[arg(long, value_name = "FILE")]
+    crl: Option<PathBuf>,
     /// A host that may replicate to here, by the name in its certificate. Nobody else may.
     #[arg(long, value_name = "NAME", required_unless_present = "peer")]
     allow: Vec<Name>,
@@ -79,15 +82,11 @@ fn config(args: ReplicaArgs) -> HostConfig {
     let mut peers: BTreeMap<Name, PeerConfig> =
         allowed.map(|name| (name, PeerConfig::default())).collect();
     for (name, address) in args.peer {
-        peers.insert(
-            name,
-            PeerConfig {
-                address: Some(address),
-            },
-        );
+        peers.insert(name, PeerConfig::at(address));
     }
     HostConfig {
         identity: Some(args.identity),
+        crl: args.crl,
         listen: Some(args.listen),
         peers,
         keeping: Keeping {

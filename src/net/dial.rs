@@ -3,18 +3,20 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
 use bytes::Bytes;
-use quinn::{Connection, ConnectionError, Endpoint};
-use rustls::pki_types::{CertificateDer, ServerName};
+use quinn::{Connection, ConnectionError};
+use rustls::pki_types::ServerName;
 use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
 
 use super::{
+    bonds::{Bond, chain_of},
     identity::{self, Identity},
     link::{Control, Link, Reason},
     refusal::{Refusal, RefusedBy},
@@ -158,7 +160,8 @@ async fn connect(
     let local = SocketAddr::new(unspecified, 0);
     let endpoint = transport::endpoint(local, identity.reset(), None)
         .map_err(|source| DialError::Socket { address, source })?;
-    let config = transport::client_config(identity.client(protocol));
+    let proof = identity.proof();
+    let config = transport::client_config(proof.client(protocol));
     let connecting = endpoint
         .connect_with(config, address, name)
         .map_err(|source| DialError::Socket {
@@ -168,23 +171,31 @@ async fn connect(
     let connection = connecting
         .await
         .map_err(|error| connection_failed(address, error))?;
-    accepted(protocol, address, connection, endpoint).await
+    let peer = peer_name(&connection).map_err(|text| refused(address, Refusal::Unnamed, text))?;
+    let dialled = ServerName::try_from(name.to_owned()).ok();
+    let bond = Arc::new(Bond::new(connection, peer.clone(), dialled));
+    identity
+        .note(&bond, &proof)
+        .map_err(|refusal| refused(address, refusal, String::new()))?;
+    let link = Link::new(Arc::clone(&bond), protocol, peer, Some(endpoint));
+    accepted(address, link, &bond.connection).await
+}
+
+fn refused(address: SocketAddr, refusal: Refusal, text: String) -> DialError {
+    DialError::Refused {
+        address,
+        by: RefusedBy::Us,
+        refusal,
+        text,
+    }
 }
 
 /// Waits for the listener's first message: only now has it checked our certificate and its allow list.
 async fn accepted(
-    protocol: Protocol,
     address: SocketAddr,
-    connection: Connection,
-    endpoint: Endpoint,
+    link: Link,
+    connection: &Connection,
 ) -> Result<(Link, Control), DialError> {
-    let name = peer_name(&connection).map_err(|text| DialError::Refused {
-        address,
-        by: RefusedBy::Us,
-        refusal: Refusal::Unnamed,
-        text,
-    })?;
-    let link = Link::new(connection.clone(), protocol, name, Some(endpoint));
     let greeted = async {
         let (send, recv) = connection.open_bi().await.ok()?;
         let mut control = Control::new(&link, send, recv);
@@ -194,7 +205,7 @@ async fn accepted(
     };
     let control = greeted
         .await
-        .ok_or_else(|| connection_failed(address, why_closed(&connection)))?;
+        .ok_or_else(|| connection_failed(address, why_closed(connection)))?;
     Ok((link, control))
 }
 
@@ -209,10 +220,7 @@ pub(super) fn why_closed(connection: &Connection) -> ConnectionError {
 
 /// Who the certificate of a finished handshake says the peer is.
 pub(super) fn peer_name(connection: &Connection) -> Result<Name, String> {
-    let chain = connection
-        .peer_identity()
-        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
-        .unwrap_or_default();
+    let chain = chain_of(connection);
     let first = chain.first().ok_or("it showed no certificate")?;
     identity::name_of(first)
 }

@@ -1,17 +1,17 @@
 //! What a host proves about itself and whom it trusts: its certificate chain, its key and its CA roots, from files.
 //!
 //! The files may come from [`super::pki`] or from any other authority. Everything that can be wrong with them is found
-//! here, when the program starts, and not at the first handshake in the night.
+//! here, when the program starts or is told to read them again, and not at the first handshake in the night.
 
 use std::{
+    collections::BTreeMap,
     fmt, fs, io,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use parking_lot::RwLock;
 use rustls::{
     InconsistentKeys, RootCertStore,
     pki_types::{
@@ -19,10 +19,17 @@ use rustls::{
         pem::{self, PemObject},
     },
 };
+use serde::{Deserialize, Serialize};
 use x509_parser::prelude::{GeneralName, X509Certificate};
 
-use super::transport::{self, Protocol, ResetKey};
+use super::{
+    bonds::{Bond, Bonds},
+    proof::Proof,
+    refusal::{Refusal, RefusedBy},
+    transport::ResetKey,
+};
 use crate::base::{
+    checksum::{Digest, Sha256},
     clock::{Clock, SystemClock, Timestamp},
     ids::Name,
 };
@@ -33,18 +40,71 @@ pub const CA_CERTIFICATE: &str = "ca.crt";
 pub const HOST_CERTIFICATE: &str = "host.crt";
 /// File name of the host's private key.
 pub const HOST_KEY: &str = "host.key";
-/// A certificate that ends within this time is complained about at each start.
-const EXPIRY_NEAR: Duration = Duration::from_hours(30 * 24);
-
-/// A host's identity, ready for handshakes in both directions.
+/// A host's identity, ready for handshakes in both directions. Clones share it: what is [read again](Identity::reread) is seen by all.
 #[derive(Clone)]
-pub struct Identity {
+pub struct Identity(Arc<Shared>);
+
+/// Whom to believe beyond the authorities in the identity's folder.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trust {
+    /// File of revoked certificates, whose holders are refused.
+    pub crl: Option<PathBuf>,
+    /// Whoever proves to have one of these names must hold one of its keys, given by their [`key_digest`].
+    pub keys: BTreeMap<Name, Vec<Digest>>,
+}
+
+impl Trust {
+    /// Whether the holder of a key may have this name. Names are compared without regard to case.
+    pub(super) fn believes(&self, name: &Name, key: Option<Digest>) -> bool {
+        let same = |known: &Name| known.as_str().eq_ignore_ascii_case(name.as_str());
+        let known = self.keys.iter().find(|(known, _)| same(known));
+        known.is_none_or(|(_, keys)| key.is_some_and(|key| keys.contains(&key)))
+    }
+}
+
+struct Shared {
     name: Name,
-    valid_until: Timestamp,
     reset: ResetKey,
-    server: Arc<QuicServerConfig>,
-    replicate: Arc<QuicClientConfig>,
-    operate: Arc<QuicClientConfig>,
+    dir: PathBuf,
+    trust: Trust,
+    proof: RwLock<Arc<Proof>>,
+    bonds: Bonds,
+}
+
+/// Files that were read again and can be used.
+#[derive(Debug)]
+#[must_use = "nothing has changed before they are taken"]
+pub struct Reread {
+    identity: Identity,
+    proof: Arc<Proof>,
+}
+
+impl Reread {
+    /// From here on handshakes use what the files say, and links whose peers they do not accept any more are closed with
+    /// [`Reason::Revoked`](super::Reason::Revoked).
+    pub fn take(self) -> Reloaded {
+        let Self { identity, proof } = self;
+        *identity.0.proof.write() = Arc::clone(&proof);
+        Reloaded {
+            name: proof.name.clone(),
+            valid_until: proof.valid_until,
+            revoked: proof.revoked,
+            closed: identity.0.bonds.judge(&proof, now()),
+        }
+    }
+}
+
+/// What a reload found and did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// Whose identity it is.
+    pub name: Name,
+    /// When the certificate ends.
+    pub valid_until: Timestamp,
+    /// Certificates that the list of revoked ones names, if there is a list.
+    pub revoked: Option<usize>,
+    /// The peers whose links were closed, and why.
+    pub closed: Vec<(Name, Refusal)>,
 }
 
 /// Why an identity cannot be used.
@@ -80,11 +140,29 @@ pub enum IdentityError {
     #[error("{} is not the private key of host.crt beside it: copy both from the same identity", .0.display())]
     KeyMismatch(PathBuf),
     /// The certificate is over.
-    #[error("the certificate in {} expired: issue a new identity and restart", .0.display())]
+    #[error("the certificate in {} expired: issue a new identity, and start or reload the host with it", .0.display())]
     Expired(PathBuf),
     /// The certificate has not begun.
     #[error("the certificate in {} is not valid yet: check this host's clock", .0.display())]
     NotYetValid(PathBuf),
+    /// A list of revoked certificates that is damaged.
+    #[error("the list of revoked certificates in {} is not usable: {problem}", path.display())]
+    BadList {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A reload that would make this host another one.
+    #[error("the certificate in {} names {is}, and this host is {was}: restart it to give it another name", path.display())]
+    Renamed {
+        /// The file.
+        path: PathBuf,
+        /// The name that peers know.
+        was: Name,
+        /// The name in the new certificate.
+        is: Name,
+    },
     /// The TLS library refuses the files for another reason.
     #[error("the identity in {} is not usable", path.display())]
     Unusable {
@@ -95,95 +173,147 @@ pub enum IdentityError {
     },
 }
 
+impl IdentityError {
+    pub(super) fn unusable(dir: &Path, key: &Path, source: rustls::Error) -> Self {
+        match source {
+            rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+                Self::KeyMismatch(key.to_owned())
+            }
+            source => Self::Unusable {
+                path: dir.to_owned(),
+                source,
+            },
+        }
+    }
+}
+
 impl Identity {
     /// Loads `ca.crt`, `host.crt` and `host.key` from the folder `dir`.
     pub fn load(dir: &Path) -> Result<Self, IdentityError> {
-        Self::load_at(dir, SystemClock::default().wall())
+        Self::load_with(dir, Trust::default())
+    }
+
+    /// As [`Identity::load`], for peers that pass `trust` as well.
+    pub fn load_with(dir: &Path, trust: Trust) -> Result<Self, IdentityError> {
+        Self::load_all(dir, trust, now())
     }
 
     /// As [`Identity::load`], for a given time of day.
     pub fn load_at(dir: &Path, now: Timestamp) -> Result<Self, IdentityError> {
-        let host_path = dir.join(HOST_CERTIFICATE);
-        let key_path = dir.join(HOST_KEY);
-        let roots = Arc::new(load_roots(&dir.join(CA_CERTIFICATE))?);
-        let chain = load_certificates(&host_path)?;
-        let facts = Facts::of(&chain[0]).map_err(|problem| IdentityError::BadCertificate {
-            path: host_path.clone(),
-            problem,
-        })?;
-        if now > facts.not_after {
-            return Err(IdentityError::Expired(host_path));
+        Self::load_all(dir, Trust::default(), now)
+    }
+
+    fn load_all(dir: &Path, trust: Trust, now: Timestamp) -> Result<Self, IdentityError> {
+        let proof = Proof::load(dir, trust.crl.as_deref(), now)?;
+        Ok(Self(Arc::new(Shared {
+            name: proof.name.clone(),
+            reset: proof.reset,
+            dir: dir.to_owned(),
+            trust,
+            proof: RwLock::new(Arc::new(proof)),
+            bonds: Bonds::default(),
+        })))
+    }
+
+    /// Reads the files again, and changes nothing yet.
+    ///
+    /// # Errors
+    /// If a file cannot be used, or the certificate has another name.
+    pub fn reread(&self) -> Result<Reread, IdentityError> {
+        let shared = &*self.0;
+        let proof = Proof::load(&shared.dir, shared.trust.crl.as_deref(), now())?;
+        if proof.name != shared.name {
+            return Err(IdentityError::Renamed {
+                path: shared.dir.join(HOST_CERTIFICATE),
+                was: shared.name.clone(),
+                is: proof.name,
+            });
         }
-        if now < facts.not_before {
-            return Err(IdentityError::NotYetValid(host_path));
-        }
-        if facts.not_after.since(now) < EXPIRY_NEAR {
-            tracing::warn!(
-                "the certificate in {} expires in {} days: issue a new identity",
-                host_path.display(),
-                facts.not_after.since(now).as_secs() / (24 * 3600),
-            );
-        }
-        let key = load_key(&key_path)?;
-        let refused = |source| match source {
-            rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
-                IdentityError::KeyMismatch(key_path.clone())
-            }
-            source => IdentityError::Unusable {
-                path: dir.to_owned(),
-                source,
-            },
-        };
-        let reset = ResetKey::of(&key);
-        let server = transport::server_crypto(&roots, chain.clone(), key.clone_key());
-        let client = |protocol| {
-            let client = transport::client_crypto(&roots, chain.clone(), key.clone_key(), protocol);
-            client.map(Arc::new).map_err(refused)
-        };
-        Ok(Self {
-            name: facts.name,
-            valid_until: facts.not_after,
-            reset,
-            server: Arc::new(server.map_err(refused)?),
-            replicate: client(Protocol::Replicate)?,
-            operate: client(Protocol::Operate)?,
+        Ok(Reread {
+            identity: self.clone(),
+            proof: Arc::new(proof),
         })
     }
 
     /// Who this host is to others: the first DNS name of its certificate.
     pub fn name(&self) -> &Name {
-        &self.name
+        &self.0.name
     }
 
     /// When the certificate ends.
     pub fn valid_until(&self) -> Timestamp {
-        self.valid_until
+        self.proof().valid_until
     }
 
+    /// That of the key the program was started with: a reload changes no socket.
     pub(super) fn reset(&self) -> ResetKey {
-        self.reset
+        self.0.reset
     }
 
-    pub(super) fn server(&self) -> Arc<QuicServerConfig> {
-        Arc::clone(&self.server)
+    /// What handshakes use that begin now.
+    pub(super) fn proof(&self) -> Arc<Proof> {
+        Arc::clone(&self.0.proof.read())
     }
 
-    pub(super) fn client(&self, protocol: Protocol) -> Arc<QuicClientConfig> {
-        Arc::clone(match protocol {
-            Protocol::Replicate => &self.replicate,
-            Protocol::Operate => &self.operate,
-        })
+    /// How many links with a peer are open.
+    pub(super) fn links_with(&self, name: &Name) -> usize {
+        self.0.bonds.open_with(name)
     }
+
+    /// How many links that were accepted are open.
+    pub(super) fn links_accepted(&self) -> usize {
+        self.0.bonds.accepted()
+    }
+
+    /// Notes a link whose handshake used `proof`, and judges it by what counts now if that is something else. Its peer must
+    /// hold the key that is known of its name, if one is.
+    pub(super) fn note(&self, bond: &Arc<Bond>, proof: &Arc<Proof>) -> Result<(), Refusal> {
+        bond.check_key(&self.0.trust)?;
+        self.0.bonds.note(bond);
+        let newest = self.proof();
+        if Arc::ptr_eq(&newest, proof) {
+            return Ok(());
+        }
+        bond.judge(&newest, now())
+    }
+}
+
+fn now() -> Timestamp {
+    SystemClock::default().wall()
 }
 
 impl fmt::Debug for Identity {
     /// Without the key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Identity")
-            .field("name", &self.name)
-            .field("valid_until", &self.valid_until)
+            .field("name", self.name())
+            .field("valid_until", &self.valid_until())
             .finish_non_exhaustive()
     }
+}
+
+impl fmt::Display for Reloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: valid until {}", self.name, self.valid_until)?;
+        match self.revoked {
+            Some(revoked) => write!(f, "; {revoked} certificates are revoked")?,
+            None => write!(f, "; no list of revoked certificates")?,
+        }
+        for (peer, refusal) in &self.closed {
+            let why = refusal.explain(RefusedBy::Us);
+            write!(f, "; closed a link with {peer}: {why}")?;
+        }
+        Ok(())
+    }
+}
+
+/// SHA-256 of the public key in a certificate (its `SubjectPublicKeyInfo` in DER form), which stays when the certificate is
+/// renewed with the same key.
+pub fn key_digest(certificate: &CertificateDer<'_>) -> Option<Digest> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let mut digest = Sha256::default();
+    digest.update(parsed.public_key().raw);
+    Some(digest.finish())
 }
 
 /// The name in a certificate that a TLS handshake has already verified.
@@ -192,14 +322,14 @@ pub(super) fn name_of(certificate: &CertificateDer<'_>) -> Result<Name, String> 
 }
 
 /// What the program itself reads from a certificate; everything else is the TLS library's business.
-struct Facts {
-    name: Name,
-    not_before: Timestamp,
-    not_after: Timestamp,
+pub(super) struct Facts {
+    pub(super) name: Name,
+    pub(super) not_before: Timestamp,
+    pub(super) not_after: Timestamp,
 }
 
 impl Facts {
-    fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
+    pub(super) fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
         let (_, parsed) = x509_parser::parse_x509_certificate(certificate)
             .map_err(|error| format!("it is no X.509 certificate: {error}"))?;
         Ok(Self {
@@ -231,7 +361,7 @@ pub(super) fn seconds(since_1970: i64) -> Timestamp {
     Timestamp(seconds.saturating_mul(1_000_000))
 }
 
-fn load_roots(path: &Path) -> Result<RootCertStore, IdentityError> {
+pub(super) fn load_roots(path: &Path) -> Result<RootCertStore, IdentityError> {
     let mut roots = RootCertStore::empty();
     for certificate in load_certificates(path)? {
         roots
@@ -245,7 +375,9 @@ fn load_roots(path: &Path) -> Result<RootCertStore, IdentityError> {
 }
 
 /// All certificates of a file; at least one.
-fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+pub(super) fn load_certificates(
+    path: &Path,
+) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
     let not_pem = |source| IdentityError::NotPem {
         path: path.to_owned(),
         expected: "certificate",
@@ -260,7 +392,7 @@ fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Identi
     Ok(certificates)
 }
 
-fn load_key(path: &Path) -> Result<PrivateKeyDer<'static>, IdentityError> {
+pub(super) fn load_key(path: &Path) -> Result<PrivateKeyDer<'static>, IdentityError> {
     let bytes = read(path)?;
     let open = fs::metadata(path).is_ok_and(|data| data.permissions().mode() & 0o077 != 0);
     if open {
@@ -276,7 +408,7 @@ fn load_key(path: &Path) -> Result<PrivateKeyDer<'static>, IdentityError> {
     })
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
     fs::read(path).map_err(|source| IdentityError::Read {
         path: path.to_owned(),
         source,

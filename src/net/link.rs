@@ -23,7 +23,10 @@ use quinn::{
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::transport::Protocol;
+use super::{
+    bonds::Bond,
+    transport::{LOG_STREAMS_MAX, Protocol},
+};
 use crate::base::{ids::Name, limits::MESSAGE_BYTES_MAX, units::to_usize};
 
 /// Bytes of a message's length.
@@ -56,6 +59,8 @@ pub enum Reason {
     Aborted,
     /// An operator suspended the replication: nothing comes until it is resumed.
     Suspended,
+    /// The peer's certificate was revoked, or is not accepted any more, since the link began.
+    Revoked,
     /// A reason of another version.
     Unknown(u64),
 }
@@ -72,6 +77,7 @@ impl Reason {
             Self::Fenced => VarInt::from_u32(6),
             Self::Aborted => VarInt::from_u32(7),
             Self::Suspended => VarInt::from_u32(8),
+            Self::Revoked => VarInt::from_u32(9),
             Self::Unknown(code) => VarInt::from_u64(code).unwrap_or(VarInt::MAX),
         }
     }
@@ -87,6 +93,7 @@ impl Reason {
             6 => Self::Fenced,
             7 => Self::Aborted,
             8 => Self::Suspended,
+            9 => Self::Revoked,
             code => Self::Unknown(code),
         }
     }
@@ -104,6 +111,7 @@ impl fmt::Display for Reason {
             Self::Fenced => "fenced",
             Self::Aborted => "aborted",
             Self::Suspended => "suspended",
+            Self::Revoked => "certificate revoked",
             Self::Unknown(code) => return write!(f, "reason {code}"),
         })
     }
@@ -191,7 +199,7 @@ pub struct LinkStats {
 /// A handle on one connection; clones share it. Dropping the last handle and the last stream closes it.
 #[derive(Clone)]
 pub struct Link {
-    connection: Connection,
+    bond: Arc<Bond>,
     protocol: Protocol,
     peer: Arc<Peer>,
     /// The socket of a dialled link, which serves it alone.
@@ -200,18 +208,22 @@ pub struct Link {
 
 impl Link {
     pub(super) fn new(
-        connection: Connection,
+        bond: Arc<Bond>,
         protocol: Protocol,
         name: Name,
         own_endpoint: Option<Endpoint>,
     ) -> Self {
-        let address = connection.remote_address();
+        let address = bond.connection.remote_address();
         Self {
-            connection,
+            bond,
             protocol,
             peer: Arc::new(Peer { name, address }),
             own_endpoint,
         }
+    }
+
+    fn connection(&self) -> &Connection {
+        &self.bond.connection
     }
 
     /// Who is at the other end.
@@ -226,7 +238,7 @@ impl Link {
 
     /// Opens a log stream. Waits while the peer already has as many as it takes.
     pub async fn open_log(&self) -> Result<LogSender, LinkError> {
-        let stream = self.connection.open_uni().await;
+        let stream = self.connection().open_uni().await;
         let stream = stream.map_err(|error| lost(&self.peer, error))?;
         Ok(LogSender {
             stream,
@@ -235,9 +247,11 @@ impl Link {
         })
     }
 
-    /// Waits for the peer to open a log stream. Safe to cancel.
+    /// Waits for the peer to open a log stream, which it cannot before this is called. Safe to cancel.
     pub async fn accept_log(&self) -> Result<LogReceiver, LinkError> {
-        let stream = self.connection.accept_uni().await;
+        let connection = self.connection();
+        connection.set_max_concurrent_uni_streams(VarInt::from_u32(LOG_STREAMS_MAX));
+        let stream = connection.accept_uni().await;
         let stream = stream.map_err(|error| lost(&self.peer, error))?;
         Ok(LogReceiver {
             stream,
@@ -247,7 +261,7 @@ impl Link {
 
     /// What the link carried so far.
     pub fn stats(&self) -> LinkStats {
-        let stats = self.connection.stats();
+        let stats = self.connection().stats();
         LinkStats {
             round_trip: stats.path.rtt,
             sent_bytes: stats.udp_tx.bytes,
@@ -262,7 +276,7 @@ impl Link {
     /// A secret that only the two ends of this very connection know (RFC 5705), to bind other proofs to it.
     pub fn binding(&self) -> [u8; 32] {
         let mut secret = [0; 32];
-        self.connection
+        self.connection()
             .export_keying_material(&mut secret, b"EXPORTER-understudy", b"")
             .expect("32 bytes are less than any exporter's limit");
         secret
@@ -271,17 +285,17 @@ impl Link {
     /// Closes the link at once: what is under way in either direction is lost. The peer learns `reason` and `text`.
     pub fn close(&self, reason: Reason, text: &str) {
         let text = &text.as_bytes()[..text.len().min(TEXT_BYTES_MAX)];
-        self.connection.close(reason.code(), text);
+        self.connection().close(reason.code(), text);
     }
 
     /// Waits until the link is closed, by either side, and says why. Safe to cancel.
     pub async fn closed(&self) -> LinkError {
-        lost(&self.peer, self.connection.closed().await)
+        lost(&self.peer, self.connection().closed().await)
     }
 
     /// Why the peer closed the link, if it did.
     pub fn closed_by_peer(&self) -> Option<Reason> {
-        match self.connection.close_reason()? {
+        match self.connection().close_reason()? {
             ConnectionError::ApplicationClosed(close) => Some(Reason::from_code(close.error_code)),
             _ => None,
         }

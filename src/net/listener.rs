@@ -1,12 +1,19 @@
 //! Accepting links: handshakes run beside each other, bounded in number and in time.
 //!
-//! A stranger can cost us a handshake and nothing more. The number under way is bounded; beyond a few, a caller must
-//! first prove that its address is its own (QUIC Retry); one that falls silent is dropped after [`HANDSHAKE_MAX`]. Who
+//! A stranger can cost us a handshake and nothing more. The number under way is bounded, and that of one address by so much
+//! less that nobody takes the places of all others; beyond a few, a caller must first prove that its address is its own
+//! (QUIC Retry); one that falls silent is dropped after [`HANDSHAKE_MAX`]. Who
 //! has no certificate of a trusted CA, or a name that is not on the allow list, is refused with a reason.
 
-use std::{collections::BTreeSet, io, net::SocketAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use quinn::{Connection, ConnectionError, Endpoint, Incoming};
 use tokio::{
     sync::{Semaphore, mpsc},
@@ -15,12 +22,14 @@ use tokio::{
 };
 
 use super::{
+    bonds::Bond,
     dial::{peer_name, said, text_of, why_closed},
     identity::Identity,
     link::{Control, Link, Reason},
     refusal::{Refusal, RefusedBy},
     transport::{
-        self, HANDSHAKE_MAX, HANDSHAKES_MAX, HANDSHAKES_UNPROVED_MAX, LINKS_MAX, Protocol,
+        self, HANDSHAKE_MAX, HANDSHAKES_MAX, HANDSHAKES_PER_ADDRESS_MAX, HANDSHAKES_UNPROVED_MAX,
+        LINKS_MAX, LINKS_PER_PEER_MAX, Protocol,
     },
 };
 use crate::base::ids::Name;
@@ -114,6 +123,27 @@ pub enum AcceptError {
 }
 
 impl AcceptError {
+    /// Who tried, and why it is no link: the same words for the same, without the port, which is another one each time.
+    pub fn account(&self) -> (String, String) {
+        match self {
+            Self::Refused {
+                address,
+                name,
+                by,
+                refusal,
+                ..
+            } => {
+                let who = format!("{}{}", named(name.as_ref()), address.ip());
+                (who, refusal.explain(*by).to_string())
+            }
+            Self::Unfinished(address) => {
+                let why = "it began a handshake and did not finish it";
+                (address.ip().to_string(), why.into())
+            }
+            Self::Closed => (String::new(), self.to_string()),
+        }
+    }
+
     /// Whether no link will ever be accepted again.
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Closed)
@@ -131,7 +161,7 @@ pub struct Listener {
 impl Listener {
     /// Listens on `address` (port 0: any free one) as `identity`, for the hosts of `allow`.
     pub fn bind(address: SocketAddr, identity: &Identity, allow: Allow) -> Result<Self, BindError> {
-        let server = transport::server_config(identity.server());
+        let server = Arc::clone(&identity.proof().server);
         let endpoint =
             transport::endpoint(address, identity.reset(), Some(server)).map_err(|source| {
                 match source.kind() {
@@ -141,7 +171,12 @@ impl Listener {
                 }
             })?;
         let (sender, outcomes) = mpsc::channel(OUTCOMES_MAX);
-        let accepting = tokio::spawn(accept_all(endpoint.clone(), allow, sender));
+        let accepting = tokio::spawn(accept_all(
+            endpoint.clone(),
+            identity.clone(),
+            allow,
+            sender,
+        ));
         Ok(Self {
             endpoint,
             outcomes,
@@ -182,17 +217,24 @@ impl Drop for Listener {
 
 async fn accept_all(
     endpoint: Endpoint,
+    identity: Identity,
     allow: Allow,
     outcomes: mpsc::Sender<Result<(Link, Control), AcceptError>>,
 ) {
     let allow = Arc::new(allow);
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let places = Places::default();
     while let Some(incoming) = endpoint.accept().await {
         let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
             incoming.refuse();
             continue;
         };
-        if endpoint.open_connections() > LINKS_MAX + HANDSHAKES_MAX {
+        let Some(place) = Place::take(&places, incoming.remote_address().ip()) else {
+            incoming.refuse();
+            continue;
+        };
+        // Not what the endpoint counts: that holds on to refused callers for a while, as many as there are.
+        if identity.links_accepted() >= LINKS_MAX {
             incoming.refuse();
             continue;
         }
@@ -202,15 +244,51 @@ async fn accept_all(
             let _ = incoming.retry();
             continue;
         }
-        let (allow, outcomes) = (Arc::clone(&allow), outcomes.clone());
+        let (identity, allow, outcomes) = (identity.clone(), Arc::clone(&allow), outcomes.clone());
         tokio::spawn(async move {
             let address = incoming.remote_address();
-            let outcome = timeout(HANDSHAKE_MAX, handshake(incoming, address, &allow))
+            let outcome = timeout(HANDSHAKE_MAX, handshake(incoming, &identity, &allow))
                 .await
                 .unwrap_or(Err(AcceptError::Unfinished(address)));
-            drop(permit);
+            drop((permit, place));
             deliver(outcome, &outcomes).await;
         });
+    }
+}
+
+/// Handshakes under way by the addresses they come from.
+type Places = Arc<Mutex<BTreeMap<IpAddr, usize>>>;
+
+/// One of the handshakes that an address may have under way.
+struct Place {
+    places: Places,
+    address: IpAddr,
+}
+
+impl Place {
+    fn take(places: &Places, address: IpAddr) -> Option<Self> {
+        let mut taken = places.lock();
+        let count = taken.entry(address).or_default();
+        if *count >= HANDSHAKES_PER_ADDRESS_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Self {
+            places: Arc::clone(places),
+            address,
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut taken = self.places.lock();
+        if let Some(count) = taken.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                taken.remove(&self.address);
+            }
+        }
     }
 }
 
@@ -223,16 +301,17 @@ async fn deliver(
         // Without a taker the link is dropped, which closes it.
         let _ = outcomes.send(outcome).await;
     } else if let Err(mpsc::error::TrySendError::Full(Err(error))) = outcomes.try_send(outcome) {
-        tracing::warn!("{error}");
+        tracing::debug!("{error}");
     }
 }
 
 async fn handshake(
     incoming: Incoming,
-    address: SocketAddr,
+    identity: &Identity,
     allow: &Allow,
 ) -> Result<(Link, Control), AcceptError> {
-    let connection = async { incoming.accept()?.await }
+    let (address, proof) = (incoming.remote_address(), identity.proof());
+    let connection = async { incoming.accept_with(Arc::clone(&proof.server))?.await }
         .await
         .map_err(|error| connection_failed(address, None, &error))?;
     let name = peer_name(&connection).map_err(|text| {
@@ -261,7 +340,16 @@ async fn handshake(
             String::new(),
         ));
     }
-    let link = Link::new(connection.clone(), protocol, name.clone(), None);
+    if identity.links_with(&name) >= LINKS_PER_PEER_MAX {
+        let text = format!("{name} has {LINKS_PER_PEER_MAX} links open");
+        refuse(&connection, Reason::Busy, &text);
+        return Err(refused(address, Some(name), Refusal::Busy, text));
+    }
+    let bond = Arc::new(Bond::new(connection.clone(), name.clone(), None));
+    identity
+        .note(&bond, &proof)
+        .map_err(|refusal| refused(address, Some(name.clone()), refusal, String::new()))?;
+    let link = Link::new(bond, protocol, name.clone(), None);
     let greeted = async {
         let (send, recv) = connection.accept_bi().await.ok()?;
         let mut control = Control::new(&link, send, recv);

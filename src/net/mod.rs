@@ -5,7 +5,10 @@
 //!
 //! ```text
 //!   pki          a CA, and the identities of hosts, as files
-//!   identity     those files, parsed and checked: what a host proves and whom it trusts
+//!   revoke       takes an identity back: the authority's list of revoked certificates
+//!   identity     those files: what a host proves and whom it trusts; read again without a restart
+//!   proof        the same for the TLS library           crl      who was revoked
+//!   bonds        the links that are open, judged again when the files were read again
 //!   listener     accepts links from hosts on an allow list          dial     opens one
 //!   link         one connection: a control stream of messages, log streams of bytes
 //!   refusal      why a handshake did not become a link, in words that say what to do
@@ -19,18 +22,22 @@
 #![forbid(unsafe_code)]
 
 pub mod backoff;
+mod bonds;
+mod crl;
 pub mod dial;
 pub mod identity;
 pub mod link;
 pub mod listener;
 pub mod pki;
+mod proof;
 pub mod refusal;
+pub mod revoke;
 mod socket;
 pub mod transport;
 
 pub use backoff::Backoff;
 pub use dial::{DialError, dial, dial_for, host_of};
-pub use identity::{Identity, IdentityError};
+pub use identity::{Identity, IdentityError, Reloaded, Reread, Trust};
 pub use link::{
     Control, ControlReceiver, ControlSender, Link, LinkError, LinkStats, LogReceiver, LogSender,
     Peer, Reason,

@@ -1,7 +1,7 @@
 //! A certificate authority in a folder, and the identities it issues: all that two hosts need to trust each other.
 //!
 //! ```text
-//!   CA folder      ca.crt  ca.key (0600)                stays with the operator
+//!   CA folder      ca.crt  ca.key (0600)  issued        stays with the operator
 //!   host folder    ca.crt  host.crt  host.key (0600)    goes to the host
 //! ```
 //!
@@ -28,8 +28,15 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, DnsName, pem::PemObject};
 
-use super::identity::{CA_CERTIFICATE, HOST_CERTIFICATE, HOST_KEY, seconds};
-use crate::base::{checksum::Sha256, clock::Timestamp, ids::Name};
+use super::{
+    identity::{CA_CERTIFICATE, HOST_CERTIFICATE, HOST_KEY, key_digest, seconds},
+    revoke,
+};
+use crate::base::{
+    checksum::{Digest, Sha256},
+    clock::Timestamp,
+    ids::Name,
+};
 
 /// File name of the CA's private key.
 pub const CA_KEY: &str = "ca.key";
@@ -87,8 +94,21 @@ pub enum PkiError {
         /// What is wrong with it.
         problem: String,
     },
-    /// The certificate could not be made.
-    #[error("cannot make the certificate")]
+    /// A name that the CA knows nothing of.
+    #[error(
+        "nothing was issued to {0} that this authority knows of: name its certificate with --certificate"
+    )]
+    NotIssued(Name),
+    /// A certificate that cannot be revoked here.
+    #[error("the certificate in {} cannot be revoked here: {problem}", path.display())]
+    BadCertificate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A certificate or a list could not be made.
+    #[error("cannot make the certificate or list")]
     Make(#[from] rcgen::Error),
 }
 
@@ -114,15 +134,16 @@ pub fn init(dir: &Path, now: Timestamp) -> Result<(), PkiError> {
 /// Issues the identity of host `name` into the folder `out`, which must not exist or be empty.
 ///
 /// `name` is what other hosts allow and what the certificate proves; `sans` are further names and addresses the host
-/// is dialled by. The CA in `ca` must have been made by [`init`].
+/// is dialled by. The CA in `ca` must have been made by [`init`]. Returns the [`key_digest`] of the identity.
 pub fn issue(
     ca: &Path,
     name: &Name,
     sans: &[San],
     out: &Path,
     now: Timestamp,
-) -> Result<(), PkiError> {
+) -> Result<Digest, PkiError> {
     let (ca_pem, issuer, ca_until) = load_ca(ca)?;
+    check_free(out)?;
     let mut params = CertificateParams::default();
     params.distinguished_name = common_name(name.as_str());
     params.subject_alt_names = alternative_names(name, sans)?;
@@ -136,6 +157,8 @@ pub fn issue(
     set_validity(&mut params, now, after(now, HOST_VALID).min(ca_until));
     let key = KeyPair::generate()?;
     let certificate = params.signed_by(&key, &issuer)?;
+    // Whoever exists can be revoked: noted first.
+    revoke::note(ca, certificate.der(), name)?;
     write_folder(
         out,
         &[
@@ -143,11 +166,14 @@ pub fn issue(
             (HOST_CERTIFICATE, &certificate.pem(), 0o644),
             (HOST_KEY, &key.serialize_pem(), 0o600),
         ],
-    )
+    )?;
+    Ok(key_digest(certificate.der()).expect("a certificate that was just made can be read"))
 }
 
 /// Reads a CA folder: its certificate as PEM, what signs with it, and when it ends.
-fn load_ca(dir: &Path) -> Result<(String, Issuer<'static, KeyPair>, Timestamp), PkiError> {
+pub(super) fn load_ca(
+    dir: &Path,
+) -> Result<(String, Issuer<'static, KeyPair>, Timestamp), PkiError> {
     let (certificate_path, key_path) = (dir.join(CA_CERTIFICATE), dir.join(CA_KEY));
     let pem = read(&certificate_path)?;
     let bad = |path: &Path, problem: &str| PkiError::BadCa {
@@ -156,8 +182,7 @@ fn load_ca(dir: &Path) -> Result<(String, Issuer<'static, KeyPair>, Timestamp), 
     };
     let key = KeyPair::from_pem(&read(&key_path)?)
         .map_err(|_| bad(&key_path, "no private key in PEM form"))?;
-    let der = CertificateDer::from_pem_slice(pem.as_bytes())
-        .map_err(|_| bad(&certificate_path, "no certificate in PEM form"))?;
+    let der = ca_certificate(dir)?;
     let (_, parsed) = x509_parser::parse_x509_certificate(&der)
         .map_err(|_| bad(&certificate_path, "no X.509 certificate"))?;
     if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
@@ -183,6 +208,16 @@ fn load_ca(dir: &Path) -> Result<(String, Issuer<'static, KeyPair>, Timestamp), 
     }
     let until = seconds(parsed.validity().not_after.timestamp());
     Ok((pem, Issuer::new(params, key), until))
+}
+
+/// The certificate of a CA folder.
+pub(super) fn ca_certificate(dir: &Path) -> Result<CertificateDer<'static>, PkiError> {
+    let path = dir.join(CA_CERTIFICATE);
+    let pem = read(&path)?;
+    CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|_| PkiError::BadCa {
+        path,
+        problem: "no certificate in PEM form".to_owned(),
+    })
 }
 
 fn ca_params(name: &str) -> CertificateParams {
@@ -228,7 +263,7 @@ fn set_validity(params: &mut CertificateParams, now: Timestamp, until: Timestamp
     params.not_after = epoch + Duration::from_micros(until.0);
 }
 
-fn after(now: Timestamp, valid: Duration) -> Timestamp {
+pub(super) fn after(now: Timestamp, valid: Duration) -> Timestamp {
     let micros = u64::try_from(valid.as_micros()).expect("validities are some years");
     Timestamp(now.0.saturating_add(micros))
 }
@@ -237,7 +272,7 @@ fn read(path: &Path) -> Result<String, PkiError> {
     fs::read_to_string(path).map_err(io_error("read", path))
 }
 
-fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PkiError {
+pub(super) fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PkiError {
     let path = path.to_owned();
     move |source| PkiError::Io {
         doing,
@@ -246,11 +281,17 @@ fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PkiEr
     }
 }
 
-/// Makes the folder `target` with `files` of (name, text, mode): whole or not at all.
-fn write_folder(target: &Path, files: &[(&str, &str, u32)]) -> Result<(), PkiError> {
+/// Refuses a folder with anything in it.
+fn check_free(target: &Path) -> Result<(), PkiError> {
     if fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_some()) {
         return Err(PkiError::Exists(target.to_owned()));
     }
+    Ok(())
+}
+
+/// Makes the folder `target` with `files` of (name, text, mode): whole or not at all.
+fn write_folder(target: &Path, files: &[(&str, &str, u32)]) -> Result<(), PkiError> {
+    check_free(target)?;
     let parent = match target.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
@@ -297,7 +338,7 @@ fn write_files(dir: &Path, files: &[(&str, &str, u32)]) -> Result<(), PkiError> 
     sync_folder(dir)
 }
 
-fn sync_folder(dir: &Path) -> Result<(), PkiError> {
+pub(super) fn sync_folder(dir: &Path) -> Result<(), PkiError> {
     fs::File::open(dir)
         .and_then(|dir| dir.sync_all())
         .map_err(io_error("sync", dir))

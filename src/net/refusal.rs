@@ -7,6 +7,7 @@
 use std::fmt;
 
 use quinn::ConnectionError;
+use serde::{Deserialize, Serialize};
 
 use super::link::Reason;
 
@@ -20,7 +21,8 @@ pub enum RefusedBy {
 }
 
 /// What was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Refusal {
     /// A certificate of a CA that the other side does not trust.
     UnknownCa,
@@ -30,7 +32,7 @@ pub enum Refusal {
     WrongName,
     /// No certificate at all.
     NoCertificate,
-    /// A certificate that was withdrawn.
+    /// A certificate that was revoked.
     Revoked,
     /// A certificate made for another use.
     WrongPurpose,
@@ -38,6 +40,8 @@ pub enum Refusal {
     NoCommonProtocol,
     /// A certificate without any DNS name: a host without a name cannot be allowed.
     Unnamed,
+    /// A key that is not known to belong to the name.
+    WrongKey,
     /// A name that is not on the allow list.
     NotAllowed,
     /// Too many links, or the listener is stopping.
@@ -60,6 +64,7 @@ impl Refusal {
                 let refusal = match Reason::from_code(close.error_code) {
                     Reason::NotAllowed => Self::NotAllowed,
                     Reason::Unnamed => Self::Unnamed,
+                    Reason::Revoked => Self::Revoked,
                     Reason::Busy | Reason::Stopping => Self::Busy,
                     _ => return None,
                 };
@@ -130,8 +135,8 @@ impl fmt::Display for Explained {
             (Refusal::NoCertificate, Peer) => {
                 "it asks for a certificate and we showed none: every host needs an identity"
             }
-            (Refusal::Revoked, Us) => "its certificate was withdrawn",
-            (Refusal::Revoked, Peer) => "our certificate was withdrawn: issue a new identity",
+            (Refusal::Revoked, Us) => "its certificate was revoked: issue it a new identity if it still belongs here",
+            (Refusal::Revoked, Peer) => "our certificate was revoked: issue a new identity",
             (Refusal::WrongPurpose, Us) => {
                 "its certificate is not made for this end of a connection: it needs both clientAuth and serverAuth"
             }
@@ -147,6 +152,10 @@ impl fmt::Display for Explained {
             (Refusal::Unnamed, Peer) => {
                 "our certificate holds no DNS name it could allow: issue an identity with a name"
             }
+            (Refusal::WrongKey, Us) => {
+                "its key is not one that its name may have here: add the key to [keys] if it was renewed"
+            }
+            (Refusal::WrongKey, Peer) => "it does not know our key: add it to its [keys]",
             (Refusal::NotAllowed, Us) => "its name is not on our allow list: add it there if it belongs here",
             (Refusal::NotAllowed, Peer) => {
                 "our name is not on its allow list: add it there if this host belongs to it"

@@ -4,7 +4,8 @@
 //! A window must hold what is under way on the fastest long link we promise to fill: 1 Gbit/s x 100 ms = 12.5 MB, and
 //! twice that so that a lost packet does not stop the flow. The window of the whole connection is left open on
 //! purpose: if log streams could use it up, a replica whose disk is slow could no longer be told anything. What a peer
-//! can make us hold is therefore (streams) x (stream window), about 225 MB, and only a peer on the allow list can.
+//! can make us hold is therefore (streams) x (stream window), 50 MB for each link that is waiting for logs. A link may carry
+//! none before somebody waits for one: who was let in and has not said yet what for holds a control stream, 25 MB.
 //!
 //! Packets grow to 16,250 bytes where the path carries them: every packet costs about a microsecond and a half of processor
 //! time at each end, whatever its size, and with jumbo frames the path carries 8,952 bytes of payload. More gains little:
@@ -37,11 +38,10 @@ use ring::{
     rand::{self, SystemRandom},
 };
 use rustls::{
-    RootCertStore,
-    client::Resumption,
+    client::{Resumption, WebPkiServerVerifier},
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer},
-    server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier},
+    server::{NoServerSessionStorage, danger::ClientCertVerifier},
     version::TLS13,
 };
 
@@ -78,8 +78,9 @@ impl Protocol {
     }
 }
 
-/// Log streams that a peer may have open at once: one for each machine under way, and some room.
-pub const LOG_STREAMS_MAX: u32 = 8;
+/// Log streams that a peer may have open at once on a link on which they are waited for: the one that is read, and the
+/// next, begun when its sender gave the first one up.
+pub const LOG_STREAMS_MAX: u32 = 2;
 /// Bytes under way on one stream: twice 1 Gbit/s x 100 ms.
 pub const STREAM_WINDOW_BYTES: u32 = 25_000_000;
 /// Bytes that one link keeps until the peer has acknowledged them.
@@ -94,10 +95,14 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(4);
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// Handshakes under way at once; what comes beyond is refused until one of them ends.
 pub const HANDSHAKES_MAX: usize = 64;
+/// Handshakes of one address under way at once: of a host with many machines each dials for itself, and tries again.
+pub const HANDSHAKES_PER_ADDRESS_MAX: usize = 32;
 /// Handshakes under way from which on a caller must first prove that its address is its own.
 pub const HANDSHAKES_UNPROVED_MAX: usize = 16;
 /// Links of one listener at once.
 pub const LINKS_MAX: usize = 256;
+/// Links of one peer at once, whatever they are for.
+pub const LINKS_PER_PEER_MAX: usize = LINKS_MAX / 2;
 /// Length of the connection ids this host hands out, in bytes.
 const CONNECTION_ID_BYTES: usize = 8;
 /// Buffer asked of the kernel for each direction of a socket, in bytes; the kernel gives up to `net.core.rmem_max`.
@@ -107,25 +112,20 @@ const RECEIVE_BYTES: usize = 32 << 20;
 /// A receive buffer below this loses packets at 1 Gbit/s whenever the process is not scheduled for 8 ms.
 const SOCKET_BYTES_MIN: usize = 1 << 20;
 
+const _: () = assert!(2 * HANDSHAKES_PER_ADDRESS_MAX <= HANDSHAKES_MAX);
 const _: () = assert!(IDLE_MAX.as_secs() > 3 * KEEP_ALIVE.as_secs());
 const _: () = assert!(RECEIVE_BYTES > STREAM_WINDOW_BYTES as usize);
 const _: () = assert!(SEND_WINDOW_BYTES > STREAM_WINDOW_BYTES as u64);
 
 /// TLS for the listening side: TLS 1.3, a client certificate required, no resumption, no early data.
 pub(super) fn server_crypto(
-    roots: &Arc<RootCertStore>,
+    callers: Arc<dyn ClientCertVerifier>,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 ) -> Result<QuicServerConfig, rustls::Error> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), provider())
-        .build()
-        .map_err(|error| match error {
-            VerifierBuilderError::InvalidCrl(error) => error.into(),
-            error => rustls::Error::General(error.to_string()),
-        })?;
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(callers)
         .with_single_cert(chain, key)?;
     config.alpn_protocols = Protocol::ALL
         .map(|protocol| protocol.alpn().to_vec())
@@ -138,14 +138,14 @@ pub(super) fn server_crypto(
 
 /// TLS for the dialling side of a link for `protocol`.
 pub(super) fn client_crypto(
-    roots: &Arc<RootCertStore>,
+    called: Arc<WebPkiServerVerifier>,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     protocol: Protocol,
 ) -> Result<QuicClientConfig, rustls::Error> {
     let mut config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_root_certificates(Arc::clone(roots))
+        .with_webpki_verifier(called)
         .with_client_auth_cert(chain, key)?;
     config.alpn_protocols = vec![protocol.alpn().to_vec()];
     config.resumption = Resumption::disabled();
@@ -153,7 +153,7 @@ pub(super) fn client_crypto(
     Ok(QuicClientConfig::try_from(config).expect("ring has the cipher suite QUIC begins with"))
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(super) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
@@ -180,7 +180,7 @@ fn transport(control_streams: u32) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(control_streams))
-        .max_concurrent_uni_streams(VarInt::from_u32(LOG_STREAMS_MAX))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .send_window(SEND_WINDOW_BYTES)
         .datagram_receive_buffer_size(None)
@@ -234,7 +234,7 @@ impl ConnectionIdGenerator for AnyConnectionId {
 pub(super) fn endpoint(
     address: SocketAddr,
     reset: ResetKey,
-    server: Option<ServerConfig>,
+    server: Option<Arc<ServerConfig>>,
 ) -> io::Result<Endpoint> {
     let socket = std::net::UdpSocket::bind(address)?;
     widen(&socket)?;
@@ -244,7 +244,7 @@ pub(super) fn endpoint(
         .expect("the largest packet is one that QUIC allows");
     let runtime = Arc::new(TokioRuntime);
     let socket = Arc::new(RowSocket(runtime.wrap_udp_socket(socket)?));
-    Endpoint::new_with_abstract_socket(config, server, socket, runtime)
+    Endpoint::new_with_abstract_socket(config, server.map(Arc::unwrap_or_clone), socket, runtime)
 }
 
 /// Asks for large socket buffers: what does not fit is dropped by the kernel, and the sender takes it for congestion.

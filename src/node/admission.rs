@@ -3,8 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
+    allowance::Quota,
     host::{Host, Member},
-    operate, session,
+    operate,
+    served::Served,
+    session::{self, Allowance},
 };
 use crate::{
     base::chain::chain,
@@ -33,6 +36,7 @@ async fn replicate(host: Arc<Host>, link: Link, control: Control) {
         mut sender,
         mut receiver,
     } = control;
+    let audit = Arc::clone(&host.shared().audit);
     let done = match first(&mut receiver).await {
         Err(refusal) => Err(refusal),
         Ok(ToReplica::Hello(hello)) => match claimed(&host, &link, hello).await {
@@ -40,7 +44,15 @@ async fn replicate(host: Arc<Host>, link: Link, control: Control) {
                 member,
                 served,
                 generation,
-            }) => return feed(member, served, generation, link, sender, receiver).await,
+            }) => {
+                let peer = &link.peer().name;
+                let allowance = Allowance {
+                    pacing: host.shared().allowances.pacing(peer, &host.shared().clock),
+                    quota: Quota::new(Arc::clone(&host), peer.clone()),
+                };
+                let replica = (member, served, generation);
+                return feed(replica, allowance, link, sender, receiver).await;
+            }
             Err(refusal) => Err(refusal),
         },
         Ok(ToReplica::HandOver {
@@ -67,7 +79,9 @@ async fn replicate(host: Arc<Host>, link: Link, control: Control) {
         }
     };
     if let Err(refusal) = done {
-        tracing::warn!(peer = %link.peer().name, "refused: {refusal}");
+        let peer = &link.peer().name;
+        tracing::warn!(%peer, "refused: {refusal}");
+        audit.refused(peer.to_string(), refusal.to_string());
         // The peer may be gone already; then it will ask again.
         let _ = say(&mut sender, &ToPrimary::Refused(refusal)).await;
     }
@@ -79,7 +93,7 @@ async fn replicate(host: Arc<Host>, link: Link, control: Control) {
 
 struct Admitted {
     member: Arc<Member>,
-    served: Arc<super::served::Served>,
+    served: Arc<Served>,
     generation: Generation,
 }
 
@@ -99,9 +113,8 @@ async fn claimed(host: &Arc<Host>, link: &Link, hello: Hello) -> Result<Admitted
 
 /// Receives what the primary sends until the link ends.
 async fn feed(
-    member: Arc<Member>,
-    served: Arc<super::served::Served>,
-    generation: Generation,
+    (member, served, generation): (Arc<Member>, Arc<Served>, Generation),
+    allowance: Allowance,
     link: Link,
     sender: ControlSender,
     receiver: ControlReceiver,
@@ -122,7 +135,8 @@ async fn feed(
     }
     tracing::info!(%machine, primary = %peer, "receiving");
     served.progress.lock().connected = Some(peer.to_string());
-    let ended = session::serve(Arc::clone(&served), generation, link, sender, receiver).await;
+    let replica = (Arc::clone(&served), generation);
+    let ended = session::serve(replica, allowance, link, sender, receiver).await;
     let mut progress = served.progress.lock();
     progress.connected = None;
     match ended {

@@ -23,6 +23,7 @@
 //! same requests come over the network from [operators](super::operate).
 //! Errors are `{"error": "..."}` with status 404 (no such machine), 409 (not in this state), 422 (not understood) or 500.
 
+mod audited;
 mod client;
 mod request;
 
@@ -44,7 +45,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 
-pub(super) use self::client::ask;
+pub(super) use self::{audited::audited, client::ask};
 pub use self::{
     client::{
         ClientError, ask_cancel, ask_commit, ask_copy, ask_cut, ask_export, ask_failover,
@@ -256,6 +257,7 @@ pub fn requests(node: Arc<dyn Operate>) -> Router {
         .route("/v1/machines/{name}/export", post(export))
         .route("/v1/machines/{name}/import", post(import))
         .route("/v1/machines/{name}/resize", post(resize))
+        .fallback(unknown)
         .with_state(node)
 }
 
@@ -359,6 +361,13 @@ async fn resize(
     Json(request): Json<ResizeRequest>,
 ) -> Response {
     answer(move || node.resize(&machine(&name)?, &request)).await
+}
+
+async fn unknown() -> Response {
+    let problem = Problem {
+        error: "this node does not do that for whoever asks here".into(),
+    };
+    (StatusCode::NOT_FOUND, Json(problem)).into_response()
 }
 
 fn machine(name: &str) -> Result<Name, OperateError> {

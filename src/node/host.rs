@@ -55,6 +55,8 @@ use self::{
 pub use super::served::Keeping;
 use super::{
     admission,
+    allowance::{Allowances, space_of},
+    audit::{AUDIT_FILE, Audit, Event},
     control::{
         CancelReport, CancelRequest, ExportReport, FailoverReport, FailoverRequest, FolderRequest,
         ImportReport, Operate, OperateError, ResizeReport, ResizeRequest, ReverseRequest,
@@ -156,8 +158,10 @@ impl HostError {
 pub(super) struct Shared {
     pub(super) config: HostConfig,
     limiters: Limiters,
+    pub(super) allowances: Allowances,
     pub(super) folder: FileFolder,
     pub(super) ledger: Arc<Ledger>,
+    pub(super) audit: Arc<Audit>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) ids: Arc<dyn Ids>,
     pub(super) identity: Option<Identity>,
@@ -184,7 +188,9 @@ impl Host {
             path: store.clone(),
             source,
         };
-        let identity = config.identity.as_deref().map(Identity::load).transpose()?;
+        let identity = config.identity.as_deref();
+        let identity = identity.map(|identity| Identity::load_with(identity, config.trust()));
+        let identity = identity.transpose()?;
         let folder = FileFolder::open(&store).map_err(failed)?;
         raise_file_limit();
         let lock = lock_folder(&store).map_err(failed)?;
@@ -200,12 +206,16 @@ impl Host {
         let address = listener.as_ref().map(Listener::address).transpose();
         let address = address.map_err(|error| HostError::Listener(error.to_string()))?;
         let ledger = Arc::new(Ledger::open_in(&folder, LEDGER_FILE)?);
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+        let audit = Audit::open(&store, Arc::clone(&clock)).map_err(failed)?;
         let shared = Arc::new(Shared {
+            audit: Arc::new(audit),
             limiters: Limiters::of(&config),
+            allowances: Allowances::of(&config),
             config,
             folder,
             ledger,
-            clock: Arc::new(SystemClock::default()),
+            clock,
             ids: Arc::new(SystemIds::default()),
             identity,
             runtime: Handle::current(),
@@ -307,7 +317,16 @@ impl Host {
                 Err(error) if error.is_final() => {
                     return Err(HostError::Listener(chain(&error)));
                 }
-                Err(error) => tracing::warn!("a connection was refused: {}", chain(&error)),
+                Err(error) => {
+                    let (who, why) = error.account();
+                    let error = chain(&error);
+                    // A flood of strangers is no reason to flood the log.
+                    if self.shared.audit.refused(who, why) {
+                        tracing::warn!("a connection was refused: {error}");
+                    } else {
+                        tracing::debug!("a connection was refused: {error}");
+                    }
+                }
             }
         }
     }
@@ -347,6 +366,13 @@ impl Host {
         &self.shared
     }
 
+    /// Bytes that the replicas of a peer's machines take.
+    pub(super) fn space_of(&self, peer: &Name) -> u64 {
+        let members = self.all();
+        let own = members.iter().filter(|member| member.is_of(peer));
+        own.map(|member| space_of(&member.places().0)).sum()
+    }
+
     fn all(&self) -> Vec<Arc<Member>> {
         self.members.lock().values().cloned().collect()
     }
@@ -363,12 +389,14 @@ impl Host {
     /// The machine a greeting is about, begun if it is new.
     pub(super) fn greeted(&self, hello: &Hello, peer: &Name) -> Result<Arc<Member>, Refusal> {
         Receiver::greet(hello)?;
+        self.shared.allowances.may(peer, &hello.name)?;
         let mut members = self.members.lock();
         if let Some(known) = members.get(&hello.name) {
             known.belongs_to(hello.machine, peer)?;
             return Ok(Arc::clone(known));
         }
-        if RESERVED.contains(&hello.name.as_str()) {
+        let name = hello.name.as_str();
+        if RESERVED.contains(&name) || name.starts_with(AUDIT_FILE) {
             return Err(Refusal::NameTaken {
                 name: hello.name.clone(),
             });
@@ -378,10 +406,25 @@ impl Host {
                 detail: format!("no machine called {} is known here", hello.name),
             });
         }
-        let role = RoleState::replica(hello.claim.generation);
-        let record = Record::new(hello.machine, role, Some(peer.clone()));
         let failed = |detail| Refusal::Failed { detail };
+        let role = RoleState::replica(hello.claim.generation);
+        let mut record = Record::new(hello.machine, role, Some(peer.clone()));
+        let store = self
+            .shared
+            .config
+            .peer(peer)
+            .and_then(|peer| peer.store.as_deref());
+        record.store = store
+            .map(absolute)
+            .transpose()
+            .map_err(|error| failed(chain(&error)))?;
         let key = Record::key(&hello.name);
+        self.shared.audit.record(&Event::Role {
+            machine: hello.name.clone(),
+            generation: role.generation,
+            was: "not known here".into(),
+            is: format!("{}, for {peer}", role.describe()),
+        });
         let put = self.shared.ledger.put(&key, &record);
         put.map_err(|error| failed(chain(&error)))?;
         let member = Member::new(Arc::clone(&self.shared), hello.name.clone(), record);
@@ -397,6 +440,7 @@ impl Host {
         name: &Name,
         peer: &Name,
     ) -> Result<Arc<Member>, Refusal> {
+        self.shared.allowances.may(peer, name)?;
         let member = self.member(name).ok_or_else(|| Refusal::NotNow {
             detail: format!("no machine called {name} is known here"),
         })?;

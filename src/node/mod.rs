@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   host       machines in their parts, and the peers that call       admission   what a link is for, and whether it may
+//!   audit      who asked for what, and who was refused           allowance   for which machines a peer may speak, how much
 //!   primary    disks (sources) -> machine (tracked) -> mount          served      a replica: received into, kept, tested
 //!   driver     the replication thread: dial, talk, dial again         session     Receiver + replica store + link
 //!   conversation   one link: Sender + maps + log                      writers     writes of an initial copy, beside it
@@ -12,6 +13,7 @@
 //!   initial_copy   when it begins                                   portable   it as a file that is carried
 //!   control    what operators ask, on a socket                        operate      the same over the network
 //!   coordinator   jobs and plans: what concerns several hosts
+//!   hardening  what the process gives up before it begins
 //!   sync_flush   flushes that wait for the replica                 verify   how far a verification is, and what it found
 //! ```
 //! Async code is confined to links and sockets. What owns state (a replication, a receiving session, a merge) is one
@@ -19,6 +21,8 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod allowance;
+pub mod audit;
 mod call;
 pub mod control;
 mod conversation;
@@ -26,6 +30,7 @@ pub mod convert;
 pub mod coordinator;
 mod driver;
 mod exposure;
+pub mod hardening;
 pub mod host;
 pub mod images;
 pub mod initial_copy;

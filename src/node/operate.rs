@@ -32,7 +32,8 @@ use tokio::{
 
 use super::{
     call::Callee,
-    control::{self, ClientError, Operate},
+    control::{self, ClientError, Operate, audited},
+    host::Host,
 };
 use crate::{
     base::ids::Name,
@@ -67,8 +68,10 @@ impl Way {
     }
 
     /// A host of this process.
-    pub(super) fn here(host: Arc<dyn Operate>) -> Self {
-        Self(Kind::Here(control::requests(host)))
+    pub(super) fn here(host: &Arc<Host>) -> Self {
+        let requests = control::requests(Arc::clone(host) as Arc<dyn Operate>);
+        let audit = &host.shared().audit;
+        Self(Kind::Here(audited(requests, "coordinator", audit)))
     }
 
     /// Opens a stream for one request.
@@ -140,9 +143,11 @@ pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
 /// Answers the one request of an operator's link.
-pub(super) async fn serve(node: Arc<dyn Operate>, link: &Link, control: Control) {
+pub(super) async fn serve(host: Arc<Host>, link: &Link, control: Control) {
     let operator = link.peer().name.to_string();
-    answer(control::requests(node), control.into_stream(), operator).await;
+    let audit = Arc::clone(&host.shared().audit);
+    let requests = audited(control::requests(host), &operator, &audit);
+    answer(requests, control.into_stream(), operator).await;
     // Closing at once would throw the answer away; the operator closes when it has read it.
     let _ = tokio::time::timeout(REQUEST_WITHIN, link.closed()).await;
     link.close(Reason::Done, "asked and answered");

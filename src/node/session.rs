@@ -12,7 +12,12 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::{self, Receiver as EventReceiver, Sender as EventSender, UnboundedSender};
 
-use super::{served::Served, writers::Writers};
+use super::{
+    allowance::{OverQuota, Quota},
+    pacing::Pacing,
+    served::Served,
+    writers::Writers,
+};
 use crate::{
     base::{chain::chain, clock::Timestamp, ids::Generation, units::to_u64},
     net::{ControlReceiver, ControlSender, Link, LinkError, LogReceiver, Reason},
@@ -43,11 +48,18 @@ enum Event {
     Lost(String),
 }
 
+/// What one connection may do.
+pub(super) struct Allowance {
+    /// The rate that it keeps with the other connections of its peer.
+    pub(super) pacing: Pacing,
+    pub(super) quota: Quota,
+}
+
 /// Serves one greeted connection until it ends; why the primary ended it, if it did. Answers through `control` from now
 /// on.
 pub(super) async fn serve(
-    served: Arc<Served>,
-    generation: Generation,
+    (served, generation): (Arc<Served>, Generation),
+    Allowance { pacing, quota }: Allowance,
     link: Link,
     sender: ControlSender,
     receiver: ControlReceiver,
@@ -55,7 +67,7 @@ pub(super) async fn serve(
     let (events, inbox) = mpsc::channel(BATCHES);
     let (answers, outbox) = mpsc::unbounded_channel();
     let ears = tokio::spawn(hear(receiver, link.clone(), events.clone()));
-    let logs = tokio::spawn(receive_logs(link.clone(), events.clone()));
+    let logs = tokio::spawn(receive_logs(link.clone(), pacing, events.clone()));
     let mouth = tokio::spawn(speak(sender, outbox));
     let syncer = Syncer::start(events.clone());
     let session = Session {
@@ -65,6 +77,7 @@ pub(super) async fn serve(
         receiver: Receiver::default(),
         ingest: None,
         log: 0,
+        quota,
         writers: Writers::start(),
         syncer,
         compared: None,
@@ -109,12 +122,12 @@ async fn hear(mut receiver: ControlReceiver, link: Link, events: EventSender<Eve
     }
 }
 
-async fn receive_logs(link: Link, events: EventSender<Event>) {
+async fn receive_logs(link: Link, pacing: Pacing, events: EventSender<Event>) {
     while let Ok(log) = link.accept_log().await {
         if events.send(Event::Begin).await.is_err() {
             return;
         }
-        let end = match receive_log(log, &events).await {
+        let end = match receive_log(log, &pacing, &events).await {
             Ok(()) => Event::End,
             Err(error) => Event::Broken(chain(&error)),
         };
@@ -124,10 +137,22 @@ async fn receive_logs(link: Link, events: EventSender<Event>) {
     }
 }
 
-async fn receive_log(mut log: LogReceiver, events: &EventSender<Event>) -> Result<(), LinkError> {
+async fn receive_log(
+    mut log: LogReceiver,
+    pacing: &Pacing,
+    events: &EventSender<Event>,
+) -> Result<(), LinkError> {
     let mut pieces = vec![Bytes::new(); PIECES];
     while let Some(count) = log.read_chunks(&mut pieces).await? {
-        let batch = pieces[..count].iter_mut().map(std::mem::take).collect();
+        let batch: Vec<_> = pieces[..count].iter_mut().map(std::mem::take).collect();
+        // Nothing else waits for it: what is not read fills the stream's window, and then the peer stops sending.
+        let mut left = batch.iter().map(|piece| to_u64(piece.len())).sum();
+        while left > 0 {
+            match pacing.pass(left) {
+                Ok(passed) => left -= passed,
+                Err(wait) => tokio::time::sleep(wait).await,
+            }
+        }
         if events.send(Event::Bytes(batch)).await.is_err() {
             return Ok(());
         }
@@ -204,6 +229,8 @@ enum Trouble {
     Ingest(#[from] IngestError),
     #[error(transparent)]
     Compare(#[from] CompareError),
+    #[error(transparent)]
+    Quota(#[from] OverQuota),
 }
 
 struct Session {
@@ -214,6 +241,7 @@ struct Session {
     ingest: Option<Ingest>,
     /// Counts the logs of this connection.
     log: u64,
+    quota: Quota,
     writers: Writers,
     syncer: Syncer,
     /// The point that is being compared with. No merge goes beyond it, so it is let go of when an epoch was staged.
@@ -233,10 +261,7 @@ impl Session {
             let done: Result<(), Trouble> = match event {
                 Event::Lost(why) => return why,
                 Event::Begin => self.begin().map_err(Trouble::from),
-                Event::Bytes(pieces) => {
-                    let taken = pieces.iter().try_for_each(|piece| self.take(piece));
-                    taken.map_err(Trouble::from)
-                }
+                Event::Bytes(pieces) => pieces.iter().try_for_each(|piece| self.take(piece)),
                 Event::End => {
                     let finished = self.ingest.take().map_or(Ok(()), Ingest::finish);
                     finished.map_err(Trouble::from)
@@ -309,10 +334,11 @@ impl Session {
         Ok(())
     }
 
-    fn take(&mut self, piece: &Bytes) -> Result<(), IngestError> {
+    fn take(&mut self, piece: &Bytes) -> Result<(), Trouble> {
         let Some(ingest) = &mut self.ingest else {
             return Ok(());
         };
+        self.quota.take(to_u64(piece.len()))?;
         let staged = ingest.feed(piece)?;
         while let Some(task) = ingest.write_due() {
             self.writers.run(task);

@@ -97,6 +97,12 @@ pub enum Refusal {
         /// Why not.
         detail: String,
     },
+    /// The peer may not speak for this machine there.
+    #[error("the other host does not allow it: {detail}")]
+    Denied {
+        /// What it does not allow.
+        detail: String,
+    },
     /// The machine's name is taken on the replica by another machine.
     #[error(
         "the replica already holds another machine called {name}: rename one of them with --machine"

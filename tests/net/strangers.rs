@@ -17,11 +17,11 @@ use rustls::{
 };
 use understudy::net::{AcceptError, LinkError, Listener, Protocol, Refusal, RefusedBy};
 
-use super::{Authority, anywhere, listen, now, patiently};
+use super::{Authority, listen, now, patiently};
 
 /// A stranger: a bare quinn endpoint with a TLS configuration of its own.
-struct Stranger {
-    tls: rustls::ClientConfig,
+pub(crate) struct Stranger {
+    pub(crate) tls: rustls::ClientConfig,
 }
 
 impl Stranger {
@@ -40,7 +40,7 @@ impl Stranger {
     }
 
     /// With the certificate of a host folder, or without any.
-    fn new(dir: &Path, certificate: bool, protocol: &[u8]) -> Self {
+    pub(crate) fn new(dir: &Path, certificate: bool, protocol: &[u8]) -> Self {
         let builder = Self::builder(dir);
         let mut tls = if certificate {
             let chain = CertificateDer::from_pem_file(dir.join("host.crt")).unwrap();
@@ -60,11 +60,17 @@ impl Stranger {
         quinn::Endpoint,
         Result<quinn::Connection, quinn::ConnectionError>,
     ) {
-        let endpoint = quinn::Endpoint::client(anywhere()).unwrap();
-        let crypto = QuicClientConfig::try_from(self.tls.clone()).unwrap();
-        let config = quinn::ClientConfig::new(Arc::new(crypto));
-        let connecting = endpoint.connect_with(config, address, "127.0.0.1").unwrap();
+        let endpoint = self.endpoint("127.0.0.1:0");
+        let connecting = endpoint.connect(address, "127.0.0.1").unwrap();
         (endpoint, connecting.await)
+    }
+
+    /// A socket from which it dials as often as it likes.
+    pub(crate) fn endpoint(&self, from: &str) -> quinn::Endpoint {
+        let mut endpoint = quinn::Endpoint::client(from.parse().unwrap()).unwrap();
+        let crypto = QuicClientConfig::try_from(self.tls.clone()).unwrap();
+        endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(crypto)));
+        endpoint
     }
 }
 

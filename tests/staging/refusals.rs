@@ -82,7 +82,11 @@ fn what_does_not_continue_the_replica_is_refused_and_changes_nothing() {
         IngestError::AlreadyComplete(_)
     ));
     check_points(&replica, &model);
-    send(&replica, &log_of(&good, &frames, Epoch(3)).0).unwrap();
+    let log = log_of(&good, &frames, Epoch(3)).0;
+    send(&replica, &log).unwrap();
+    // The same once more, as somebody would who had recorded it.
+    let replayed = send(&replica, &log).unwrap_err();
+    assert!(matches!(replayed, IngestError::Parent { .. }), "{replayed}");
 }
 
 #[test]

@@ -136,6 +136,11 @@ impl Hosts {
         self.port.set(port);
     }
 
+    /// The replica's port; 0 while there is none.
+    pub(crate) fn port(&self) -> u16 {
+        self.port.get()
+    }
+
     /// Starts the primary of [`MACHINE`] with these images.
     pub(crate) fn primary(&self, images: &[&Path], more: &[&str]) -> Node {
         Node::start(&self.primary_command(images, more), Some(self.mount()))
@@ -433,6 +438,14 @@ impl Node {
             assert!(started.elapsed() < PATIENCE, "not logged: {words}");
             std::thread::sleep(LOOK_EVERY);
         }
+    }
+
+    /// The most memory it has held so far, in bytes.
+    pub(crate) fn memory_peak(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.unwrap().trim().strip_suffix(" kB").unwrap();
+        kib.parse::<u64>().unwrap() << 10
     }
 
     /// The process.

@@ -8,6 +8,7 @@
 //! | `POST /v1/jobs/{id}/continue` | its [`JobStatus`], once a manual action is taken as done |
 //! | `POST /v1/plans/check` with a plan's text | what is wrong, a sentence each |
 //! | `POST /v1/plans/run` with a [`PlanRequest`] | the [`JobStatus`] of the job that was begun |
+//! | `POST /v1/reload` | a [`Reloaded`] for each identity, once all are in use |
 
 use std::sync::Arc;
 
@@ -23,6 +24,7 @@ use super::{Coordinator, parse, runner::Running};
 use crate::{
     base::{clock::Timestamp, ids::Name},
     coord::job::{At, Ended, Event, Job, JobId, Kind},
+    net::Reloaded,
     node::{
         control::{ClientError, OperateError, answer, ask},
         operate::Way,
@@ -102,6 +104,7 @@ pub(super) fn requests(coordinator: &Arc<Coordinator>) -> Router {
         .route("/v1/jobs/{id}/continue", post(go_on))
         .route("/v1/plans/check", post(check))
         .route("/v1/plans/run", post(run))
+        .route("/v1/reload", post(reload))
         .with_state(Arc::clone(coordinator))
 }
 
@@ -145,6 +148,15 @@ async fn check(State(coordinator): Front, Json(text): Json<String>) -> Response 
 
 async fn run(State(coordinator): Front, Json(request): Json<PlanRequest>) -> Response {
     answer(move || Ok(status(&*coordinator.run_plan(&request)?))).await
+}
+
+async fn reload(State(coordinator): Front) -> Response {
+    answer(move || coordinator.reload()).await
+}
+
+/// Asks a node to read its identities and the list of revoked certificates again. Only its own socket answers that.
+pub async fn ask_reload(way: impl Into<Way>) -> Result<Vec<Reloaded>, ClientError> {
+    ask(way, "POST", "/v1/reload", &()).await
 }
 
 /// Asks a coordinator for all jobs that are kept, oldest first.

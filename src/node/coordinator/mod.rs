@@ -37,10 +37,11 @@ use tokio::runtime::Handle;
 
 pub use self::api::{
     JobStatus, JobSummary, PlanRequest, ask_cancel_job, ask_check, ask_continue_job, ask_job,
-    ask_jobs, ask_run,
+    ask_jobs, ask_reload, ask_run,
 };
 use self::{journal::Journal, runner::Running};
 use super::{
+    audit::Event,
     control::{self, ClientError, Operate, OperateError, ask_status},
     host::{Host, HostError},
     operate::Way,
@@ -57,7 +58,7 @@ use crate::{
         plan::Plan,
         view::{self, Seen, Sight, View},
     },
-    net::Identity,
+    net::{Identity, Reloaded, Reread},
 };
 
 /// Jobs that have not ended, at most: each has a thread.
@@ -72,6 +73,8 @@ const LOOK_WITHIN: Duration = Duration::from_secs(5);
 pub struct Coordinator {
     host: Arc<Host>,
     ways: BTreeMap<Name, Way>,
+    /// What it operates other hosts as.
+    operator: Option<Identity>,
     journal: Journal,
     clock: Arc<dyn Clock>,
     ids: Arc<dyn Ids>,
@@ -97,18 +100,21 @@ impl Coordinator {
             |identity| identity.name().clone(),
         );
         let mut ways = BTreeMap::new();
+        let mut operator = None;
         if let Some(config) = &shared.config.coordinator {
-            let operator = Identity::load(&config.identity)?;
+            let loaded = Identity::load_with(&config.identity, shared.config.trust())?;
+            let operator = operator.insert(loaded);
             for (name, address) in &config.hosts {
                 let way = Way::to(address.clone(), Some(name.clone()), operator.clone());
                 ways.insert(name.clone(), way);
             }
         }
-        ways.insert(own.clone(), Way::here(Arc::clone(host) as Arc<dyn Operate>));
+        ways.insert(own.clone(), Way::here(host));
         let journal = Journal::new(Arc::clone(&shared.ledger));
         let coordinator = Arc::new(Self {
             host: Arc::clone(host),
             ways,
+            operator,
             clock: Arc::clone(&shared.clock),
             ids: Arc::clone(&shared.ids),
             runtime: shared.runtime.clone(),
@@ -134,7 +140,32 @@ impl Coordinator {
         } else {
             Arc::clone(&self.host) as _
         };
-        control::requests(verbs).merge(api::requests(self))
+        let requests = control::requests(verbs).merge(api::requests(self));
+        control::audited(requests, "socket", &self.host.shared().audit)
+    }
+
+    /// Reads the files of the host's identity and of the coordinator's again, and closes the links of peers that they do
+    /// not accept any more. If one cannot be used nothing changes.
+    fn reload(&self) -> Result<Vec<Reloaded>, OperateError> {
+        let identities = self.host.shared().identity.iter().chain(&self.operator);
+        let reread: Result<Vec<_>, _> = identities.map(Identity::reread).collect();
+        let reread = reread.map_err(|error| {
+            let why = format!("nothing was reloaded: {}", chain(&error));
+            tracing::error!("{why}");
+            OperateError::Failed(why)
+        })?;
+        if reread.is_empty() {
+            let why = "this node has no identity: there is nothing to reload";
+            return Err(OperateError::NotNow(why.into()));
+        }
+        let reloaded: Vec<_> = reread.into_iter().map(Reread::take).collect();
+        for reloaded in &reloaded {
+            tracing::info!("reloaded {reloaded}");
+            self.host.shared().audit.record(&Event::Reloaded {
+                what: reloaded.to_string(),
+            });
+        }
+        Ok(reloaded)
     }
 
     /// Ends what is done for jobs, in the middle of it. They go on when the coordinator starts again.

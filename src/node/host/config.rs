@@ -8,11 +8,16 @@ use std::{
 };
 
 use crate::{
-    base::ids::Name,
+    base::{checksum::Digest, ids::Name},
     delta::policy::Setting,
+    net,
     node::{
-        images::ImageConfig, initial_copy::InitialCopy, policy::Bandwidth, primary::ShowConfig,
-        served::Keeping, sync_flush::SyncOnFlush,
+        images::ImageConfig,
+        initial_copy::InitialCopy,
+        policy::{Bandwidth, Limit},
+        primary::ShowConfig,
+        served::Keeping,
+        sync_flush::SyncOnFlush,
     },
 };
 
@@ -23,6 +28,10 @@ pub struct HostConfig {
     pub store: PathBuf,
     /// Folder of this host's identity. Without it nobody is called, and nobody is listened to.
     pub identity: Option<PathBuf>,
+    /// File of revoked certificates, whose holders are refused.
+    pub crl: Option<PathBuf>,
+    /// The keys that names may have, by their [`net::identity::key_digest`]; any for a name that is not here.
+    pub keys: BTreeMap<Name, Vec<Digest>>,
     /// Where to listen for peers.
     pub listen: Option<SocketAddr>,
     /// The hosts that may feed or claim machines here, by the names in their certificates.
@@ -54,6 +63,8 @@ impl HostConfig {
         Self {
             store,
             identity: None,
+            crl: None,
+            keys: BTreeMap::new(),
             listen: None,
             peers: BTreeMap::new(),
             operators: BTreeSet::new(),
@@ -68,25 +79,64 @@ impl HostConfig {
         }
     }
 
-    /// How a machine replicates when it is written here.
-    pub fn replication_of(&self, machine: &Name) -> &ReplicationConfig {
-        let own = self.machines.get(machine).map(|own| &own.replication);
-        let kept = || self.kept.get(machine).map(|kept| &kept.replication);
-        own.or_else(kept).unwrap_or(&self.replication)
+    /// How a machine replicates when it is written here, to `peer`.
+    pub fn replication_of(&self, machine: &Name, peer: Option<&Name>) -> &ReplicationConfig {
+        if let Some(own) = self.machines.get(machine) {
+            return &own.replication;
+        }
+        let kept = self.kept.get(machine);
+        let kept = kept.or_else(|| self.peer(peer?)?.kept.as_ref());
+        kept.map_or(&self.replication, |kept| &kept.replication)
     }
 
-    /// How a machine's replica is kept here.
-    pub fn keeping_of(&self, machine: &Name) -> &Keeping {
-        let kept = self.kept.get(machine).map(|kept| &kept.keeping);
-        kept.unwrap_or(&self.keeping)
+    /// How a machine's replica is kept here, which `peer` feeds.
+    pub fn keeping_of(&self, machine: &Name, peer: Option<&Name>) -> &Keeping {
+        let kept = self.kept.get(machine);
+        let kept = kept.or_else(|| self.peer(peer?)?.kept.as_ref());
+        kept.map_or(&self.keeping, |kept| &kept.keeping)
+    }
+
+    /// What is said of a peer. Names are compared without regard to case.
+    pub fn peer(&self, name: &Name) -> Option<&PeerConfig> {
+        let same = |known: &Name| known.as_str().eq_ignore_ascii_case(name.as_str());
+        let found = self.peers.iter().find(|(known, _)| same(known));
+        found.map(|(_, peer)| peer)
+    }
+
+    /// Whom an identity of this host believes.
+    pub fn trust(&self) -> net::Trust {
+        net::Trust {
+            crl: self.crl.clone(),
+            keys: self.keys.clone(),
+        }
     }
 }
 
-/// Another host.
+/// Another host, and what it may do here.
 #[derive(Clone, Debug, Default)]
 pub struct PeerConfig {
     /// Where it listens, as `HOST:PORT`: needed to replicate to it.
     pub address: Option<String>,
+    /// The machines that it may begin, feed, claim or hand over; without it all but those of other hosts.
+    pub machines: Option<BTreeSet<Name>>,
+    /// Folder for the replicas of its machines that begin from now on, instead of the host's store.
+    pub store: Option<PathBuf>,
+    /// Bytes that the replicas of its machines may take together, images and delta logs: at it nothing more is taken.
+    pub quota: Option<u64>,
+    /// Bytes per second of delta logs that are taken from it.
+    pub rate: Limit,
+    /// How its machines are kept, and replicate after a failover to here, where nothing is said of themselves.
+    pub kept: Option<KeptConfig>,
+}
+
+impl PeerConfig {
+    /// A host that listens on `address`, as `HOST:PORT`, and may what is not denied to peers.
+    pub fn at(address: String) -> Self {
+        Self {
+            address: Some(address),
+            ..Self::default()
+        }
+    }
 }
 
 /// Other hosts to coordinate.

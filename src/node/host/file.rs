@@ -3,11 +3,21 @@
 //! ```toml
 //! store    = "/var/lib/understudy"      # records, tracking, replicas
 //! identity = "/etc/understudy/host-a"   # this host's certificate and key
+//! crl      = "/etc/understudy/ca.crl"   # revoked certificates; `understudy reload` reads it and the identity again
 //! listen   = "0.0.0.0:7171"
 //! bandwidth = "50M"                     # bytes per second that all machines together may send
 //!
 //! [peers.host-b]                        # the only hosts that are let in
 //! address = "host-b.example:7171"       # where it listens, to replicate to it
+//!
+//! machines  = ["mail"]                  # that it may feed; without it all but those of other hosts
+//! store     = "/srv/host-b"             # where their replicas lie, instead of below `store`
+//! quota     = "2T"                      # that they may take together
+//! rate      = "100M"                    # bytes per second that are taken from it
+//! group     = "gold"                    # how they are kept, unless [replicas.machines] says more
+//!
+//! [keys]                                # who has one of these names must hold one of its keys
+//! host-b = ["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"]    # as `pki issue` says
 //!
 //! # operators = ["coord"]               # identities that may operate this host over the network
 //!
@@ -62,7 +72,7 @@ use super::{
     policy::{GroupTable, KeptTable, Policies, Replicating, Retaining, WindowTable, bandwidth},
 };
 use crate::{
-    base::{ids::Name, units::parse_size},
+    base::{checksum::Digest, ids::Name, units::parse_size},
     delta::policy::Setting,
     disk::image::Format,
     net,
@@ -116,6 +126,9 @@ pub enum ConfigError {
 struct HostTable {
     store: PathBuf,
     identity: Option<PathBuf>,
+    crl: Option<PathBuf>,
+    #[serde(default)]
+    keys: BTreeMap<Name, Vec<String>>,
     listen: Option<SocketAddr>,
     #[serde(default, deserialize_with = "interval")]
     interval: Option<Duration>,
@@ -167,6 +180,13 @@ struct CoordinatorTable {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct PeerTable {
     address: Option<String>,
+    machines: Option<BTreeSet<Name>>,
+    store: Option<PathBuf>,
+    #[serde(default, deserialize_with = "size")]
+    quota: Option<u64>,
+    #[serde(default, deserialize_with = "text")]
+    rate: Option<Limit>,
+    group: Option<Name>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -230,6 +250,10 @@ impl HostTable {
             let why = "needed to listen and to call peers: there is no link without certificates";
             return Err(("identity".into(), why.into()));
         }
+        if self.crl.is_some() && self.identity.is_none() && self.coordinator.is_none() {
+            let why = "without an identity nobody is let in or called";
+            return Err(("crl".into(), why.into()));
+        }
         let both = |operator: &&Name| {
             let mut peers = self.peers.keys();
             peers.any(|peer| peer.as_str().eq_ignore_ascii_case(operator.as_str()))
@@ -250,7 +274,11 @@ impl HostTable {
         let policies = Policies::new(replicating, keeping.clone(), self.groups)?;
         let peers = self.peers.into_iter();
         let peers = peers
-            .map(|(name, peer)| Ok((name.clone(), peer.config(&name)?)))
+            .map(|(name, peer)| {
+                let within = |(key, why): Wrong| (format!("peers.{name}.{key}"), why);
+                let peer = peer.config(from, &policies).map_err(within)?;
+                Ok((name, peer))
+            })
             .collect::<Result<BTreeMap<_, _>, Wrong>>()?;
         let (mut machines, mut replications) = (BTreeMap::new(), BTreeMap::new());
         for (name, machine) in self.machines {
@@ -270,6 +298,8 @@ impl HostTable {
         Ok(HostConfig {
             store: from.join(self.store),
             identity: self.identity.map(|identity| from.join(identity)),
+            crl: self.crl.map(|crl| from.join(crl)),
+            keys: keys(self.keys)?,
             listen: self.listen,
             peers,
             operators: self.operators,
@@ -288,6 +318,23 @@ impl HostTable {
     }
 }
 
+/// Reads `[keys]`.
+fn keys(table: BTreeMap<Name, Vec<String>>) -> Result<BTreeMap<Name, Vec<Digest>>, Wrong> {
+    let key = |name: &Name, text: String| {
+        let wrong =
+            || format!("{text:?} is not the SHA-256 of a public key: 64 hexadecimal digits");
+        text.parse().map_err(|_| (format!("keys.{name}"), wrong()))
+    };
+    let named = table.into_iter().map(|(name, texts)| {
+        if texts.is_empty() {
+            return Err((format!("keys.{name}"), "no key would be let in".into()));
+        }
+        let keys: Result<Vec<_>, Wrong> = texts.into_iter().map(|text| key(&name, text)).collect();
+        Ok((name, keys?))
+    });
+    named.collect()
+}
+
 impl CoordinatorTable {
     fn config(self, from: &Path) -> Result<CoordinatorConfig, Wrong> {
         for (name, address) in &self.hosts {
@@ -302,13 +349,17 @@ impl CoordinatorTable {
 }
 
 impl PeerTable {
-    fn config(self, name: &Name) -> Result<PeerConfig, Wrong> {
+    fn config(self, from: &Path, policies: &Policies) -> Result<PeerConfig, Wrong> {
         if let Some(address) = &self.address {
-            net::host_of(address)
-                .map_err(|error| (format!("peers.{name}.address"), error.to_string()))?;
+            net::host_of(address).map_err(|error| ("address".into(), error.to_string()))?;
         }
         Ok(PeerConfig {
             address: self.address,
+            machines: self.machines,
+            store: self.store.map(|store| from.join(store)),
+            quota: self.quota,
+            rate: self.rate.unwrap_or_default(),
+            kept: self.group.map(|group| policies.group(group)).transpose()?,
         })
     }
 }
@@ -531,17 +582,17 @@ mod tests {
     fn machines_inherit_from_their_group_and_it_from_the_host() {
         let host = parsed(GROUPS).unwrap();
         let name = |text: &str| Name::new(text).unwrap();
-        let millis = |text: &str| host.replication_of(&name(text)).interval.as_millis();
+        let millis = |text: &str| host.replication_of(&name(text), None).interval.as_millis();
         assert_eq!(millis("web"), 100, "its own");
         assert_eq!(millis("mail"), 500, "its group's, once it came to here");
         assert_eq!(millis("db"), 2000, "the host's, through a silent group");
         assert_eq!(millis("lone"), 2000);
         assert_eq!(millis("stranger"), 2000);
-        let sync = |text: &str| host.replication_of(&name(text)).sync_on_flush;
+        let sync = |text: &str| host.replication_of(&name(text), None).sync_on_flush;
         assert_eq!(sync("web"), Some(SyncOnFlush::Strict));
         assert_eq!(sync("db"), None);
         let kept = |text: &str| {
-            let keeping = host.keeping_of(&name(text));
+            let keeping = host.keeping_of(&name(text), None);
             let Retention { newest, hourly } = keeping.retention;
             assert_eq!(keeping.format, Some(Format::Raw));
             (newest, hourly, keeping.space_max)
@@ -568,6 +619,45 @@ mod tests {
                 "replica of web: the latest point, the 9 newest beside it, 2 hourly ones, in 1.00 GiB at most, as raw",
             ]
         );
+    }
+
+    #[test]
+    fn a_peer_may_what_its_entry_says() {
+        let key = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+        let more = format!(
+            "[peers.b]\nmachines = [\"mail\"]\nstore = \"b\"\nquota = \"2G\"\nrate = \"1M\"\ngroup = \"gold\"\n\
+             [keys]\nb = [\"{key}\"]"
+        );
+        let host = parsed(&GROUPS.replacen("[peers.b]", &more, 1)).unwrap();
+        let name = |text: &str| Name::new(text).unwrap();
+        let b = host.peer(&name("B")).unwrap();
+        assert_eq!(b.machines, Some([name("mail")].into()));
+        assert_eq!(b.store.as_deref(), Some(Path::new("/etc/understudy/b")));
+        assert_eq!((b.quota, b.rate), (Some(2 << 30), Limit(Some(1 << 20))));
+        assert_eq!(host.keys[&name("b")][0].to_string(), key);
+        let newest = |machine: &str| {
+            let keeping = host.keeping_of(&name(machine), Some(&name("b")));
+            keeping.retention.newest
+        };
+        assert_eq!(newest("stranger"), 7, "its peer's group");
+        assert_eq!(newest("web"), 9, "its own");
+        let replication = host.replication_of(&name("stranger"), Some(&name("b")));
+        assert_eq!(replication.sync_on_flush, Some(SyncOnFlush::Strict));
+        for (was, is, said) in [
+            ("\"2G\"", "\"much\"", "quota"),
+            ("\"1M\"", "\"1K\"", "is not between"),
+            (
+                "group = \"gold\"\n[keys]",
+                "group = \"tin\"\n[keys]",
+                "peers.b.group",
+            ),
+            (key, "9f86", "keys.b"),
+            ("[\"9f", "[] #", "keys.b"),
+        ] {
+            let text = GROUPS.replacen("[peers.b]", &more.replacen(was, is, 1), 1);
+            let why = parsed(&text).map(|_| ()).unwrap_err();
+            assert!(why.contains(said), "{is}: {why}");
+        }
     }
 
     #[test]

@@ -29,6 +29,7 @@ use crate::{
     coord::role::{Answer, Event, Part, Step},
     disk::Access,
     node::{
+        audit,
         call::{self, CallError, Callee},
         control::OperateError,
         images::ImageConfig,
@@ -95,7 +96,12 @@ pub(in crate::node) struct Member {
 
 impl Member {
     pub(super) fn new(shared: Arc<Shared>, name: Name, record: Record) -> Arc<Self> {
-        let places = Places(shared.folder.path().join(name.as_str()));
+        let store = record.store.as_deref();
+        let places = Places(
+            store
+                .unwrap_or_else(|| shared.folder.path())
+                .join(name.as_str()),
+        );
         Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             name,
@@ -164,9 +170,22 @@ impl Member {
             }
         })?;
         if step.next != before {
+            self.shared.audit.record(&audit::Event::Role {
+                machine: self.name.clone(),
+                generation: step.next.generation,
+                was: before.describe().into(),
+                is: step.next.describe().into(),
+            });
             tracing::info!(machine = %self.name, was = before.describe(), is = step.next.describe(), generation = %step.next.generation, "role");
         }
         Ok(step)
+    }
+
+    /// Whether it is a replica that this peer feeds.
+    pub(super) fn is_of(&self, peer: &Name) -> bool {
+        let record = self.record.lock();
+        let same = |known: &Name| known.as_str().eq_ignore_ascii_case(peer.as_str());
+        record.peer.as_ref().is_some_and(same) && matches!(record.role.part, Part::Replica { .. })
     }
 
     /// Whether a peer may speak for the machine.
@@ -217,13 +236,15 @@ impl Member {
     }
 
     pub(super) fn replication(&self) -> ReplicationConfig {
-        self.shared.config.replication_of(&self.name).clone()
+        let peer = self.record.lock().peer.clone();
+        let config = &self.shared.config;
+        config.replication_of(&self.name, peer.as_ref()).clone()
     }
 
     /// The other host, if it can be called.
     pub(super) fn callee(&self) -> Option<Callee> {
         let peer = self.record.lock().peer.clone()?;
-        let address = self.shared.config.peers.get(&peer)?.address.clone()?;
+        let address = self.shared.config.peer(&peer)?.address.clone()?;
         Some(Callee {
             address,
             name: Some(peer),

@@ -26,7 +26,7 @@ use crate::{
     },
     replica::{Head, ImageStatus, image_name},
     shim::{Refusal, Unmount, Writability},
-    storage::{Folder, placed::PlacedFolder},
+    storage::{Folder, file::FileFolder, placed::PlacedFolder},
     track::state::StateDir,
     volume,
 };
@@ -209,8 +209,11 @@ impl Member {
     /// Opens the replica of the machine, with configured images in their places.
     pub(super) fn open_replica(&self, record: &Record) -> Result<Arc<Served>, StartError> {
         let shared = &self.shared;
-        let folder = shared
-            .folder
+        let store = match &record.store {
+            Some(store) => &FileFolder::open(store).map_err(StartError::other)?,
+            None => &shared.folder,
+        };
+        let folder = store
             .folder(self.name.as_str())
             .map_err(StartError::other)?;
         let folder: Arc<dyn Folder> = match shared.config.machines.get(&self.name) {
@@ -237,7 +240,10 @@ impl Member {
             ledger: Arc::clone(&shared.ledger),
             ids: Arc::clone(&shared.ids),
             clock: Arc::clone(&shared.clock),
-            keeping: shared.config.keeping_of(&self.name).clone(),
+            keeping: shared
+                .config
+                .keeping_of(&self.name, record.peer.as_ref())
+                .clone(),
             locks,
             held: record.layers.map(|layers| layers.point.epoch),
         };

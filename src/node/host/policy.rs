@@ -206,6 +206,17 @@ impl Policies {
         Ok(own.or(above).config(group, bandwidth))
     }
 
+    /// What the machines of a peer inherit that belongs to a group.
+    pub(super) fn group(&self, group: Name) -> Result<KeptConfig, Wrong> {
+        let (_, keeping) = self.above(Some(&group))?;
+        let keeping = keeping.clone();
+        let replication = self.of(Some(group), Replicating::default(), Bandwidth::default())?;
+        Ok(KeptConfig {
+            keeping,
+            replication,
+        })
+    }
+
     /// How the replicas of machines are kept that are named, or that belong to a group. `machines` replicate from here.
     pub(super) fn kept(
         &self,

@@ -37,6 +37,10 @@ pub(super) struct Record {
     /// When the initial copy begins. Nothing if that is at once, or if nobody asked for one in this part.
     #[serde(default)]
     pub(super) initial_copy: Option<CopyDue>,
+    /// The folder that its own folder is in, if not the host's store. Where a replica lies does not change with the
+    /// configuration.
+    #[serde(default)]
+    pub(super) store: Option<PathBuf>,
 }
 
 /// When an initial copy begins.
@@ -107,6 +111,7 @@ impl Record {
             adoption: None,
             suspended: None,
             initial_copy: None,
+            store: None,
         }
     }
 

@@ -45,10 +45,15 @@ impl Direct {
             .custom_flags((OFlag::O_DIRECT | OFlag::O_NOFOLLOW).bits())
             .open(path)
             .ok()?;
-        Some(Self {
+        Some(Self::new(file))
+    }
+
+    /// A file that was opened with `O_DIRECT`.
+    pub(super) fn new(file: File) -> Self {
+        Self {
             file,
             refused: AtomicBool::new(false),
-        })
+        }
     }
 
     /// Writes as much of the start of `buf` as can be written directly, and says how much that is; the rest is for the

@@ -11,16 +11,22 @@ mod syncs;
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use nix::{
+    dir::Dir,
     errno::Errno,
-    fcntl::{FallocateFlags, OFlag, PosixFadviseAdvice, fallocate, posix_fadvise},
-    sys::uio::pwrite,
-    unistd::{Whence, lseek64},
+    fcntl::{
+        FallocateFlags, OFlag, PosixFadviseAdvice, fallocate, openat, posix_fadvise, renameat,
+    },
+    sys::{
+        stat::{Mode, mkdirat},
+        uio::pwrite,
+    },
+    unistd::{UnlinkatFlags, Whence, lseek64, unlinkat},
 };
 
 use self::{direct::Direct, syncs::Syncs};
@@ -92,6 +98,15 @@ impl FileStorage {
 
     /// `path` is looked at only to write.
     fn new(file: File, path: &Path, write: bool) -> io::Result<Self> {
+        let again = |flags: OFlag| {
+            let mut options = fs::OpenOptions::new();
+            options.write(true).custom_flags(flags.bits()).open(path)
+        };
+        Self::wrap(file, write.then_some(&again))
+    }
+
+    /// `again` opens the same file with further flags, to write.
+    fn wrap(file: File, again: Option<&impl Fn(OFlag) -> io::Result<File>>) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(io::Error::new(
@@ -99,14 +114,15 @@ impl FileStorage {
                 "neither a file nor a block device",
             ));
         }
-        let durable = write
-            .then(|| {
-                fs::OpenOptions::new()
-                    .write(true)
-                    .custom_flags(OFlag::O_DSYNC.bits())
-                    .open(path)
-            })
-            .transpose()?;
+        let durable = again.map(|again| again(OFlag::O_DSYNC)).transpose()?;
+        if durable
+            .as_ref()
+            .is_some_and(|durable| !is_same(durable, &file))
+        {
+            return Err(io::Error::other(
+                "another file took its name while it was opened",
+            ));
+        }
         Ok(Self {
             file,
             durable,
@@ -230,10 +246,13 @@ impl Storage for FileStorage {
     }
 }
 
-/// A folder of the host's file system.
+/// A folder of the host's file system: the directory that it was opened as, whatever becomes of its path. Files and folders
+/// in it are found by that directory and one name, and links are not followed: nothing that is put into a store while it is
+/// in use leads a write out of it.
 #[derive(Debug)]
 pub struct FileFolder {
     path: PathBuf,
+    dir: File,
 }
 
 impl FileFolder {
@@ -242,6 +261,7 @@ impl FileFolder {
         fs::create_dir_all(path)?;
         Ok(Self {
             path: path.to_owned(),
+            dir: File::open(path)?,
         })
     }
 
@@ -250,64 +270,84 @@ impl FileFolder {
         &self.path
     }
 
-    fn entry(&self, name: &str) -> io::Result<PathBuf> {
-        check_component(name)?;
-        Ok(self.path.join(name))
+    fn open_file(&self, name: &str, flags: OFlag) -> io::Result<File> {
+        let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let opened = openat(&self.dir, name, flags, Mode::from_bits_truncate(0o666));
+        Ok(opened?.into())
     }
 }
 
 impl Folder for FileFolder {
     fn open(&self, name: &str, how: Open) -> io::Result<Arc<dyn Storage>> {
-        let path = self.entry(name)?;
-        let nofollow = OFlag::O_NOFOLLOW.bits();
-        let mut options = fs::OpenOptions::new();
-        options
-            .read(true)
-            .write(how != Open::Read)
-            .custom_flags(nofollow);
-        match how {
-            Open::Read | Open::Write | Open::WriteAside => {}
-            Open::CreateNew => {
-                options.create_new(true);
-            }
-            Open::Create => {
-                options.create(true).truncate(false);
-            }
-        }
-        let file = options.open(&path)?;
-        let storage = FileStorage::new(file, &path, how != Open::Read)?;
+        check_component(name)?;
+        let flags = match how {
+            Open::Read => OFlag::O_RDONLY,
+            Open::Write | Open::WriteAside => OFlag::O_RDWR,
+            Open::CreateNew => OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL,
+            Open::Create => OFlag::O_RDWR | OFlag::O_CREAT,
+        };
+        let file = self.open_file(name, flags)?;
+        let again = |flags: OFlag| self.open_file(name, OFlag::O_WRONLY | flags);
+        let storage = FileStorage::wrap(file, (how != Open::Read).then_some(&again))?;
         Ok(Arc::new(match how {
-            Open::WriteAside => storage.written_aside(&path),
+            Open::WriteAside => {
+                let direct = again(OFlag::O_DIRECT).ok();
+                let direct = direct.filter(|direct| is_same(direct, &storage.file));
+                FileStorage {
+                    direct: direct.map(Direct::new),
+                    ..storage
+                }
+            }
             _ => storage,
         }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        fs::rename(self.entry(from)?, self.entry(to)?)
+        check_component(from)?;
+        check_component(to)?;
+        Ok(renameat(&self.dir, from, &self.dir, to)?)
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        fs::remove_file(self.entry(name)?)
+        check_component(name)?;
+        Ok(unlinkat(&self.dir, name, UnlinkatFlags::NoRemoveDir)?)
     }
 
     fn names(&self) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
-        for entry in fs::read_dir(&self.path)? {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        for entry in Dir::openat(&self.dir, ".", flags, Mode::empty())?.iter() {
             // A name that is not UTF-8 is none of ours.
-            if let Ok(name) = entry?.file_name().into_string() {
-                names.push(name);
+            if let Ok(name) = entry?.file_name().to_str()
+                && name != "."
+                && name != ".."
+            {
+                names.push(name.to_owned());
             }
         }
         Ok(names)
     }
 
     fn folder(&self, name: &str) -> io::Result<Arc<dyn Folder>> {
-        Ok(Arc::new(Self::open(&self.entry(name)?)?))
+        check_component(name)?;
+        match mkdirat(&self.dir, name, Mode::from_bits_truncate(0o777)) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let dir = self.open_file(name, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+        let path = self.path.join(name);
+        Ok(Arc::new(Self { path, dir }))
     }
 
     fn sync(&self) -> io::Result<()> {
-        File::open(&self.path)?.sync_all()
+        self.dir.sync_all()
     }
+}
+
+/// Whether two descriptors are of one file.
+fn is_same(one: &File, other: &File) -> bool {
+    let id = |file: &File| file.metadata().map(|about| (about.dev(), about.ino())).ok();
+    id(one).is_some() && id(one) == id(other)
 }
 
 fn signed(offset: u64) -> i64 {
@@ -360,5 +400,39 @@ mod tests {
             folder.open("link", Open::Read).is_err(),
             "links are not followed"
         );
+    }
+
+    /// Whoever can write to a store must not make the program write elsewhere.
+    #[test]
+    fn links_that_are_put_into_a_folder_in_use_lead_nowhere() {
+        use std::os::unix::fs::symlink;
+        let dir = tempfile::tempdir().unwrap();
+        let (store, victim) = (dir.path().join("store"), dir.path().join("victim"));
+        fs::create_dir(&victim).unwrap();
+        let names = || fs::read_dir(&victim).unwrap().count();
+        let root = FileFolder::open(&store).unwrap();
+        let machine = root.folder("vm").unwrap();
+        machine.open("1.part", Open::CreateNew).unwrap();
+
+        // The folder is swapped for a link: what is open goes on in the old one.
+        fs::rename(store.join("vm"), store.join("gone")).unwrap();
+        symlink(&victim, store.join("vm")).unwrap();
+        let log = machine.open("2.part", Open::CreateNew).unwrap();
+        log.write_at(0, b"x", Fua::Yes).unwrap();
+        machine.rename("2.part", "2.hrl").unwrap();
+        machine.remove("1.part").unwrap();
+        machine.sync().unwrap();
+        assert_eq!(machine.names().unwrap(), ["2.hrl"]);
+        assert!(store.join("gone/2.hrl").exists());
+        assert!(root.folder("vm").is_err(), "a link is no folder");
+        assert_eq!(names(), 0);
+
+        // A file is swapped for a link, to be written to or to be made.
+        for how in [Open::Write, Open::WriteAside, Open::Create, Open::CreateNew] {
+            let _ = fs::remove_file(store.join("gone/3.hrl"));
+            symlink(victim.join("3.hrl"), store.join("gone/3.hrl")).unwrap();
+            assert!(machine.open("3.hrl", how).is_err(), "{how:?}");
+        }
+        assert_eq!(names(), 0);
     }
 }
