@@ -28,6 +28,12 @@ impl Contents {
         Self(sectors.into_iter().take(disks).collect())
     }
 
+    /// Write `number` went to `run` of a disk.
+    pub(super) fn write(&mut self, disk: usize, run: Extent, number: u32) {
+        let sectors = to_usize(run.offset / SECTOR_BYTES)..to_usize(run.end() / SECTOR_BYTES);
+        self.0[disk][sectors].fill(number);
+    }
+
     /// What the disks read as.
     pub(super) fn read(disks: &[Arc<dyn Disk>]) -> Result<Self, String> {
         let mut contents = Self::blank(disks.len());

@@ -5,6 +5,7 @@
 //! kind of file fails, a write torn; a sync fails; no space is left.
 
 use std::{
+    collections::BTreeMap,
     io,
     sync::{Arc, Weak},
 };
@@ -17,6 +18,7 @@ use crate::{
         Folder, Fua, Open, Space, Storage,
         memory::{MemoryFolder, Power},
     },
+    volume::ImageStamp,
 };
 
 /// Files that fail apart from each other.
@@ -25,6 +27,7 @@ pub(super) enum Kind {
     Ledger,
     Image,
     Log,
+    Layer,
     Tracking,
 }
 
@@ -183,6 +186,14 @@ pub(super) struct MediumFolder {
     inner: Arc<MemoryFolder>,
     /// What its files are, if they are all alike.
     kind: Option<Kind>,
+    /// Identity and changes of each file, by its name: what a file system says of who wrote it.
+    files: Arc<Mutex<BTreeMap<String, Written>>>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Written {
+    inode: u64,
+    changes: i64,
 }
 
 impl MediumFolder {
@@ -192,6 +203,18 @@ impl MediumFolder {
             medium: Arc::clone(medium),
             inner: MemoryFolder::new(&medium.power),
             kind,
+            files: Arc::default(),
+        })
+    }
+
+    /// What tells that somebody else wrote the file `name`.
+    pub(super) fn stamp(&self, name: &str) -> io::Result<ImageStamp> {
+        let bytes = self.inner.open(name, Open::Read)?.len()?;
+        let written = self.files.lock().get(name).copied().unwrap_or_default();
+        Ok(ImageStamp {
+            inode: written.inode,
+            bytes,
+            modified: (written.changes, 0),
         })
     }
 }
@@ -208,8 +231,17 @@ impl Folder for MediumFolder {
             self.medium.read(kind)?;
         }
         let inner = self.inner.open(name, how)?;
+        if !there {
+            let written = Written {
+                inode: self.medium.calls(),
+                changes: 0,
+            };
+            self.files.lock().insert(name.to_owned(), written);
+        }
         Ok(Arc::new(MediumFile {
             medium: Arc::clone(&self.medium),
+            files: Arc::clone(&self.files),
+            name: name.to_owned(),
             inner,
             kind,
         }))
@@ -252,8 +284,18 @@ impl Folder for MediumFolder {
 #[derive(Debug)]
 struct MediumFile {
     medium: Arc<Medium>,
+    files: Arc<Mutex<BTreeMap<String, Written>>>,
+    name: String,
     inner: Arc<dyn Storage>,
     kind: Kind,
+}
+
+impl MediumFile {
+    fn changed(&self) {
+        if let Some(written) = self.files.lock().get_mut(&self.name) {
+            written.changes += 1;
+        }
+    }
 }
 
 impl Storage for MediumFile {
@@ -269,6 +311,7 @@ impl Storage for MediumFile {
 
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
         let fails = self.medium.change(self.kind, Some(Fault::Write))?;
+        self.changed();
         if !fails {
             return self.inner.write_at(offset, buf, fua);
         }
@@ -287,6 +330,7 @@ impl Storage for MediumFile {
         if fails {
             return Err(broken("zero"));
         }
+        self.changed();
         self.inner.zero(run, space)
     }
 
@@ -300,6 +344,7 @@ impl Storage for MediumFile {
         if fails {
             return Err(broken("set length"));
         }
+        self.changed();
         self.inner.set_len(len)
     }
 

@@ -22,9 +22,14 @@ mod host;
 mod medium;
 mod network;
 mod oracle;
+mod peers;
 mod random;
+mod record;
+mod serving;
 mod session;
 mod setup;
+mod truth;
+mod verbs;
 mod world;
 
 use std::{fmt, time::Duration};
@@ -54,6 +59,22 @@ pub struct Report {
     pub faults: u64,
     /// Recovery points that were read and compared as a whole.
     pub views: u64,
+    /// Rescue points that were compared with what the former primary had.
+    pub rescues: u64,
+    /// Test failovers.
+    pub tests: u64,
+    /// Planned failovers that came to their end.
+    pub planned: u64,
+    /// Unplanned failovers.
+    pub failovers: u64,
+    /// Of these, committed.
+    pub commits: u64,
+    /// And cancelled.
+    pub cancels: u64,
+    /// Former primaries that became replicas on their own images.
+    pub reversals: u64,
+    /// Split brains, counted on each host.
+    pub splits: u64,
 }
 
 impl Report {
@@ -69,6 +90,14 @@ impl Report {
         self.links_lost += other.links_lost;
         self.faults += other.faults;
         self.views += other.views;
+        self.rescues += other.rescues;
+        self.tests += other.tests;
+        self.planned += other.planned;
+        self.failovers += other.failovers;
+        self.commits += other.commits;
+        self.cancels += other.cancels;
+        self.reversals += other.reversals;
+        self.splits += other.splits;
     }
 }
 
