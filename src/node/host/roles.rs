@@ -165,6 +165,7 @@ impl Member {
         let point = choose(&served.store, self.name(), wanted)?;
         // Nothing arrives any more from whoever fed it, before the promotion is durable.
         let over = served.end_session("this host takes over");
+        self.clear_for_promotion(&record)?;
         let event = Event::Promote {
             expected: record.role.generation,
             point: point.lineage,
@@ -193,7 +194,8 @@ impl Member {
         head: Lineage,
     ) -> Result<Generation, OperateError> {
         let _turn = self.turn();
-        let role = self.record().role;
+        let record = self.record();
+        let role = record.role;
         let asked_again = role.born == Some(head)
             && from.number.checked_add(1) == Some(role.generation.number)
             && role.part == Part::Primary;
@@ -202,6 +204,7 @@ impl Member {
         }
         let served = self.replica()?;
         let over = served.end_session("the primary hands over");
+        self.clear_for_promotion(&record)?;
         let ours = match served.store.head() {
             Head::Complete(lineage) => Some(lineage),
             _ => None,
