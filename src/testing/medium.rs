@@ -32,7 +32,8 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    fn of(folder: Option<Self>, name: &str) -> Self {
+    /// What a file is, in a folder whose files are all of one kind if that is given.
+    pub(super) fn of(folder: Option<Self>, name: &str) -> Self {
         let log = [".hrl", ".part"].iter().any(|end| name.ends_with(end));
         match folder {
             Some(kind) => kind,
@@ -59,7 +60,7 @@ struct State {
     dies_at: Option<u64>,
     /// The fault that waits for its call, and how many such calls go well before.
     fault: Option<(Kind, Fault, u64)>,
-    /// Delta logs find no space.
+    /// Delta logs and layers find no space.
     full: bool,
     /// Syncs of delta logs are answered and not made.
     forgets_logs: bool,
@@ -155,7 +156,8 @@ impl Medium {
             return Err(dead());
         }
         state.calls += 1;
-        if state.full && kind == Kind::Log && fault == Some(Fault::Write) {
+        let grows = matches!(kind, Kind::Log | Kind::Layer);
+        if state.full && grows && fault == Some(Fault::Write) {
             return Err(io::ErrorKind::StorageFull.into());
         }
         Ok(fault.is_some_and(|fault| state.due(kind, fault)))
@@ -205,6 +207,15 @@ impl MediumFolder {
             kind,
             files: Arc::default(),
         })
+    }
+
+    /// Flips a bit of a file, as a disk does that forgets.
+    pub(super) fn flip(&self, name: &str, at: u64) -> io::Result<()> {
+        let file = self.inner.open(name, Open::Write)?;
+        let (at, bit) = (at / 8 % file.len()?.max(1), at % 8);
+        let mut byte = [0];
+        file.read_at(at, &mut byte)?;
+        file.write_at(at, &[byte[0] ^ (1 << bit)], Fua::Yes)
     }
 
     /// What tells that somebody else wrote the file `name`.

@@ -276,10 +276,9 @@ impl Oracle {
     ) -> Result<(), Broken> {
         let (known, peer) = (&self.hosts[host], &self.hosts[1 - host]);
         let follows = |role: RoleState| known.role.is_some_and(|own| role.follows(own.generation));
-        // A former primary holds what it held, until something has arrived there.
-        let kept = peer.kept.as_ref().filter(|kept| {
-            kept.lineage == lineage && peer.said.is_none() && peer.role.is_some_and(follows)
-        });
+        // At that point a former primary holds what it held, not what the machine did.
+        let kept = (peer.kept.as_ref())
+            .filter(|kept| kept.lineage == lineage && peer.role.is_some_and(follows));
         let point = match kept {
             Some(kept) if !kept.truth.is_sure() => return Ok(()),
             Some(kept) => Some(&kept.truth.now),

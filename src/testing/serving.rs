@@ -72,10 +72,7 @@ impl Serving {
         if let (Some(below), Some(layers)) = (&below, record.layers)
             && machine.lineage().is_none()
         {
-            let mut later = below.extents_after(layers.point.epoch).map_err(told)?;
-            if host.setup.has(Bug::RollbackForgotten) {
-                later.clear();
-            }
+            let later = below.extents_after(layers.point.epoch).map_err(told)?;
             machine.continue_from(layers.point, &later).map_err(told)?;
         }
         Ok(Self {

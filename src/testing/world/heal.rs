@@ -47,7 +47,8 @@ impl World {
             self.deliver_back()?;
             self.clock.advance(Duration::from_millis(100));
             if let Some((host, head)) = self.in_step() {
-                return self.compare_all(host, head);
+                self.compare_all(host, head)?;
+                return self.rot(host, head);
             }
             if round % LOOK_EVERY == 0 {
                 self.look_after()?;
@@ -93,6 +94,13 @@ impl World {
             Part::Split { .. } => {
                 let lost = self.hosts[host].reverse(Unmount::Detach);
                 self.allow(host, "losing", lost).map(|_| ())
+            }
+            // The failover that it was to hand over to was cancelled: it takes the machine back.
+            Part::SteppedDown { .. }
+                if role.claim.is_none()
+                    && matches!(theirs, Some(Part::Replica { abandoned: true })) =>
+            {
+                self.cancel(host, Unmount::Detach)
             }
             Part::Fenced { .. } if active => {
                 let reversed = self.hosts[host].reverse(Unmount::Detach);

@@ -5,6 +5,7 @@ mod guest;
 mod heal;
 mod look;
 mod operator;
+mod rot;
 mod talk;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
@@ -292,7 +293,10 @@ impl World {
         let serves = self.hosts[host].serving().is_some();
         self.troubled[host] = true;
         self.report.faults += 1;
-        if !serves && self.random.percent(30) {
+        let layered = self.hosts[host]
+            .record()
+            .is_some_and(|record| record.layers.is_some());
+        if (!serves || layered) && self.random.percent(30) {
             let full = self.random.percent(60);
             medium.set_full(full);
             self.note(&format!("the disk of host {host} is full: {full}"));

@@ -108,7 +108,7 @@ impl World {
         Some(self.random.pick(&points).lineage.epoch)
     }
 
-    fn cancel(&mut self, host: usize, how: Unmount) -> Checked {
+    pub(super) fn cancel(&mut self, host: usize, how: Unmount) -> Checked {
         match self.hosts[host].role().map(|role| role.part) {
             Some(Part::SteppedDown { .. }) => {
                 let reclaimed = self.hosts[host].reclaim();
