@@ -14,6 +14,8 @@ use crate::{
 /// Bytes of the simulated disks: more than one region, ends that are no block's.
 pub(super) const SIZES: [u64; 2] = [(2 << 20) + 2560, (1 << 20) + 512];
 
+/// The number of a sector that holds what nobody wrote there.
+const DAMAGED: u32 = u32::MAX;
 const SECTOR: usize = to_usize(SECTOR_BYTES);
 const WORD: usize = 8;
 
@@ -28,8 +30,28 @@ impl Contents {
         Self(sectors.into_iter().take(disks).collect())
     }
 
+    /// Write `number` went to `run` of a disk.
+    pub(super) fn write(&mut self, disk: usize, run: Extent, number: u32) {
+        let sectors = to_usize(run.offset / SECTOR_BYTES)..to_usize(run.end() / SECTOR_BYTES);
+        self.0[disk][sectors].fill(number);
+    }
+
     /// What the disks read as.
     pub(super) fn read(disks: &[Arc<dyn Disk>]) -> Result<Self, String> {
+        Self::read_as(disks, decode)
+    }
+
+    /// The same, right or wrong.
+    pub(super) fn look(disks: &[Arc<dyn Disk>]) -> Result<Self, String> {
+        Self::read_as(disks, |disk, sector, bytes| {
+            Ok(decode(disk, sector, bytes).unwrap_or(DAMAGED))
+        })
+    }
+
+    fn read_as(
+        disks: &[Arc<dyn Disk>],
+        decode: impl Fn(usize, u64, &[u8]) -> Result<u32, String>,
+    ) -> Result<Self, String> {
         let mut contents = Self::blank(disks.len());
         let mut buf = Vec::new();
         for (number, disk) in disks.iter().enumerate() {
@@ -56,14 +78,20 @@ impl Contents {
         Ok(contents)
     }
 
-    /// The first few places where the two differ: (disk, sector, here, there).
-    pub(super) fn differences(&self, other: &Self) -> Vec<(usize, usize, u32, u32)> {
+    /// The places where the two differ: (disk, sector).
+    pub(super) fn all_differences(&self, other: &Self) -> impl Iterator<Item = (usize, usize)> {
         let disks = self.0.iter().zip(&other.0).enumerate();
-        let differing = disks.flat_map(|(disk, (one, two))| {
+        disks.flat_map(|(disk, (one, two))| {
             let pairs = one.iter().zip(two).enumerate();
-            pairs.filter_map(move |(sector, (a, b))| (a != b).then_some((disk, sector, *a, *b)))
-        });
-        differing.take(8).collect()
+            pairs.filter_map(move |(sector, (a, b))| (a != b).then_some((disk, sector)))
+        })
+    }
+
+    /// The first few of them: (disk, sector, here, there).
+    pub(super) fn differences(&self, other: &Self) -> Vec<(usize, usize, u32, u32)> {
+        let first = self.all_differences(other).take(8);
+        let shown = first.map(|(disk, at)| (disk, at, self.0[disk][at], other.0[disk][at]));
+        shown.collect()
     }
 }
 

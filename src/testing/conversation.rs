@@ -4,9 +4,10 @@ use std::{collections::VecDeque, sync::Arc};
 
 use super::{
     content::Contents,
-    host::{machine_id, told},
+    host::machine_id,
     network::{Link, LogPart},
     oracle::{Broken, Oracle},
+    record::told,
     setup::{Bug, Setup},
 };
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
     protocol::{
         compare::{Differing, Question, runs_of},
         message::{self, Hello, ToPrimary, ToReplica},
-        sender::{Action, Log, Seen, Sender, Side},
+        sender::{Action, Log, Seen, Sender, Side, StopReason},
     },
     volume::{Cut, CutRefused, Machine, PieceContent, Reconcile, Taken},
 };
@@ -33,7 +34,7 @@ const PACKED_MAX: usize = 8;
 #[derive(Debug)]
 pub(super) enum End {
     Lost(String),
-    Refused(String),
+    Refused(StopReason),
     /// The oracle saw something that must not be.
     Broken(Broken),
 }
@@ -46,6 +47,8 @@ impl From<Broken> for End {
 
 /// What a conversation works with.
 pub(super) struct Context<'a> {
+    /// The host that is the primary.
+    pub(super) host: usize,
     pub(super) machine: &'a Machine,
     pub(super) setup: &'a Setup,
     pub(super) clock: &'a Arc<ManualClock>,
@@ -241,7 +244,7 @@ impl Conversation {
             Action::Copied(frames) => self.copied(frames, context),
             Action::Answered(differing) => self.answered(differing.as_ref(), context),
             Action::Acknowledge(lineage) => self.acknowledge(lineage, context),
-            Action::Stop(reason) => Err(End::Refused(reason.to_string())),
+            Action::Stop(reason) => Err(End::Refused(reason)),
         }
     }
 
@@ -298,7 +301,7 @@ impl Conversation {
         match context.machine.cut() {
             Ok(cut) => {
                 self.cut = Some(cut);
-                self.held = Some(context.oracle.truth.now.clone());
+                self.held = context.oracle.held(context.host);
                 self.sender.was_cut(context.clock.monotonic());
                 Ok(())
             }

@@ -5,6 +5,7 @@
 //! kind of file fails, a write torn; a sync fails; no space is left.
 
 use std::{
+    collections::BTreeMap,
     io,
     sync::{Arc, Weak},
 };
@@ -17,6 +18,7 @@ use crate::{
         Folder, Fua, Open, Space, Storage,
         memory::{MemoryFolder, Power},
     },
+    volume::ImageStamp,
 };
 
 /// Files that fail apart from each other.
@@ -25,11 +27,13 @@ pub(super) enum Kind {
     Ledger,
     Image,
     Log,
+    Layer,
     Tracking,
 }
 
 impl Kind {
-    fn of(folder: Option<Self>, name: &str) -> Self {
+    /// What a file is, in a folder whose files are all of one kind if that is given.
+    pub(super) fn of(folder: Option<Self>, name: &str) -> Self {
         let log = [".hrl", ".part"].iter().any(|end| name.ends_with(end));
         match folder {
             Some(kind) => kind,
@@ -56,7 +60,7 @@ struct State {
     dies_at: Option<u64>,
     /// The fault that waits for its call, and how many such calls go well before.
     fault: Option<(Kind, Fault, u64)>,
-    /// Delta logs find no space.
+    /// Delta logs and layers find no space.
     full: bool,
     /// Syncs of delta logs are answered and not made.
     forgets_logs: bool,
@@ -152,7 +156,8 @@ impl Medium {
             return Err(dead());
         }
         state.calls += 1;
-        if state.full && kind == Kind::Log && fault == Some(Fault::Write) {
+        let grows = matches!(kind, Kind::Log | Kind::Layer);
+        if state.full && grows && fault == Some(Fault::Write) {
             return Err(io::ErrorKind::StorageFull.into());
         }
         Ok(fault.is_some_and(|fault| state.due(kind, fault)))
@@ -183,6 +188,14 @@ pub(super) struct MediumFolder {
     inner: Arc<MemoryFolder>,
     /// What its files are, if they are all alike.
     kind: Option<Kind>,
+    /// Identity and changes of each file, by its name: what a file system says of who wrote it.
+    files: Arc<Mutex<BTreeMap<String, Written>>>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Written {
+    inode: u64,
+    changes: i64,
 }
 
 impl MediumFolder {
@@ -192,6 +205,27 @@ impl MediumFolder {
             medium: Arc::clone(medium),
             inner: MemoryFolder::new(&medium.power),
             kind,
+            files: Arc::default(),
+        })
+    }
+
+    /// Flips a bit of a file, as a disk does that forgets.
+    pub(super) fn flip(&self, name: &str, at: u64) -> io::Result<()> {
+        let file = self.inner.open(name, Open::Write)?;
+        let (at, bit) = (at / 8 % file.len()?.max(1), at % 8);
+        let mut byte = [0];
+        file.read_at(at, &mut byte)?;
+        file.write_at(at, &[byte[0] ^ (1 << bit)], Fua::Yes)
+    }
+
+    /// What tells that somebody else wrote the file `name`.
+    pub(super) fn stamp(&self, name: &str) -> io::Result<ImageStamp> {
+        let bytes = self.inner.open(name, Open::Read)?.len()?;
+        let written = self.files.lock().get(name).copied().unwrap_or_default();
+        Ok(ImageStamp {
+            inode: written.inode,
+            bytes,
+            modified: (written.changes, 0),
         })
     }
 }
@@ -208,8 +242,17 @@ impl Folder for MediumFolder {
             self.medium.read(kind)?;
         }
         let inner = self.inner.open(name, how)?;
+        if !there {
+            let written = Written {
+                inode: self.medium.calls(),
+                changes: 0,
+            };
+            self.files.lock().insert(name.to_owned(), written);
+        }
         Ok(Arc::new(MediumFile {
             medium: Arc::clone(&self.medium),
+            files: Arc::clone(&self.files),
+            name: name.to_owned(),
             inner,
             kind,
         }))
@@ -252,8 +295,18 @@ impl Folder for MediumFolder {
 #[derive(Debug)]
 struct MediumFile {
     medium: Arc<Medium>,
+    files: Arc<Mutex<BTreeMap<String, Written>>>,
+    name: String,
     inner: Arc<dyn Storage>,
     kind: Kind,
+}
+
+impl MediumFile {
+    fn changed(&self) {
+        if let Some(written) = self.files.lock().get_mut(&self.name) {
+            written.changes += 1;
+        }
+    }
 }
 
 impl Storage for MediumFile {
@@ -269,6 +322,7 @@ impl Storage for MediumFile {
 
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
         let fails = self.medium.change(self.kind, Some(Fault::Write))?;
+        self.changed();
         if !fails {
             return self.inner.write_at(offset, buf, fua);
         }
@@ -287,6 +341,7 @@ impl Storage for MediumFile {
         if fails {
             return Err(broken("zero"));
         }
+        self.changed();
         self.inner.zero(run, space)
     }
 
@@ -300,6 +355,7 @@ impl Storage for MediumFile {
         if fails {
             return Err(broken("set length"));
         }
+        self.changed();
         self.inner.set_len(len)
     }
 

@@ -1,17 +1,17 @@
-//! Floor 4: a deterministic simulator of a primary and its replica.
+//! Floor 4: a deterministic simulator of two hosts and the machine that they serve in turn.
 //!
-//! One thread runs both hosts: the real tracking, sender, receiver, replica store, image formats, delta codec and node's
-//! store, over memory that forgets, a clock that is moved and a network that loses links. Only what `node` does with
-//! threads and sockets is replaced, by `conversation`, `session` and `host`, which take the same durable steps in the same order.
+//! One thread runs both hosts: the real role machine, tracking, sender, receiver, replica store, layers, image formats, delta
+//! codec and node's store, over memory that forgets, a clock that is moved and a network that loses links. Only what `node`
+//! does with threads and sockets is replaced, by modules that take the same durable steps in the same order.
 //! A run is drawn from its seed alone; equal seeds give equal runs.
 //!
 //! ```text
-//!   seed ──> setup ──> world: step, step, step ... heal, converge
-//!                        |  picks an event: guest write, cut, delivery of some bytes, death of a host ...
+//!   seed ──> setup ──> world: step, step, step ... heal, converge, rot
+//!                        |  picks an event: guest write, cut, delivery of some bytes, failover, death of a host ...
 //!                        v
-//!              primary ──── network ──── secondary          oracle: what is true
-//!              guest, Machine, Sender    Ingest, MachineReplica       contents of all disks at each cut,
-//!              medium (memory, faults)   medium (memory, faults)      what was told to be written, durable, staged
+//!              host 0 ───── network ───── host 1             oracle: what is true
+//!              Host: record, what runs: Serving or Following      contents of all disks at each cut,
+//!              medium (memory, faults)    medium (memory, faults)  what was told, durable, kept; who must not write
 //! ```
 //! What is checked, and what is not simulated, stands in `tests/README.md`.
 #![forbid(unsafe_code)]
@@ -22,9 +22,14 @@ mod host;
 mod medium;
 mod network;
 mod oracle;
+mod peers;
 mod random;
+mod record;
+mod serving;
 mod session;
 mod setup;
+mod truth;
+mod verbs;
 mod world;
 
 use std::{fmt, time::Duration};
@@ -55,6 +60,26 @@ pub struct Report {
     pub faults: u64,
     /// Recovery points that were read and compared as a whole.
     pub views: u64,
+    /// Rescue points that were compared with what the former primary had.
+    pub rescues: u64,
+    /// Test failovers.
+    pub tests: u64,
+    /// Planned failovers that came to their end.
+    pub planned: u64,
+    /// Unplanned failovers.
+    pub failovers: u64,
+    /// Of these, committed.
+    pub commits: u64,
+    /// And cancelled.
+    pub cancels: u64,
+    /// Former primaries that became replicas on their own images.
+    pub reversals: u64,
+    /// Split brains, counted on each host.
+    pub splits: u64,
+    /// Bits that flipped on a replica at rest.
+    pub flips: u64,
+    /// Of these, what an error or a verification told; the others changed nothing that is shown.
+    pub flips_told: u64,
 }
 
 impl Report {
@@ -70,6 +95,16 @@ impl Report {
         self.links_lost += other.links_lost;
         self.faults += other.faults;
         self.views += other.views;
+        self.rescues += other.rescues;
+        self.tests += other.tests;
+        self.planned += other.planned;
+        self.failovers += other.failovers;
+        self.commits += other.commits;
+        self.cancels += other.cancels;
+        self.reversals += other.reversals;
+        self.splits += other.splits;
+        self.flips += other.flips;
+        self.flips_told += other.flips_told;
     }
 }
 

@@ -8,7 +8,13 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use crate::protocol::message::{ToPrimary, ToReplica};
+use crate::{
+    base::{
+        clock::Timestamp,
+        ids::{Generation, Lineage},
+    },
+    protocol::message::{Hello, ToPrimary, ToReplica},
+};
 
 /// A part of the stream of delta logs.
 #[derive(Clone, Debug)]
@@ -18,17 +24,12 @@ pub(super) enum LogPart {
     End,
 }
 
-/// An end of a link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
-    Primary,
-    Replica,
-}
-
-/// A connection from the primary to its replica.
+/// A connection from a primary to its replica.
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) id: u64,
+    /// The host that dialled.
+    pub(super) from: usize,
     pub(super) said: VecDeque<ToReplica>,
     pub(super) log: VecDeque<LogPart>,
     pub(super) back: VecDeque<ToPrimary>,
@@ -38,9 +39,10 @@ pub(super) struct Link {
 }
 
 impl Link {
-    fn new(id: u64) -> Self {
+    fn new(id: u64, from: usize) -> Self {
         Self {
             id,
+            from,
             said: VecDeque::new(),
             log: VecDeque::new(),
             back: VecDeque::new(),
@@ -67,46 +69,60 @@ impl Link {
         }
     }
 
-    /// An end hung up, noticed, or died: nothing arrives there any more.
-    pub(super) fn leave(&mut self, side: Side) {
+    /// A host hung up, noticed, or died: nothing arrives there any more.
+    pub(super) fn leave(&mut self, host: usize) {
         self.over = true;
-        match side {
-            Side::Primary => {
-                self.left[0] = true;
-                self.back.clear();
-            }
-            Side::Replica => {
-                self.left[1] = true;
-                self.said.clear();
-                self.log.clear();
-            }
+        self.left[host] = true;
+        if host == self.from {
+            self.back.clear();
+        } else {
+            self.said.clear();
+            self.log.clear();
         }
     }
 
-    /// Whether an end can only notice that the link is over.
-    pub(super) fn is_drained(&self, side: Side) -> bool {
+    /// Whether a host can only notice that the link is over.
+    pub(super) fn is_drained(&self, host: usize) -> bool {
         self.over
-            && match side {
-                Side::Primary => self.back.is_empty(),
-                Side::Replica => self.said.is_empty() && self.log.is_empty(),
+            && if host == self.from {
+                self.back.is_empty()
+            } else {
+                self.said.is_empty() && self.log.is_empty()
             }
     }
+}
+
+/// A short call about roles, on a link of its own.
+#[derive(Clone, Debug)]
+pub(super) enum Question {
+    Claim(Hello),
+    HandOver {
+        from: Generation,
+        head: Lineage,
+    },
+    Taken {
+        by: Generation,
+        point: Lineage,
+        cut: Timestamp,
+    },
 }
 
 /// All links.
 #[derive(Debug, Default)]
 pub(super) struct Network {
     pub(super) links: Vec<Link>,
+    /// Calls whose callers have given up, and whom they will reach all the same.
+    pub(super) late: Vec<(usize, Question)>,
     /// Nothing can be dialled.
     pub(super) parted: bool,
     dialled: u64,
 }
 
 impl Network {
-    pub(super) fn dial(&mut self) -> &mut Link {
+    pub(super) fn dial(&mut self, from: usize) -> &mut Link {
         self.links.retain(|link| link.left != [true; 2]);
         self.dialled += 1;
-        self.links.push(Link::new(self.dialled));
+        self.links.push(Link::new(self.dialled, from));
         self.links.last_mut().expect("one was just pushed")
     }
 
@@ -114,16 +130,16 @@ impl Network {
         self.links.iter_mut().find(|link| link.id == id)
     }
 
-    pub(super) fn leave(&mut self, id: u64, side: Side) {
+    pub(super) fn leave(&mut self, id: u64, host: usize) {
         if let Some(link) = self.link(id) {
-            link.leave(side);
+            link.leave(host);
         }
     }
 
     /// A host is dead: none of its links has that end any more.
-    pub(super) fn lost_host(&mut self, side: Side) {
+    pub(super) fn lost_host(&mut self, host: usize) {
         for link in &mut self.links {
-            link.leave(side);
+            link.leave(host);
         }
     }
 }

@@ -1,121 +1,205 @@
-//! The truth: what every guest was told, and what the machine really held at every cut.
+//! The truth: what the machine really held at every cut, and what each host must and must not do.
 
 use std::collections::BTreeMap;
 
-use super::content::Contents;
+use super::{content::Contents, truth::Truth};
 use crate::{
     base::{
         ids::Lineage,
-        units::{BLOCK_BYTES, DiskIndex, Extent, SECTOR_BYTES, to_u64, to_usize},
+        units::{BLOCK_BYTES, DiskIndex, Extent, SECTOR_BYTES, to_u64},
     },
-    disk::Fua,
+    coord::role::{Lease, Part, RoleState},
 };
 
 /// A promise that was broken, in words.
 pub(super) type Broken = String;
 
-type Sector = (usize, usize);
-
-/// What the disks hold, as the guest knows it.
-#[derive(Clone, Debug)]
-pub(super) struct Truth {
-    pub(super) now: Contents,
-    /// What else a sector may hold after a power cut: it was written since the last flush.
-    unsynced: BTreeMap<Sector, Vec<u32>>,
-    /// What a sector may hold, since nobody was told: the next reading decides.
-    unsure: BTreeMap<Sector, Vec<u32>>,
-}
-
-impl Truth {
-    pub(super) fn new(now: Contents) -> Self {
-        Self {
-            now,
-            unsynced: BTreeMap::new(),
-            unsure: BTreeMap::new(),
-        }
-    }
-
-    /// The guest wrote, or zeroed with the number 0; `told`: whether it was told that this is done.
-    pub(super) fn write(&mut self, disk: usize, run: Extent, number: u32, told: bool, fua: Fua) {
-        for sector in run.offset / SECTOR_BYTES..run.end() / SECTOR_BYTES {
-            let at = (disk, to_usize(sector));
-            let old = self.now.0[disk][at.1];
-            let last = self.unsynced.entry(at).or_insert_with(|| vec![old]);
-            last.push(number);
-            if !told {
-                let either = self.unsure.entry(at).or_insert_with(|| vec![old]);
-                either.push(number);
-                continue;
-            }
-            self.now.0[disk][at.1] = number;
-            self.unsure.remove(&at);
-            if fua == Fua::Yes {
-                self.unsynced.remove(&at);
-            }
-        }
-    }
-
-    /// The guest was told that everything before is durable.
-    pub(super) fn flushed(&mut self, disk: usize) {
-        self.unsynced.retain(|at, _| at.0 != disk);
-    }
-
-    /// The host lost its power.
-    pub(super) fn lost_power(&mut self) {
-        for (at, mut candidates) in std::mem::take(&mut self.unsynced) {
-            self.unsure.entry(at).or_default().append(&mut candidates);
-        }
-    }
-
-    /// The disks were read. What could be two things is what was found.
-    pub(super) fn meets(&mut self, found: &Contents) -> Result<(), Broken> {
-        for (&(disk, sector), candidates) in &self.unsure {
-            let number = found.0[disk][sector];
-            if !candidates.contains(&number) && number != self.now.0[disk][sector] {
-                return Err(format!(
-                    "P1: sector {sector} of disk {disk} holds write {number}, it can only be one of {candidates:?}"
-                ));
-            }
-            self.now.0[disk][sector] = number;
-        }
-        self.unsure.clear();
-        if *found == self.now {
-            return Ok(());
-        }
-        Err(format!(
-            "P1: the disks are not what the guest was told: (disk, sector, found, told) {:?}",
-            found.differences(&self.now)
-        ))
-    }
+/// What an observed change of roles was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    None,
+    Promoted,
+    Committed,
+    Cancelled,
+    SteppedDown,
+    TookOver,
+    Followed,
+    Fenced,
+    Split,
+    Returned,
 }
 
 /// A cut that became a point of the history.
 #[derive(Clone, Debug)]
-struct Known {
+struct Point {
     /// Nothing for an initial copy, which is no state the machine was ever in.
     contents: Option<Contents>,
     parent: Option<Lineage>,
 }
 
+/// What a former primary had when it became a replica.
+#[derive(Clone, Debug)]
+pub(super) struct Kept {
+    pub(super) truth: Truth,
+    /// The point that its new primary continues.
+    pub(super) lineage: Lineage,
+}
+
+/// What is true of one host.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// The role that it was seen in last.
+    pub(super) role: Option<RoleState>,
+    /// What the disks hold that are served here, or were served here last.
+    pub(super) truth: Option<Truth>,
+    /// The last point that the replica here said to be durable.
+    pub(super) said: Option<Lineage>,
+    /// The rescue point, and what the images hold below everything that arrives.
+    pub(super) kept: Option<Kept>,
+    /// It was replaced in the generation of this number, or handed over: it writes nothing more in it.
+    stopped: Option<u64>,
+}
+
 /// What is true.
 #[derive(Debug)]
 pub(super) struct Oracle {
-    /// What the guest's disks hold.
-    pub(super) truth: Truth,
-    /// The last point that the replica said to be durable.
-    pub(super) said: Option<Lineage>,
-    history: BTreeMap<[u8; 32], Known>,
+    pub(super) hosts: [Known; 2],
+    disks: usize,
+    history: BTreeMap<[u8; 32], Point>,
     numbers: u32,
 }
 
 impl Oracle {
     pub(super) fn new(disks: usize) -> Self {
         Self {
-            truth: Truth::new(Contents::blank(disks)),
-            said: None,
+            hosts: <[Known; 2]>::default(),
+            disks,
             history: BTreeMap::new(),
             numbers: 0,
         }
+    }
+
+    /// A host was seen in this role; `taken` is the point from which its new primary goes on, if it was told one.
+    pub(super) fn sees(
+        &mut self,
+        host: usize,
+        role: RoleState,
+        taken: Option<Lineage>,
+    ) -> Result<Turn, Broken> {
+        let before = self.hosts[host].role.replace(role);
+        if before == Some(role) {
+            return Ok(Turn::None);
+        }
+        let was = before.map(|before| before.part);
+        if before.is_some_and(|before| before.generation.number > role.generation.number) {
+            return Err(format!(
+                "P5: host {host} goes back from {before:?} to {role:?}"
+            ));
+        }
+        let other = &self.hosts[1 - host];
+        if role.serves(Lease::Unneeded)
+            && let Some(theirs) = other.role
+            && theirs.serves(Lease::Unneeded)
+            && theirs.generation == role.generation
+        {
+            return Err(format!(
+                "P5: both hosts are active: {role:?} and {theirs:?}"
+            ));
+        }
+        let turn = match (was, role.part) {
+            (None, Part::Primary) => {
+                self.hosts[host].truth = Some(Truth::new(Contents::blank(self.disks)));
+                Turn::None
+            }
+            (Some(Part::Replica { .. }), Part::Primary | Part::FailedOver { .. }) => {
+                self.promoted(host, role)?
+            }
+            (Some(Part::FailedOver { .. }), Part::Replica { .. }) => {
+                self.hosts[host].truth = None;
+                Turn::Cancelled
+            }
+            (Some(Part::SteppedDown { head }), Part::Replica { .. }) => {
+                let Some(truth) = self.hosts[host].truth.take() else {
+                    return Err("a host follows that was no primary".into());
+                };
+                self.holds_all(head, &truth)?;
+                Turn::Followed
+            }
+            (Some(_), Part::Replica { .. }) if self.hosts[host].truth.is_some() => {
+                let mut truth = self.hosts[host].truth.take();
+                truth.iter_mut().for_each(Truth::rests);
+                let kept = truth.zip(taken);
+                self.hosts[host].kept = kept.map(|(truth, lineage)| Kept { truth, lineage });
+                Turn::Returned
+            }
+            (_, Part::SteppedDown { .. }) => {
+                self.hosts[host].truth.iter_mut().for_each(Truth::rests);
+                Turn::SteppedDown
+            }
+            (_, Part::Fenced { .. }) => Turn::Fenced,
+            (_, Part::Split { .. }) => Turn::Split,
+            (Some(Part::FailedOver { .. }), Part::Primary) => Turn::Committed,
+            _ => Turn::None,
+        };
+        let known = &mut self.hosts[host];
+        let number = role.generation.number;
+        match role.part {
+            Part::Fenced { .. } | Part::SteppedDown { .. } | Part::Returning { .. } => {
+                known.stopped = known.stopped.max(Some(number));
+            }
+            _ if known.stopped < Some(number) => known.stopped = None,
+            _ => {}
+        }
+        if !matches!(role.part, Part::Replica { .. } | Part::FailedOver { .. }) {
+            known.said = None;
+            known.kept = None;
+        }
+        Ok(turn)
+    }
+
+    /// The disks of the new primary begin with what the machine held at the point.
+    fn promoted(&mut self, host: usize, role: RoleState) -> Result<Turn, Broken> {
+        let point = role.born.ok_or("a promotion without a point")?;
+        let contents = self.at(point).cloned();
+        let contents = contents.ok_or_else(|| format!("P2: {point:?} was never cut"))?;
+        let other = &self.hosts[1 - host];
+        if role.part == Part::Primary {
+            let Some(truth) = &other.truth else {
+                return Err("a planned failover without a primary".into());
+            };
+            self.holds_all(point, truth)?;
+        }
+        self.hosts[host].truth = Some(Truth::new(contents));
+        Ok(match role.part {
+            Part::Primary => Turn::TookOver,
+            _ => Turn::Promoted,
+        })
+    }
+
+    /// A planned failover loses nothing.
+    fn holds_all(&self, point: Lineage, truth: &Truth) -> Result<(), Broken> {
+        match self.at(point) {
+            Some(contents) if *contents == truth.now => Ok(()),
+            _ => Err(format!(
+                "P1: the machine was handed over at {}, and that is not what the guest was told",
+                point.epoch
+            )),
+        }
+    }
+
+    /// A guest was told that its write to a host is done.
+    pub(super) fn written(&self, host: usize) -> Result<(), Broken> {
+        match self.hosts[host].stopped {
+            None => Ok(()),
+            Some(number) => Err(format!(
+                "P5: host {host} was replaced in generation {number} and takes writes all the same"
+            )),
+        }
+    }
+
+    /// What the disks that are served on a host hold.
+    pub(super) fn held(&self, host: usize) -> Option<Contents> {
+        Some(self.hosts[host].truth.as_ref()?.now.clone())
     }
 
     /// The number of the next write.
@@ -134,7 +218,7 @@ impl Oracle {
         if parent.is_some_and(|parent| parent.epoch >= lineage.epoch) {
             return Err(format!("{} follows {parent:?}", lineage.epoch));
         }
-        let known = Known { contents, parent };
+        let known = Point { contents, parent };
         match self.history.insert(lineage.chain.0, known.clone()) {
             // A log that was lost may be sent again word for word.
             Some(before) if before.contents != known.contents || before.parent != parent => Err(
@@ -164,9 +248,9 @@ impl Oracle {
         ))
     }
 
-    /// The replica has `head`: nothing that it had said to be durable is gone.
-    pub(super) fn holds(&self, head: Option<Lineage>) -> Result<(), Broken> {
-        let Some(said) = self.said else {
+    /// The replica on a host has `head`: nothing that it had said to be durable is gone.
+    pub(super) fn holds(&self, host: usize, head: Option<Lineage>) -> Result<(), Broken> {
+        let Some(said) = self.hosts[host].said else {
             return Ok(());
         };
         let mut at = head;
@@ -183,16 +267,27 @@ impl Oracle {
         ))
     }
 
-    /// Every block in which the primary's disks differ from point `lineage` is in `told`.
+    /// Every block in which the disks of a primary differ from what its peer holds at `lineage` is in `told`.
     pub(super) fn covers(
         &self,
+        host: usize,
         lineage: Lineage,
         told: &[(DiskIndex, Extent)],
     ) -> Result<(), Broken> {
-        let Some(point) = self.at(lineage) else {
+        let (known, peer) = (&self.hosts[host], &self.hosts[1 - host]);
+        let follows = |role: RoleState| known.role.is_some_and(|own| role.follows(own.generation));
+        // At that point a former primary holds what it held, not what the machine did.
+        let kept = (peer.kept.as_ref())
+            .filter(|kept| kept.lineage == lineage && peer.role.is_some_and(follows));
+        let point = match kept {
+            Some(kept) if !kept.truth.is_sure() => return Ok(()),
+            Some(kept) => Some(&kept.truth.now),
+            None => self.at(lineage),
+        };
+        let (Some(point), Some(truth)) = (point, &known.truth) else {
             return Ok(());
         };
-        for (disk, (now, then)) in self.truth.now.0.iter().zip(&point.0).enumerate() {
+        for (disk, (now, then)) in truth.now.0.iter().zip(&point.0).enumerate() {
             let runs = told.iter().filter(|(index, _)| index.index() == disk);
             let mut runs = runs.map(|(_, run)| *run).peekable();
             let pairs = now.iter().zip(then).enumerate();

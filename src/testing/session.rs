@@ -1,8 +1,8 @@
 //! One primary's connection on the replica's side, driven step by step: `node::session` without its threads.
 
 use super::{
-    host::{Done, told},
     network::{Link, LogPart},
+    record::{Done, told},
 };
 use crate::{
     base::{

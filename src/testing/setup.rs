@@ -31,11 +31,33 @@ pub enum Bug {
     IntentIgnored,
     /// A guest's flush is answered and not made.
     FlushIgnored,
+    /// A promotion has effects and is not durable.
+    PromotionNotDurable,
+    /// A primary that steps down says so, and does not make it durable.
+    StepDownNotDurable,
+    /// What a host learns from a claim is forgotten with its process.
+    FencingNotDurable,
+    /// A fenced host goes on serving its guest.
+    FencedGoesOn,
+    /// A primary steps down without proving that it is at rest.
+    StepsDownTooEarly,
+    /// A hand-over is taken back without asking the other host.
+    ReclaimedAlone,
+    /// Whoever calls may feed the replica.
+    GenerationIgnored,
+    /// A failover is kept, and what was written in it is not folded into the images.
+    CommitForgetsLayer,
+    /// A cancelled failover leaves its layers and its tracking behind.
+    CancelKeepsLayers,
+    /// The new primary does not take the blocks in which the returning host differs.
+    DivergenceIgnored,
+    /// The images of a returning host pass for the point exactly.
+    RescueSkipped,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 19] = [
         Self::AcknowledgedUnheard,
         Self::CopiedUnheard,
         Self::LogNotSynced,
@@ -44,6 +66,17 @@ impl Bug {
         Self::MapsLost,
         Self::IntentIgnored,
         Self::FlushIgnored,
+        Self::PromotionNotDurable,
+        Self::StepDownNotDurable,
+        Self::FencingNotDurable,
+        Self::FencedGoesOn,
+        Self::StepsDownTooEarly,
+        Self::ReclaimedAlone,
+        Self::GenerationIgnored,
+        Self::CommitForgetsLayer,
+        Self::CancelKeepsLayers,
+        Self::DivergenceIgnored,
+        Self::RescueSkipped,
     ];
 }
 
@@ -51,7 +84,7 @@ impl Bug {
 #[derive(Clone, Debug)]
 pub(super) struct Setup {
     pub(super) disks: usize,
-    /// Formats of the primary's and of the replica's images.
+    /// Formats of the images on the two hosts.
     pub(super) formats: [Format; 2],
     pub(super) retention: Retention,
     pub(super) space_max: Option<u64>,
@@ -70,6 +103,9 @@ pub(super) struct Setup {
     pub(super) link_cuts: u64,
     pub(super) partitions: u64,
     pub(super) faults: u64,
+    pub(super) verbs: u64,
+    /// Calls about roles that are lost or come twice, in a hundred.
+    pub(super) loss: u64,
     pub(super) bug: Option<Bug>,
 }
 
@@ -81,7 +117,7 @@ impl Setup {
             disks: random.pick(&[1, 1, 2]),
             formats: [format(random), format(random)],
             retention: Retention {
-                newest: random.pick(&[0, 0, 2, 5, 20]),
+                newest: random.pick(&[0, 2, 5, 20]),
                 hourly: random.pick(&[0, 0, 0, 3]),
             },
             space_max: random.pick(&[None, None, None, Some(1 << 20)]),
@@ -101,6 +137,8 @@ impl Setup {
             link_cuts: rarely(random, 24),
             partitions: rarely(random, 8),
             faults: rarely(random, 12),
+            verbs: random.pick(&[0, 10, 30, 60]),
+            loss: random.pick(&[0, 10, 20]),
             bug,
         }
     }

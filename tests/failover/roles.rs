@@ -398,6 +398,37 @@ fn the_point_that_was_chosen_stays_although_fewer_are_kept() {
 }
 
 #[test]
+fn layers_that_a_cancel_could_not_remove_are_not_those_of_the_next_failover() {
+    if !can_mount() {
+        return;
+    }
+    let (pair, alpha, beta) = Pair::replicating();
+    let (here, there) = (pair.on_alpha(), pair.on_beta());
+    epoch(&alpha, &here, 1);
+    alpha.stop();
+    verb(&beta, &["failover", MACHINE, "--unplanned", "--force"]);
+    mark(&there[0], 2000, 99);
+    beta.stop();
+    let layers = pair.hosts.path("beta-store").join(MACHINE).join("layers");
+    let kept = pair.hosts.path("kept");
+    fs::create_dir(&kept).unwrap();
+    let files = |from: &Path, to: &Path| {
+        for file in fs::read_dir(from).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), to.join(file.file_name())).unwrap();
+        }
+    };
+    files(&layers, &kept);
+    let beta = pair.beta();
+    assert_eq!(call(&beta, &["cancel", MACHINE]).0, 0);
+    fs::create_dir_all(&layers).unwrap();
+    files(&kept, &layers);
+    verb(&beta, &["failover", MACHINE, "--unplanned", "--force"]);
+    check(&there, 1);
+    assert_ne!(marked(&there[0], 2000), 99);
+}
+
+#[test]
 fn a_promoted_host_that_dies_knows_what_changed() {
     if !can_mount() {
         return;

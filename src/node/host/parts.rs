@@ -192,17 +192,27 @@ impl Member {
             volume::forget(&self.shared.ledger, id, &state).map_err(StartError::other)?;
             fs::remove_dir_all(&tracking).map_err(StartError::other)?;
         }
-        self.remove_layers();
-        Ok(())
+        self.remove_layers()
     }
 
-    /// Removes layers that nothing reads any more.
-    pub(super) fn remove_layers(&self) {
-        let layers = self.places.layers();
-        if let Err(error) = fs::remove_dir_all(&layers)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!(path = %layers.display(), %error, "cannot remove the layers of a failover");
+    /// Removes layers that nothing reads any more, durably: a power cut does not bring them back under a later failover.
+    pub(super) fn remove_layers(&self) -> Result<(), StartError> {
+        match fs::remove_dir_all(self.places.layers()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(StartError::other(error));
+            }
+            _ => {}
+        }
+        let folder = FileFolder::open(&self.places.0).map_err(StartError::other)?;
+        folder.sync().map_err(StartError::other)
+    }
+
+    /// What an earlier failover left must not be found under the next one: it is gone before a promotion is recorded.
+    pub(super) fn clear_for_promotion(&self, record: &Record) -> Result<(), StartError> {
+        match record.role.part {
+            Part::Replica { .. } => self.forget_serving(record.id),
+            // The role machine refuses the promotion.
+            _ => Ok(()),
         }
     }
 

@@ -170,6 +170,7 @@ impl Member {
         choose(&served.store, self.name(), wanted)?;
         // Nothing arrives any more from whoever fed it, before the promotion is durable.
         let over = served.end_session("this host takes over");
+        self.clear_for_promotion(&record)?;
         // Until now the latest point could become another one, and the one that was looked for be merged.
         let point = choose(&served.store, self.name(), wanted)?;
         let held = served.hold(point.lineage.epoch);
@@ -203,7 +204,8 @@ impl Member {
         head: Lineage,
     ) -> Result<Generation, OperateError> {
         let _turn = self.turn();
-        let role = self.record().role;
+        let record = self.record();
+        let role = record.role;
         let asked_again = role.born == Some(head)
             && from.number.checked_add(1) == Some(role.generation.number)
             && role.part == Part::Primary;
@@ -212,6 +214,7 @@ impl Member {
         }
         let served = self.replica()?;
         let over = served.end_session("the primary hands over");
+        self.clear_for_promotion(&record)?;
         let ours = match served.store.head() {
             Head::Complete(lineage) => Some(lineage),
             _ => None,

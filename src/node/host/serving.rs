@@ -14,6 +14,7 @@
 //! `tests/failover/deaths.rs` kills the process there.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
@@ -88,7 +89,10 @@ impl Serving {
         };
         let (disks, layers) = match (layers, &below) {
             (None, _) => {
-                member.remove_layers();
+                // What cannot be removed now is removed before the next failover.
+                if let Err(error) = member.remove_layers() {
+                    tracing::warn!(machine = %member.name(), "cannot remove the layers of a failover: {error}");
+                }
                 let disks = open_images(&images, show.access, &member.shared().ids)?;
                 (disks, Vec::new())
             }
@@ -339,6 +343,14 @@ fn over_point(
         .map(|image| image.name.clone())
         .collect();
     let folder = member.places().layers();
+    let before: BTreeMap<_, _> = (images.iter())
+        .filter_map(|image| {
+            Some((
+                image.name.clone(),
+                stamp_before(&image.path, &folder, &image.name)?,
+            ))
+        })
+        .collect();
     let opened = open_layers(view, &names, &folder).map_err(StartError::other)?;
     let source = |(name, layer): &(Name, Arc<LayeredDisk>)| {
         let image = images.iter().find(|image| image.name == *name);
@@ -350,7 +362,11 @@ fn over_point(
             disk: Arc::clone(layer) as Arc<dyn Disk>,
             format: image.format,
             image: image.path.clone(),
-            stamped: stamped(&image.path, folder.join(layer_file(name)))?,
+            stamped: stamped(
+                &image.path,
+                folder.join(layer_file(name)),
+                before.get(name).copied(),
+            )?,
             lock: None,
         })
     };
@@ -371,24 +387,41 @@ fn over_images(
         .iter()
         .map(|source| (source.name.clone(), Arc::clone(&source.disk)));
     let folder = member.places().layers();
+    let before: Vec<_> = (sources.iter())
+        .map(|source| stamp_before(&source.image, &folder, &source.name))
+        .collect();
     let opened =
         layers_over(bases.collect(), layers.point.chain, &folder).map_err(StartError::other)?;
-    for (source, (name, layer)) in sources.iter_mut().zip(&opened) {
+    for ((source, (name, layer)), before) in sources.iter_mut().zip(&opened).zip(before) {
         layer
             .fold_into(Arc::clone(&source.disk))
             .map_err(StartError::other)?;
         source.disk = Arc::clone(layer) as Arc<dyn Disk>;
-        source.stamped = stamped(&source.image, folder.join(layer_file(name)))?;
+        source.stamped = stamped(&source.image, folder.join(layer_file(name)), before)?;
     }
     Ok((sources, opened))
 }
 
-/// What tells whether somebody else wrote an image or the layer over it.
-fn stamped(image: &Path, layer: PathBuf) -> Result<(Stamped, ImageStamp), StartError> {
+/// What the files of a disk tell before its layer is opened, which may write it; nothing if there is no layer yet.
+fn stamp_before(image: &Path, layers: &Path, name: &Name) -> Option<ImageStamp> {
+    let stamped = Stamped {
+        image: image.to_owned(),
+        written: layers.join(layer_file(name)),
+    };
+    stamped.take().ok()
+}
+
+/// What tells whether somebody else wrote an image or the layer over it, and what that told `before`: now, if the layer is
+/// new.
+fn stamped(
+    image: &Path,
+    layer: PathBuf,
+    before: Option<ImageStamp>,
+) -> Result<(Stamped, ImageStamp), StartError> {
     let stamped = Stamped {
         image: image.to_owned(),
         written: layer,
     };
-    let stamp = stamped.take().map_err(StartError::other)?;
-    Ok((stamped, stamp))
+    let stamp = before.map_or_else(|| stamped.take(), Ok);
+    Ok((stamped, stamp.map_err(StartError::other)?))
 }

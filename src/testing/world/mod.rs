@@ -1,36 +1,38 @@
-//! Two hosts, a network, a guest, and chance: one run of the simulation.
+//! Two hosts, a network, a guest, an operator, and chance: one run of the simulation.
 
+mod calls;
+mod guest;
+mod heal;
 mod look;
+mod operator;
+mod rot;
 mod talk;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use super::{
     Bug, Failure, Report,
-    content::{SIZES, encode},
-    host::{Done, Primary, Secondary, told},
+    host::{Host, Unmount},
     medium::{Fault, Kind},
-    network::{Network, Side},
-    oracle::{Broken, Oracle},
+    network::Network,
+    oracle::{Broken, Oracle, Turn},
     random::Random,
+    record::{Asked, Done, No},
     setup::Setup,
 };
 use crate::{
     base::{
         clock::{Clock, ManualClock},
-        ids::Generation,
-        units::{Extent, SECTOR_BYTES, to_u64},
+        ids::Lineage,
+        units::to_u64,
     },
-    disk::{Disk, Fua, Space},
-    replica::Head,
+    coord::role::Part,
 };
 
 /// Events of a run.
 const STEPS: (u64, u64) = (100, 400);
-/// Rounds after which two healthy hosts must have come together.
-const ROUNDS_MAX: u32 = 4000;
 /// Events that a failure shows.
-const EVENTS_SHOWN: usize = 60;
+const EVENTS_SHOWN: usize = 80;
 
 /// How a process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,26 +45,21 @@ pub(super) fn run(seed: u64, bug: Option<Bug>) -> Result<Report, Failure> {
     let mut random = Random::new(seed);
     let setup = Arc::new(Setup::draw(&mut random, bug));
     let clock = Arc::new(ManualClock::default());
-    let failed = |step, what, events| Failure {
-        seed,
-        step,
-        what,
-        events,
-    };
-    let primary =
-        Primary::new(&setup, &clock, random.next()).map_err(|what| failed(0, what, Vec::new()))?;
+    let hosts = [0, 1].map(|index| Host::new(index, &setup, &clock, random.next()));
     let mut world = World {
-        generation: Generation::first(&*primary.ids),
-        secondary: Secondary::new(&setup, random.next()),
+        hosts,
         oracle: Oracle::new(setup.disks),
-        primary,
         network: Network::default(),
         random,
         setup,
         clock,
         calm: true,
+        rescanned: false,
+        taken: None,
         troubled: [false; 2],
+        distrusted: [false; 2],
         doom: [None; 2],
+        tests: 0,
         events: VecDeque::new(),
         report: Report::default(),
     };
@@ -70,15 +67,17 @@ pub(super) fn run(seed: u64, bug: Option<Bug>) -> Result<Report, Failure> {
     world.report.epochs = to_u64(world.oracle.points());
     world.report.simulated = world.clock.monotonic();
     // Two runs that do the same calls on their disks did the same.
-    world.trace(world.primary.medium.calls());
-    world.trace(world.secondary.medium.calls());
+    for host in 0..2 {
+        world.trace(world.hosts[host].medium.calls());
+    }
     match done {
         Ok(()) => Ok(world.report),
-        Err(what) => Err(failed(
-            world.report.steps,
+        Err(what) => Err(Failure {
+            seed,
+            step: world.report.steps,
             what,
-            world.events.into_iter().collect(),
-        )),
+            events: world.events.into_iter().collect(),
+        }),
     }
 }
 
@@ -87,17 +86,23 @@ struct World {
     setup: Arc<Setup>,
     random: Random,
     clock: Arc<ManualClock>,
-    generation: Generation,
-    primary: Primary,
-    secondary: Secondary,
+    hosts: [Host; 2],
     network: Network,
     oracle: Oracle,
     /// No call ever failed that leaves a host unsure of what it has.
     calm: bool,
+    /// A host took its peer back at another point than the one it was left at, and compares everything.
+    rescanned: bool,
+    /// The point from which the last primary that took its peer back goes on.
+    taken: Option<Lineage>,
     /// Whether a call may have failed in this life of the process: then errors are no wonder, wrong results still are.
     troubled: [bool; 2],
+    /// Whether a sync of a layer may have failed in this life: the next one believes only what was flushed.
+    distrusted: [bool; 2],
     /// How the process that is about to die will end.
     doom: [Option<Death>; 2],
+    /// Test failovers so far.
+    tests: u64,
     events: VecDeque<String>,
     report: Report,
 }
@@ -107,11 +112,10 @@ type Checked = Result<(), Broken>;
 impl World {
     fn live(&mut self) -> Checked {
         self.note(&format!("{:?}", self.setup));
+        self.hosts[0].make_images()?;
         let steps = self.random.between(STEPS.0, STEPS.1);
         for _ in 0..steps {
-            self.report.steps += 1;
             self.step()?;
-            self.bury()?;
         }
         self.heal()
     }
@@ -133,7 +137,19 @@ impl World {
         self.report.trace = (self.report.trace ^ number).wrapping_mul(0x0100_0000_01B3);
     }
 
+    /// Anything may happen.
     fn step(&mut self) -> Checked {
+        self.report.steps += 1;
+        if self.random.below(1000) < self.setup.verbs {
+            self.operate()?;
+        } else {
+            self.pass()?;
+        }
+        self.bury()
+    }
+
+    /// Anything may happen but what a person asks for.
+    fn pass(&mut self) -> Checked {
         self.come_and_go()?;
         let roll = self.random.below(1000);
         let setup = Arc::clone(&self.setup);
@@ -176,32 +192,34 @@ impl World {
                 self.clock.advance(Duration::from_millis(millis));
                 Ok(())
             }
-            92..95 => self.look(),
-            95 => self.watch(),
-            96 => self.close_primary(),
+            92..94 => self.look(),
+            94 => self.watch(),
+            95 => self.close(),
+            96 => self.deliver_late(),
+            97..99 => self.look_after(),
             _ => {
-                if let Some(serving) = &mut self.primary.process
-                    && let Some(conversation) = &mut serving.conversation
-                {
-                    conversation.request_cut();
-                    self.note("a cut is asked for");
-                }
+                self.request_cut();
                 Ok(())
             }
         }
     }
 
-    /// Processes begin, links are dialled, and ends of lost ones notice.
+    /// Processes begin, links are dialled, ends of lost ones notice, and what was said of the roles is obeyed.
     fn come_and_go(&mut self) -> Checked {
-        if self.primary.process.is_none() && self.random.percent(15) {
-            self.wake_primary()?;
-        }
-        if self.secondary.process.is_none() && self.random.percent(15) {
-            self.wake_secondary()?;
+        for host in 0..2 {
+            if !self.hosts[host].is_up() && self.random.percent(15) {
+                self.wake(host)?;
+            }
         }
         self.notice(30);
         if self.random.percent(25) {
             self.dial();
+        }
+        if self.random.percent(30) {
+            self.obey()?;
+        }
+        if self.random.percent(30) {
+            self.fold()?;
         }
         Ok(())
     }
@@ -209,73 +227,92 @@ impl World {
     /// A host dies: now, or in the middle of what it does next.
     fn end(&mut self, death: Death) -> Checked {
         let host = self.random.index(2);
+        self.dooms(host, death);
+        self.bury()
+    }
+
+    fn dooms(&mut self, host: usize, death: Death) {
+        if self.hosts[host].medium.is_dead() {
+            return;
+        }
         let calls = self.random.pick(&[0, 3, 12, 60]);
         let calls = self.random.below(calls + 1);
         self.note(&format!("{death:?} of host {host} after {calls} calls"));
         self.doom[host] = Some(death);
-        let medium = [&self.primary.medium, &self.secondary.medium][host];
-        medium.die_after(calls);
-        self.bury()
+        self.hosts[host].medium.die_after(calls);
     }
 
     /// Ends processes that cannot do anything any more.
     fn bury(&mut self) -> Checked {
-        if self.primary.medium.is_dead() {
-            self.die(0)?;
-        }
-        if self.secondary.medium.is_dead() {
-            self.die(1)?;
+        for host in 0..2 {
+            if self.hosts[host].medium.is_dead() {
+                self.die(host)?;
+            }
         }
         Ok(())
     }
 
     fn die(&mut self, host: usize) -> Checked {
         let death = self.doom[host].take().unwrap_or(Death::Kill);
-        let medium = [&self.primary.medium, &self.secondary.medium][host];
-        self.troubled[host] = medium.is_full();
+        // A change of roles that was made is made, also if nobody came to look at it.
+        self.observe(host)?;
+        self.troubled[host] = self.hosts[host].medium.is_full();
         let kept = self.random.pick(&[0, 30, 50, 100]);
         let random = &mut self.random;
-        let mut kept = || random.percent(kept);
-        match (death, host) {
-            (Death::Kill, 0) => self.primary.die(),
-            (Death::Kill, _) => self.secondary.die(),
-            (Death::PowerCut, 0) => {
-                self.primary.lose_power(&mut kept)?;
-                self.oracle.truth.lost_power();
-            }
-            (Death::PowerCut, _) => self.secondary.lose_power(&mut kept),
-        }
         match death {
-            Death::Kill => self.report.kills += 1,
-            Death::PowerCut => self.report.power_cuts += 1,
+            Death::Kill => {
+                self.hosts[host].die();
+                self.report.kills += 1;
+            }
+            Death::PowerCut => {
+                self.hosts[host].lose_power(&mut || random.percent(kept))?;
+                self.report.power_cuts += 1;
+            }
         }
-        let side = [Side::Primary, Side::Replica][host];
-        self.network.lost_host(side);
-        self.note(&format!("{side:?} died: {death:?}"));
+        let distrusted = std::mem::take(&mut self.distrusted[host]);
+        if let Some(truth) = &mut self.oracle.hosts[host].truth
+            && (distrusted || death == Death::PowerCut)
+        {
+            truth.lost_power();
+        }
+        self.network.lost_host(host);
+        self.note(&format!("host {host} died: {death:?}"));
         Ok(())
+    }
+
+    /// The process dies before it does anything more.
+    fn dies_now(&mut self, host: usize) {
+        self.doom[host].get_or_insert(Death::Kill);
+        self.hosts[host].medium.die_after(0);
     }
 
     /// A call of the storage will fail.
     fn arm_fault(&mut self) {
         let host = self.random.index(2);
-        let medium = Arc::clone([&self.primary.medium, &self.secondary.medium][host]);
+        let medium = Arc::clone(&self.hosts[host].medium);
+        let serves = self.hosts[host].serving().is_some();
         self.troubled[host] = true;
         self.report.faults += 1;
-        if host == 1 && self.random.percent(30) {
+        let layered = self.hosts[host]
+            .record()
+            .is_some_and(|record| record.layers.is_some());
+        if (!serves || layered) && self.random.percent(30) {
             let full = self.random.percent(60);
             medium.set_full(full);
-            self.note(&format!("the replica's disk is full: {full}"));
+            self.note(&format!("the disk of host {host} is full: {full}"));
             return;
         }
-        let kinds: &[Kind] = match host {
-            0 => &[Kind::Image, Kind::Tracking, Kind::Ledger],
-            _ => &[Kind::Log, Kind::Log, Kind::Image, Kind::Ledger],
+        let kinds: &[Kind] = if serves {
+            &[Kind::Image, Kind::Tracking, Kind::Ledger, Kind::Layer]
+        } else {
+            &[Kind::Log, Kind::Log, Kind::Image, Kind::Ledger]
         };
         let kind = self.random.pick(kinds);
         let fault = self
             .random
             .pick(&[Fault::Read, Fault::Write, Fault::Write, Fault::Sync]);
-        self.calm &= host != 0;
+        self.calm &= !serves;
+        self.distrusted[host] |= kind == Kind::Layer && fault == Fault::Sync;
         let after = self.random.below(4);
         medium.fail(kind, fault, after);
         self.note(&format!(
@@ -290,229 +327,101 @@ impl World {
 
     /// An error is no wonder on a host that is dead or in trouble.
     fn excuse<T>(&self, host: usize, what: &str, done: Done<T>) -> Result<Option<T>, Broken> {
-        let medium = [&self.primary.medium, &self.secondary.medium][host];
         match done {
             Ok(value) => Ok(Some(value)),
-            Err(_) if self.troubled[host] || medium.is_dead() => Ok(None),
-            Err(why) => Err(format!("{what} failed although nothing was wrong: {why}")),
+            Err(_) if self.troubled[host] || self.hosts[host].medium.is_dead() => Ok(None),
+            Err(why) => Err(format!(
+                "{what} failed on host {host} although nothing was wrong: {why}"
+            )),
         }
     }
 
-    fn wake_primary(&mut self) -> Checked {
-        self.note("the primary starts");
-        let woken = self.primary.wake();
-        if self
-            .excuse(0, "P1: the start of the primary", woken)?
-            .is_none()
-        {
-            self.primary.process = None;
-            return Ok(());
+    /// The same for what may be refused.
+    fn allow<T>(&mut self, host: usize, what: &str, asked: Asked<T>) -> Result<Option<T>, Broken> {
+        self.observe(host)?;
+        match asked {
+            Ok(value) => Ok(Some(value)),
+            Err(No::NotNow(why)) => {
+                self.note(&format!("{what} is refused: {why}"));
+                Ok(None)
+            }
+            Err(No::Failed(why)) => {
+                self.note(&format!("{what} failed: {why}"));
+                self.excuse(host, what, Err(why))
+            }
         }
-        self.check_primary()
     }
 
-    /// The guest finds what it was told, and what differs from the replica is marked.
-    fn check_primary(&mut self) -> Checked {
-        let Some(serving) = &self.primary.process else {
+    /// What a host did with its role so far, and the links that it has hung up.
+    fn observe(&mut self, host: usize) -> Checked {
+        for link in std::mem::take(&mut self.hosts[host].hung_up) {
+            self.network.leave(link, host);
+        }
+        let Some(role) = self.hosts[host].role() else {
             return Ok(());
         };
-        let machine = Arc::clone(&serving.machine);
-        let found = serving.read();
-        let Some(found) = self.excuse(0, "reading the disks", found)? else {
-            // What they hold is to be known before the guest goes on.
-            self.doom[0].get_or_insert(Death::Kill);
-            self.primary.medium.die_after(0);
+        let turn = self.oracle.sees(host, role, self.taken)?;
+        if turn == Turn::None {
             return Ok(());
-        };
-        self.oracle.truth.meets(&found)?;
-        self.check_marks()?;
-        if self.calm
-            && let Some(reason) = machine.state().resync
-        {
-            return Err(format!("P3: a whole disk is owed: {reason:?}"));
+        }
+        self.note(&format!("host {host}: {turn:?}, {role:?}"));
+        let report = &mut self.report;
+        match turn {
+            Turn::Promoted => report.failovers += 1,
+            Turn::TookOver => report.planned += 1,
+            Turn::Committed => report.commits += 1,
+            Turn::Cancelled => report.cancels += 1,
+            Turn::Returned => report.reversals += 1,
+            Turn::Split => report.splits += 1,
+            Turn::None | Turn::SteppedDown | Turn::Followed | Turn::Fenced => {}
         }
         Ok(())
     }
 
-    fn check_marks(&self) -> Checked {
-        let Some(serving) = &self.primary.process else {
-            return Ok(());
-        };
-        let Some(lineage) = serving.machine.lineage() else {
-            return Ok(());
-        };
-        let told = serving.machine.divergence();
-        self.oracle.covers(lineage, &told)
-    }
-
-    fn wake_secondary(&mut self) -> Checked {
-        self.note("the replica starts");
-        let woken = self.secondary.wake();
-        let woken = self.excuse(1, "P2: the start of the replica", woken)?;
-        if woken.is_none() {
-            self.secondary.process = None;
+    fn wake(&mut self, host: usize) -> Checked {
+        self.note(&format!("host {host} starts"));
+        let woken = self.hosts[host].wake();
+        if self.excuse(host, "P4: the start", woken)?.is_none() {
+            self.hosts[host].process = None;
             return Ok(());
         }
-        self.check_replica()
-    }
-
-    /// Nothing that was said is gone, and the points are in order.
-    fn check_replica(&mut self) -> Checked {
-        let Some(following) = &self.secondary.process else {
-            return Ok(());
-        };
-        let head = following.store.head();
-        self.oracle.holds(head.lineage())?;
-        let points = following.store.points();
-        let ordered = |pair: &[crate::replica::Point]| {
-            pair[0].lineage.epoch < pair[1].lineage.epoch && pair[0].cut <= pair[1].cut
-        };
-        if !points.windows(2).all(ordered) {
-            return Err(format!("P2: the points are not in order: {points:?}"));
+        self.observe(host)?;
+        if self.hosts[host].asks_first() {
+            self.ask(host)?;
         }
-        match head {
-            Head::Complete(lineage)
-                if points.last().map(|point| point.lineage) != Some(lineage) =>
-            {
-                Err(format!("P2: the head {lineage:?} is no point: {points:?}"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn guest(&mut self) -> Checked {
-        let Some(serving) = &self.primary.process else {
-            return Ok(());
-        };
-        let machine = Arc::clone(&serving.machine);
-        let disk = self.random.index(self.setup.disks);
-        let volume = &machine.volumes()[disk];
-        if self.random.percent(15) {
-            self.note(&format!("flush of disk {disk}"));
-            let flushed = if self.setup.has(Bug::FlushIgnored) {
-                Ok(())
-            } else {
-                volume.flush().map_err(told)
-            };
-            if self.excuse(0, "P4: a guest's flush", flushed)?.is_some() {
-                self.oracle.truth.flushed(disk);
-            }
-            return Ok(());
-        }
-        let sectors = SIZES[disk] / SECTOR_BYTES;
-        let first = if self.random.percent(80) {
-            self.random.below(self.setup.spread.min(sectors))
-        } else {
-            self.random.below(sectors)
-        };
-        let len = self.random.pick(&[1, 8, 32, 32, 600]);
-        let len = self.random.between(1, len).min(sectors - first);
-        let run = Extent::new(first * SECTOR_BYTES, len * SECTOR_BYTES);
-        let fua = if self.random.percent(10) {
-            Fua::Yes
-        } else {
-            Fua::No
-        };
-        let zeros = self.random.percent(15);
-        let number = if zeros { 0 } else { self.oracle.number() };
-        let done = if zeros {
-            let space = self.random.pick(&[Space::Release, Space::Keep]);
-            volume.zero(run, space, fua)
-        } else {
-            volume.write_at(run.offset, &encode(disk, run, number), fua)
-        };
-        self.note(&format!("write {number} to disk {disk} {run:?} {fua:?}"));
-        let told = self.excuse(0, "P4: a guest's write", done.map_err(told))?;
-        let told = told.is_some();
-        self.oracle.truth.write(disk, run, number, told, fua);
-        if !told {
-            // A guest whose write failed starts again, and looks at its disks.
-            self.doom[0].get_or_insert(Death::Kill);
-            self.primary.medium.die_after(0);
-        }
-        let preserved = machine.counters().preserve_bytes;
-        if preserved > self.setup.preserve_bytes_max {
-            return Err(format!("P8: {preserved} bytes are preserved"));
+        let arranged = self.hosts[host].arrange();
+        if self.allow(host, "P4: the start", arranged)?.is_some() {
+            self.check_serving(host)?;
+            self.check_replica(host)?;
         }
         Ok(())
     }
 
-    fn upkeep(&mut self) -> Checked {
-        let Some(following) = &self.secondary.process else {
+    /// The host is stopped in good order; it starts again later.
+    fn close(&mut self) -> Checked {
+        let host = self.random.index(2);
+        if !self.hosts[host].is_up() || self.random.percent(60) {
             return Ok(());
-        };
-        let store = Arc::clone(&following.store);
-        let done = store.upkeep().map_err(told);
-        if let Some(Some(done)) = self.excuse(1, "upkeep", done)? {
-            self.note(&format!("{done:?}"));
-            let status = store.status();
-            if let Some(limit) = status.space_max
-                && status.log_bytes > limit
-            {
-                return Err(format!(
-                    "P8: {} bytes of logs, not {limit}",
-                    status.log_bytes
-                ));
-            }
-            return self.look();
         }
+        self.note(&format!("host {host} is stopped"));
+        let how = self.random.pick(&[Unmount::IfUnused, Unmount::Detach]);
+        let stopped = self.hosts[host].idle(how);
+        if let Err(No::NotNow(_)) = stopped {
+            return self.allow(host, "the stop", stopped).map(|_| ());
+        }
+        self.allow(host, "the stop", stopped)?;
+        self.hosts[host].die();
+        self.troubled[host] = self.hosts[host].medium.is_full();
+        self.doom[host] = None;
+        self.network.lost_host(host);
         Ok(())
     }
 
-    fn maintain(&mut self) -> Checked {
-        let Some(serving) = &self.primary.process else {
-            return Ok(());
-        };
-        let maintained = serving.machine.maintain().map_err(told);
-        self.note("regions cool");
-        self.excuse(0, "maintenance", maintained).map(|_| ())
-    }
-
-    fn close_primary(&mut self) -> Checked {
-        if self.primary.process.is_none() || self.random.percent(70) {
-            return Ok(());
-        }
-        self.note("the primary is stopped");
-        let id = self.talks_over(Side::Primary);
-        let closed = self.primary.close();
-        if let Some(id) = id {
-            self.network.leave(id, Side::Primary);
-        }
-        self.excuse(0, "the stop of the primary", closed)
-            .map(|_| ())
-    }
-
-    /// Everything is mended: both hosts start again and come together.
-    fn heal(&mut self) -> Checked {
-        self.note("everything is mended");
-        for host in 0..2 {
-            self.doom[host] = None;
-            self.die(host)?;
-        }
-        self.primary.medium.mend();
-        self.secondary.medium.mend();
-        self.network.parted = false;
-        let roomy = Setup {
-            space_max: None,
-            ..(*self.setup).clone()
-        };
-        self.secondary.setup = Arc::new(roomy);
-        self.wake_primary()?;
-        self.wake_secondary()?;
-        for _ in 0..ROUNDS_MAX {
-            self.report.steps += 1;
-            self.notice(100);
-            self.dial();
-            self.work()?;
-            self.hear_primary()?;
-            self.deliver_log()?;
-            self.sync_replica()?;
-            self.deliver_back()?;
-            self.clock.advance(Duration::from_millis(100));
-            if let Some(head) = self.in_step() {
-                return self.compare_all(head);
-            }
-        }
-        Err("P3: two healthy hosts do not come together".into())
+    /// The host that serves as the committed primary, if it is up.
+    fn primary(&self) -> Option<usize> {
+        (0..2).find(|&host| {
+            let role = self.hosts[host].role();
+            role.is_some_and(|role| role.part == Part::Primary)
+        })
     }
 }
