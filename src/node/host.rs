@@ -7,7 +7,7 @@
 //!   serving   a machine that is written here   report    what a machine tells
 //!   roles     what operators ask for           peers     what the other host asks for
 //!   grow      a larger disk                    suspend   stops the replication for a while
-//!   copying   when the initial copy begins
+//!   copying   when the initial copy begins     requests  which machine an operator means
 //! ```
 //! The store's folder holds `node.redb`, the host's records, and a folder for each machine. A machine that is not
 //! configured begins with the first greeting of a host that is allowed to; from then on it belongs to that host.
@@ -22,6 +22,7 @@ mod peers;
 mod policy;
 mod record;
 mod report;
+mod requests;
 mod roles;
 mod serving;
 mod suspend;
@@ -57,20 +58,16 @@ use super::{
     admission,
     allowance::{Allowances, space_of},
     audit::{AUDIT_FILE, Audit, Event},
-    control::{
-        CancelReport, CancelRequest, ExportReport, FailoverReport, FailoverRequest, FolderRequest,
-        ImportReport, Operate, OperateError, ResizeReport, ResizeRequest, ReverseRequest,
-        SuspendReport, SuspendRequest, TestRequest, VerifyRequest,
-    },
+    control::OperateError,
     lock_folder,
     primary::PrimaryError,
-    status::{MachineStatus, NodeStatus, PointStatus, TestStatus},
+    status::MachineStatus,
 };
 use crate::{
     base::{
         chain::chain,
         clock::{Clock, SystemClock},
-        ids::{Generation, Ids, Lineage, MachineId, Name, SystemIds},
+        ids::{Generation, Ids, MachineId, Name, SystemIds},
     },
     coord::role::{Part, RoleState},
     net::{Allow, BindError, Identity, IdentityError, Listener, Reason},
@@ -473,115 +470,6 @@ impl Host {
                 .close(Reason::Stopping, "the node is being stopped")
                 .await;
         }
-    }
-}
-
-impl Operate for Host {
-    fn status(&self) -> NodeStatus {
-        NodeStatus {
-            version: env!("CARGO_PKG_VERSION").into(),
-            pid: std::process::id(),
-            listening: self.address,
-            at: self.shared.clock.wall(),
-            machines: self.all().iter().map(|member| member.status()).collect(),
-            coordinates: Vec::new(),
-        }
-    }
-
-    fn cut(&self, machine: &Name) -> Result<Lineage, OperateError> {
-        match self.asked(machine)?.serving() {
-            Some(serving) => serving.primary.cut_now(),
-            None => Err(OperateError::NoSuchMachine(machine.clone())),
-        }
-    }
-
-    fn resync(&self, machine: &Name) -> Result<(), OperateError> {
-        match self.asked(machine)?.serving() {
-            Some(serving) => serving.primary.resync_now(),
-            None => Err(OperateError::NoSuchMachine(machine.clone())),
-        }
-    }
-
-    fn verify(&self, machine: &Name, request: VerifyRequest) -> Result<(), OperateError> {
-        match self.asked(machine)?.serving() {
-            Some(serving) => serving.primary.verify_now(request),
-            None => Err(OperateError::NoSuchMachine(machine.clone())),
-        }
-    }
-
-    fn points(&self, machine: &Name) -> Result<Vec<PointStatus>, OperateError> {
-        Ok(self.asked(machine)?.replica()?.points())
-    }
-
-    fn start_test(&self, machine: &Name, request: TestRequest) -> Result<TestStatus, OperateError> {
-        self.asked(machine)?.start_test(request)
-    }
-
-    fn failover(
-        &self,
-        machine: &Name,
-        request: FailoverRequest,
-    ) -> Result<FailoverReport, OperateError> {
-        self.asked(machine)?.failover(&request)
-    }
-
-    fn commit(&self, machine: &Name) -> Result<FailoverReport, OperateError> {
-        self.asked(machine)?.commit()
-    }
-
-    fn cancel(&self, machine: &Name, request: CancelRequest) -> Result<CancelReport, OperateError> {
-        self.asked(machine)?.cancel(request)
-    }
-
-    fn reverse(
-        &self,
-        machine: &Name,
-        request: ReverseRequest,
-    ) -> Result<FailoverReport, OperateError> {
-        self.asked(machine)?.reverse(request)
-    }
-
-    fn suspend(
-        &self,
-        machine: &Name,
-        request: SuspendRequest,
-    ) -> Result<SuspendReport, OperateError> {
-        self.asked(machine)?.suspend(request)
-    }
-
-    fn resume(&self, machine: &Name) -> Result<SuspendReport, OperateError> {
-        self.asked(machine)?.resume()
-    }
-
-    fn copy(&self, machine: &Name) -> Result<(), OperateError> {
-        self.asked(machine)?.copy_now()
-    }
-
-    fn export(
-        &self,
-        machine: &Name,
-        request: &FolderRequest,
-    ) -> Result<ExportReport, OperateError> {
-        match self.asked(machine)?.serving() {
-            Some(serving) => serving.primary.export(&request.folder),
-            None => Err(OperateError::NoSuchMachine(machine.clone())),
-        }
-    }
-
-    fn import(
-        &self,
-        machine: &Name,
-        request: &FolderRequest,
-    ) -> Result<ImportReport, OperateError> {
-        self.asked(machine)?.import(&request.folder)
-    }
-
-    fn resize(
-        &self,
-        machine: &Name,
-        request: &ResizeRequest,
-    ) -> Result<ResizeReport, OperateError> {
-        self.asked(machine)?.resize(request)
     }
 }
 

@@ -35,6 +35,12 @@ impl RoleState {
     ) -> Result<Step, Refused> {
         match self.part {
             Part::Replica { abandoned: false } => {}
+            // It may have been ahead of what is handed over now.
+            Part::Replica { abandoned: true } => {
+                return Err(self.refuse(
+                    "a failover was cancelled here, so `understudy cancel` on the host that stepped down comes first",
+                ));
+            }
             _ => return Err(self.refuse("only a replica can take over")),
         }
         self.expect(from)?;
