@@ -8,10 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 use understudy::{
     base::{
-        ids::{Generation, Lineage, MachineId, SystemIds},
+        ids::SystemIds,
         units::{DiskIndex, GIB, MIB},
     },
     delta::{Codec, encode_data},
@@ -20,28 +20,40 @@ use understudy::{
     replica::{MachineReplica, ReplicaOptions, Retention},
     storage::{Folder, file::FileFolder, ledger::Ledger},
 };
-use uuid::Uuid;
 
 use crate::{
     staging::{log_after, one_disk},
-    support::{Hosts, MACHINE, PROGRAM, can_mount, run},
+    support::{Aligned, BLOCK, Hosts, MACHINE, PROGRAM, can_mount, open_direct, run},
 };
 
-const ID: MachineId = MachineId(Uuid::from_u128(0x5EED));
-const GENERATION: Generation = Generation {
-    number: 1,
-    id: Uuid::from_u128(9),
-};
 const DISK_BYTES: u64 = 64 * GIB;
 const LOGS: u64 = 1000;
 /// Scattered blocks of 4 KiB in each log.
 const BLOCKS: u64 = 1000;
 
-/// A store with a machine of 64 GiB whose image has every block of 32 MiB, and with 1,000 logs above it.
-fn fill_store(hosts: &Hosts) {
+/// A store with a machine of 64 GiB whose image has every block of 32 MiB, and with 1,000 logs above it; the epoch
+/// before them.
+fn fill_store(hosts: &Hosts) -> u64 {
+    let image = hosts.image("disk.vhdx", DISK_BYTES / MIB);
+    let replica = hosts.replica(&[]);
+    let primary = hosts.primary(&[&image], &[]);
+    primary.wait_replicating();
+    let disk = open_direct(&hosts.disk("disk"), OFlag::empty()).unwrap();
+    let mut block = Aligned::new(BLOCK);
+    block.get_mut().fill(7);
+    for offset in (0..DISK_BYTES).step_by(32 << 20) {
+        disk.write_all_at(block.get(), offset).unwrap();
+    }
+    drop(disk);
+    let first = primary.cut();
+    let machine = primary.machine();
+    let (id, generation) = (machine.id.unwrap(), machine.generation.unwrap());
+    primary.stop();
+    replica.merged();
+    replica.stop();
+
     let folder = FileFolder::open(&hosts.path("store")).unwrap();
     let ledger = Arc::new(Ledger::open_in(&folder, "node.redb").unwrap());
-    ledger.put(&format!("replica-name/{MACHINE}"), &ID).unwrap();
     let options = ReplicaOptions {
         format: None,
         retention: Retention {
@@ -53,28 +65,26 @@ fn fill_store(hosts: &Hosts) {
     };
     let machine = folder.folder(MACHINE).unwrap();
     let ids = Arc::new(SystemIds::default());
-    let replica = MachineReplica::open(machine, ledger, ids, ID, options).unwrap();
-    let (disk, spec) = one_disk(DISK_BYTES, Format::Vhdx);
-    replica.prepare(&[spec]).unwrap();
-    let mut parent: Option<Lineage> = None;
-    for epoch in 0..=LOGS {
-        let raw = [u8::try_from(epoch % 250).unwrap() + 1; 4096];
-        let offsets: Vec<u64> = if epoch == 0 {
-            (0..DISK_BYTES).step_by(32 << 20).collect()
-        } else {
-            let place = |n| (n * 7_919 + epoch * 104_729) % (DISK_BYTES / 4096) * 4096;
-            (0..BLOCKS).map(place).collect()
-        };
-        let frame = |offset: &u64| encode_data(DiskIndex(0), *offset, raw.to_vec(), Codec::None);
-        let frames: Vec<_> = offsets.iter().map(frame).collect();
-        let (log, lineage) = log_after((ID, GENERATION), parent, &disk, &frames, epoch);
-        let mut ingest = replica.begin(GENERATION).unwrap();
+    let replica = MachineReplica::open(machine, ledger, ids, id, options).unwrap();
+    let (disk, _) = one_disk(DISK_BYTES, Format::Vhdx);
+    let mut parent = first;
+    for number in 1..=LOGS {
+        let raw = [u8::try_from(number % 250).unwrap() + 1; 4096];
+        let frames = (0..BLOCKS).map(|n| {
+            let offset = (n * 7_919 + number * 104_729) % (DISK_BYTES / 4096) * 4096;
+            encode_data(DiskIndex(0), offset, raw.to_vec(), Codec::None)
+        });
+        let frames: Vec<_> = frames.collect();
+        let epoch = first.epoch.0 + number;
+        let (log, lineage) = log_after((id, generation), Some(parent), &disk, &frames, epoch);
+        let mut ingest = replica.begin(generation).unwrap();
         ingest.push(&log).unwrap();
         ingest.finish().unwrap();
-        parent = Some(lineage);
+        parent = lineage;
     }
     assert_eq!(replica.status().logs, 1000);
     replica.close().unwrap();
+    first.epoch.0
 }
 
 /// From the command to the first byte of the disk.
@@ -112,14 +122,18 @@ fn from_the_command_to_the_first_byte() {
         return;
     }
     let hosts = Hosts::new();
-    fill_store(&hosts);
+    let first = fill_store(&hosts);
     let replica = hosts.replica(&["--keep", "1000"]);
     let socket = replica.socket().to_str().unwrap();
     for (what, point, cold) in [
-        ("latest point, logs not in the page cache", LOGS, true),
-        ("latest point, warm", LOGS, false),
-        ("the 500th of 1,000 points", LOGS / 2, false),
-        ("latest point, cold again", LOGS, true),
+        (
+            "latest point, logs not in the page cache",
+            first + LOGS,
+            true,
+        ),
+        ("latest point, warm", first + LOGS, false),
+        ("the 500th of 1,000 points", first + LOGS / 2, false),
+        ("latest point, cold again", first + LOGS, true),
     ] {
         if cold {
             forget(&hosts);
