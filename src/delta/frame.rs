@@ -142,7 +142,7 @@ pub fn unpack(header: &FrameHeader, payload: &Bytes, at: u64) -> Result<Bytes, D
             let mut raw = vec![0; to_usize(header.run.len)];
             let count = match codec {
                 Codec::Lz4 => lz4_flex::block::decompress_into(payload, &mut raw).ok(),
-                _ => zstd::bulk::decompress_to_buffer(payload, &mut raw).ok(),
+                _ => unpack_zstd(payload, &mut raw),
             };
             if count != Some(raw.len()) {
                 return Err(DecodeError::Invalid {
@@ -184,6 +184,19 @@ fn pack(raw: &[u8], codec: Codec) -> Option<Vec<u8>> {
             (count < limit).then_some(packed)
         }
     }
+}
+
+/// Unpacks into all of `raw` with this thread's decompressor, for the reason that [`with_zstd`] keeps a compressor.
+fn unpack_zstd(payload: &[u8], raw: &mut [u8]) -> Option<usize> {
+    thread_local! {
+        static ZSTD: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+    }
+    ZSTD.with_borrow_mut(|slot| {
+        if slot.is_none() {
+            *slot = zstd::bulk::Decompressor::new().ok();
+        }
+        slot.as_mut()?.decompress_to_buffer(payload, raw).ok()
+    })
 }
 
 /// Runs `job` with this thread's compressor: its tables of some hundred KiB are not set up again for each frame.

@@ -150,9 +150,8 @@ struct Half {
 }
 
 fn read_half(storage: &dyn Storage, half: u64, regions_of_disk: u64) -> io::Result<Option<Half>> {
-    let mut bytes = vec![0; to_usize(HALF_BYTES)];
-    storage.read_at(HEADER_BYTES + half * HALF_BYTES, &mut bytes)?;
-    let Some((generation, regions)) = decode(&bytes, 0) else {
+    let start = HEADER_BYTES + half * HALF_BYTES;
+    let Some((generation, regions)) = read_record(storage, start, HALF_BYTES, 0)? else {
         return Ok(None);
     };
     let mut read = Half {
@@ -161,8 +160,9 @@ fn read_half(storage: &dyn Storage, half: u64, regions_of_disk: u64) -> io::Resu
         position: record_bytes(regions.len()),
         regions: regions.into_iter().collect(),
     };
-    while let Some(rest) = bytes.get(to_usize(read.position)..) {
-        match decode(rest, read.index) {
+    loop {
+        let room = HALF_BYTES - read.position;
+        match read_record(storage, start + read.position, room, read.index)? {
             Some((generation, regions)) if generation == read.generation => {
                 read.index += 1;
                 read.position += record_bytes(regions.len());
@@ -178,6 +178,31 @@ fn read_half(storage: &dyn Storage, half: u64, regions_of_disk: u64) -> io::Resu
             .last()
             .is_none_or(|&last| last < regions_of_disk);
     Ok(ours.then_some(read))
+}
+
+/// The record with this `index` at `offset` of the file, of which `room` bytes are left in its half. Reads no more than the
+/// record: a start needs not wait for the 4 MiB of which the log rarely uses more than a few records.
+fn read_record(
+    storage: &dyn Storage,
+    offset: u64,
+    room: u64,
+    index: u64,
+) -> io::Result<Option<(u64, Vec<u64>)>> {
+    if room == 0 {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; to_usize(RECORD_ALIGN)];
+    storage.read_at(offset, &mut bytes)?;
+    let count = u32::from_le_bytes(bytes[4..8].try_into().expect("four bytes"));
+    let whole = record_bytes(to_usize(count.into()));
+    if whole > room {
+        return Ok(None);
+    }
+    if whole > RECORD_ALIGN {
+        bytes.resize(to_usize(whole), 0);
+        storage.read_at(offset, &mut bytes)?;
+    }
+    Ok(decode(&bytes, index))
 }
 
 fn record_bytes(regions: usize) -> u64 {

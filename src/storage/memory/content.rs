@@ -1,6 +1,9 @@
 //! What a file in memory holds, and the changes that make it so.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, LazyLock},
+};
 
 use super::{super::Space, Choice};
 use crate::base::units::{Extent, SECTOR_BYTES, to_u64, to_usize};
@@ -9,6 +12,9 @@ use crate::base::units::{Extent, SECTOR_BYTES, to_u64, to_usize};
 pub(super) const PAGE_BYTES: u64 = 4096;
 
 type Page = [u8; to_usize(PAGE_BYTES)];
+
+/// Shared by all pages that somebody wrote zeros to: fresh tracking files hold nothing else.
+static ZEROS: LazyLock<Arc<Page>> = LazyLock::new(|| Arc::new([0; to_usize(PAGE_BYTES)]));
 
 /// Sparse bytes: pages that are not there read as zeros.
 #[derive(Clone, Debug, Default)]
@@ -33,11 +39,16 @@ impl Bytes {
     pub(super) fn write(&mut self, offset: u64, data: &[u8]) {
         for (at, range) in pieces(offset, data.len(), PAGE_BYTES) {
             let within = to_usize(at % PAGE_BYTES);
+            let data = &data[range];
+            if data == ZEROS.as_slice() {
+                self.pages.insert(at / PAGE_BYTES, Arc::clone(&ZEROS));
+                continue;
+            }
             let page = self
                 .pages
                 .entry(at / PAGE_BYTES)
-                .or_insert_with(|| Arc::new([0; to_usize(PAGE_BYTES)]));
-            Arc::make_mut(page)[within..within + range.len()].copy_from_slice(&data[range]);
+                .or_insert_with(|| Arc::clone(&ZEROS));
+            Arc::make_mut(page)[within..within + data.len()].copy_from_slice(data);
         }
         self.len = self.len.max(offset + to_u64(data.len()));
     }
@@ -73,7 +84,16 @@ impl Bytes {
         self.len = len;
     }
 
-    pub(super) fn apply(&mut self, change: &Change, kept: &mut Choice<'_>) {
+    /// Makes all of a change.
+    pub(super) fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Write(offset, data) => self.write(*offset, data),
+            whole => self.tear(whole, &mut || true),
+        }
+    }
+
+    /// Makes the parts of a change that are `kept` when the power is cut.
+    pub(super) fn tear(&mut self, change: &Change, kept: &mut Choice<'_>) {
         match change {
             Change::Write(offset, data) => {
                 for (at, range) in pieces(*offset, data.len(), SECTOR_BYTES) {

@@ -21,7 +21,7 @@ struct FileState {
 impl FileState {
     fn lose(&mut self, kept: &mut Choice<'_>) {
         for change in std::mem::take(&mut self.unsynced) {
-            self.durable.apply(&change, kept);
+            self.durable.tear(&change, kept);
         }
         self.current = self.durable.clone();
     }
@@ -95,7 +95,7 @@ impl MemoryStorage {
     fn change(&self, change: Change) -> io::Result<()> {
         self.power.step()?;
         let mut state = self.state.lock();
-        state.current.apply(&change, &mut || true);
+        state.current.apply(&change);
         state.unsynced.push(change);
         Ok(())
     }
@@ -161,7 +161,7 @@ impl Storage for MemoryStorage {
             durable, unsynced, ..
         } = &mut *state;
         for change in unsynced.drain(..) {
-            durable.apply(&change, &mut || true);
+            durable.apply(&change);
         }
         Ok(())
     }

@@ -114,7 +114,7 @@ impl Recorder {
                 Step::Sync => {
                     cut(number, &durable, &pending);
                     for pending in pending.drain(..) {
-                        durable.apply(&pending.change, &mut || true);
+                        durable.apply(&pending.change);
                     }
                 }
             }
@@ -174,7 +174,7 @@ impl Cut {
                         }
                     }
                 }
-                (Fate::Whole | Fate::Torn { .. }, change) => content.apply(change, &mut || true),
+                (Fate::Whole | Fate::Torn { .. }, change) => content.apply(change),
             }
         }
         MemoryStorage::with_content(content)
