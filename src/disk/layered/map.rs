@@ -252,18 +252,20 @@ impl Map {
         before: &Uncertain,
     ) -> io::Result<()> {
         for (number, before) in before {
-            let Some(page) = self.pages.get_mut(number) else {
+            let Some(page) = self.pages.get(number) else {
                 continue;
             };
+            let mut page = page.clone();
             for (byte, before) in page.iter_mut().zip(before) {
                 *byte = *byte & 0xF | before << 4;
             }
+            self.settling.insert(*number);
+            // In the file first: if that fails, it is tried again with the next flush.
+            self.write(storage, *number, &page)?;
             if page.iter().all(|byte| byte >> 4 == byte & 0xF) {
                 self.uncertain.remove(number);
             }
-            self.settling.insert(*number);
-            let page = self.pages[number].clone();
-            self.write(storage, *number, &page)?;
+            self.pages.insert(*number, page);
         }
         Ok(())
     }

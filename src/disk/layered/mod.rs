@@ -19,7 +19,8 @@
 //! Data reaches the platter before the high half that speaks of it. So after a power cut, which is known by another
 //! boot than the one in the header, the high halves are right: a block that was written and not flushed is as before or
 //! as written, sector by sector, and never anything else. When only the process died, the page cache has everything, and
-//! the low halves are right: nothing acknowledged is lost. A failed sync ends the disk and its trust in the low halves.
+//! the low halves are right: nothing acknowledged is lost. A failed sync ends the disk and its trust in the low halves. A
+//! failed write does neither: what was written before stays in the page cache, and the next flush writes the map again.
 //! A file whose making was cut short has no valid header and is made again; nothing was written to it.
 //!
 //! A fold moves what the layer holds into another disk while all this goes on: `fold` says how, and what a power cut
@@ -356,7 +357,7 @@ impl LayeredDisk {
         self.map
             .write()
             .make_certain(&*self.storage, &uncertain)
-            .map_err(|source| self.end(source))?;
+            .map_err(failed("flush", 0))?;
         self.sync()?;
         self.map.write().settled();
         Ok(())
@@ -366,8 +367,8 @@ impl LayeredDisk {
         self.storage.sync().map_err(|source| self.end(source))
     }
 
-    /// Ends the disk after a failed sync, or a failed write of what is certain: what the page cache holds of the file
-    /// means nothing any more.
+    /// Ends the disk after a failed sync or a failed forced write of the map: what the page cache holds of the file means
+    /// nothing any more.
     fn end(&self, source: io::Error) -> DiskError {
         self.stopped.store(true, Ordering::Release);
         let distrusted = Header {
