@@ -58,7 +58,13 @@ impl Ledger {
     pub fn open_in(folder: &dyn Folder, name: &str) -> Result<Self, LedgerError> {
         match folder.open(name, Open::Write) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            found => return Self::open(found.map_err(redb::StorageError::from)?),
+            found => {
+                let storage = found.map_err(redb::StorageError::from)?;
+                // Whoever made it may have died, or failed, before its name was durable: what is put into a file that a
+                // power cut takes away is not durable either.
+                folder.sync().map_err(redb::StorageError::from)?;
+                return Self::open(storage);
+            }
         }
         let made = || {
             let new = format!("{name}.new");
@@ -226,6 +232,27 @@ mod tests {
             }
             if made {
                 assert!(steps > 6, "the cuts reach into the making: {steps}");
+                break;
+            }
+        }
+    }
+
+    /// The making failed at some step, also at the last one; what is put into the store afterwards is durable.
+    #[test]
+    fn a_store_whose_making_failed_keeps_what_is_put_into_it_later() {
+        for steps in 0.. {
+            let power = Power::new();
+            let folder = MemoryFolder::new(&power);
+            power.fail_after(steps, io::ErrorKind::Other);
+            let made = Ledger::open_in(&*folder, "store").is_ok();
+            let ledger = Ledger::open_in(&*folder, "store").unwrap();
+            ledger.put("role", &1u32).unwrap();
+            drop(ledger);
+            power.restore(&mut || false);
+            let ledger = Ledger::open_in(&*folder, "store").unwrap();
+            assert_eq!(ledger.get::<u32>("role").unwrap(), Some(1), "{steps}");
+            if made && power.steps() > steps {
+                assert!(steps > 6, "the failures reach into the making: {steps}");
                 break;
             }
         }
