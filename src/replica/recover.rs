@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     base::{
+        chain::chain,
         ids::{Ids, MachineId},
         units::Epoch,
     },
@@ -100,7 +101,15 @@ impl Shared {
                 .folder
                 .open(name, Open::Read)
                 .map_err(ReplicaError::io("open", name))?;
-            let log = LogFile::open(storage, name)?;
+            let log = match LogFile::open(storage, name) {
+                // Nobody was told of it: a power cut left the name of a log without its bytes.
+                Err(error @ ReplicaError::Log { .. }) if is_unrecorded(record, epoch) => {
+                    tracing::warn!(machine = %self.id, name, "removed: {}", chain(&error));
+                    self.remove(name)?;
+                    continue;
+                }
+                opened => opened?,
+            };
             let ours = log.header().machine == self.id && record.had_disks(&log.header().disks);
             if ours && log.epoch() == epoch {
                 found.push(Arc::new(log));
@@ -137,9 +146,17 @@ impl Shared {
             .max_by_key(|(_, log)| log.epoch())
             .map(|(position, _)| position);
         let before = record.clone();
-        if let Some(log) = next.map(|position| found.swap_remove(position)) {
-            // Proved here: nobody acknowledged it yet.
-            log.frames()?;
+        // Proved here: nobody was told of it.
+        let next = match next.map(|position| (position, found[position].frames())) {
+            Some((position, Ok(_))) => Some(found.swap_remove(position)),
+            Some((_, Err(error @ ReplicaError::Log { .. }))) => {
+                tracing::warn!(machine = %self.id, "not taken up: {}", chain(&error));
+                None
+            }
+            Some((_, Err(error))) => return Err(error),
+            None => None,
+        };
+        if let Some(log) = next {
             tracing::info!(machine = %self.id, epoch = %log.epoch(), "took up a complete delta log");
             record.head = Some(log.lineage());
             record.generation = Some(log.header().generation);
@@ -161,6 +178,11 @@ impl Shared {
             self.record(state, record)
         }
     }
+}
+
+/// Whether a log of this epoch is later than what the record names.
+fn is_unrecorded(record: &Record, epoch: Epoch) -> bool {
+    record.head.is_none_or(|head| epoch > head.epoch)
 }
 
 /// The epoch that a log with this file name ends with.

@@ -7,7 +7,7 @@ use understudy::{
     base::units::{DiskIndex, Epoch, to_usize},
     delta::{Codec, EncodedFrame, Header, LogKind, encode_data},
     replica::{Head, IngestEvent},
-    storage::{Folder, Open},
+    storage::{Folder, Fua, Open},
 };
 
 use super::{
@@ -246,6 +246,33 @@ fn the_head_that_a_primary_is_told_is_all_there_is() {
         assert_eq!(found.lineage(), told.lineage(), "failed at step {steps}");
     }
     assert!(failures > 20, "{failures}");
+}
+
+/// A power cut may leave the name of a log that nobody was told of without its bytes, or with some of another one's.
+#[test]
+fn a_name_without_its_log_is_no_log() {
+    let (model, logs) = story();
+    let mut damaged = logs[3].clone();
+    let at = damaged.len() - 100;
+    damaged[at] ^= 1;
+    for bytes in [&[][..], &logs[3][..100], &damaged] {
+        let host = Host::new();
+        let replica = host.open(9).unwrap();
+        replica.prepare(&specs()).unwrap();
+        for log in &logs[..3] {
+            send(&replica, log).unwrap();
+        }
+        drop(replica);
+        let name = format!("{:020}.hrl", 3);
+        let file = host.folder.open(&name, Open::CreateNew).unwrap();
+        file.write_at(0, bytes, Fua::Yes).unwrap();
+
+        let replica = host.open(9).unwrap();
+        assert_eq!(head_epoch(&replica), Some(Epoch(2)));
+        assert!(!host.files().contains(&name));
+        send(&replica, &logs[3]).unwrap();
+        check_points(&replica, &model);
+    }
 }
 
 /// Frames of an initial copy that were reported as durable are in the images after any cut: the primary does not send
