@@ -50,6 +50,8 @@ fn every_seed_keeps_the_promises() {
         sum.commits,
         sum.cancels,
         sum.reversals,
+        sum.jobs_ended,
+        sum.coordinator_deaths,
         sum.flips_told,
     ] {
         assert!(count > 0, "{sum:?}");

@@ -24,7 +24,9 @@ use crate::{
     },
     coord::role::{Active, Answer, Event, Part, RoleState, Step},
     disk::{Access, Disk, Opening, image, layered::LayeredDisk},
-    replica::{Adoption, Head, MachineReplica, PointView, ReplicaOptions, image_name},
+    replica::{
+        Adoption, Head, Held, MachineReplica, PointView, ReplicaError, ReplicaOptions, image_name,
+    },
     storage::{Folder, Open, ledger::Ledger, memory::Choice},
     track::state::StateDir,
     volume::{self, DiskSource, ImageStamp, Machine, MachineOptions},
@@ -89,6 +91,8 @@ pub(super) struct Process {
     pub(super) record: Option<Record>,
     pub(super) running: Running,
     pub(super) tests: Vec<Test>,
+    /// The point of a failover, kept until that is taken back.
+    pub(super) held: Option<Held>,
     /// What could not be arranged.
     pub(super) trouble: Option<String>,
     /// What the other host said of the roles to the replication, and nobody has obeyed yet.
@@ -231,6 +235,7 @@ impl Host {
             record,
             running: Running::Idle,
             tests: Vec::new(),
+            held: None,
             trouble: None,
             answered: None,
             guest: false,
@@ -410,6 +415,7 @@ impl Host {
         let process = self.process();
         process.running = Running::Idle;
         process.tests.clear();
+        process.held = None;
         match below? {
             Some(below) => Ok(below.close().map_err(told)?),
             None => Ok(()),
@@ -495,7 +501,13 @@ impl Host {
         let folder = Arc::clone(&self.folder) as Arc<dyn Folder>;
         let (ledger, ids) = (Arc::clone(&self.process().ledger), Arc::clone(&self.ids));
         let store = MachineReplica::open(folder, ledger, ids, machine_id(), options);
-        Ok(Arc::new(store.map_err(told)?))
+        let store = store.map_err(told)?;
+        let layers = self.record().and_then(|record| record.layers);
+        self.process().held = match layers.map(|layers| store.hold(layers.point.epoch)) {
+            None | Some(Err(ReplicaError::NoPoint(_))) => None,
+            Some(held) => Some(held.map_err(told)?),
+        };
+        Ok(Arc::new(store))
     }
 
     /// The disks in the images, and what their files say of who wrote them.

@@ -1,8 +1,9 @@
 //! Floor 4: a deterministic simulator of two hosts and the machine that they serve in turn.
 //!
-//! One thread runs both hosts: the real role machine, tracking, sender, receiver, replica store, layers, image formats, delta
-//! codec and node's store, over memory that forgets, a clock that is moved and a network that loses links. Only what `node`
-//! does with threads and sockets is replaced, by modules that take the same durable steps in the same order.
+//! One thread runs both hosts, and in every fourth run a coordinator: the real role machine, jobs, tracking, sender, receiver,
+//! replica store, layers, image formats, delta codec and node's store, over memory that forgets, a clock that is moved and a
+//! network that loses links. Only what `node` does with threads and sockets is replaced, by modules that take the same durable
+//! steps in the same order.
 //! A run is drawn from its seed alone; equal seeds give equal runs.
 //!
 //! ```text
@@ -18,6 +19,7 @@
 
 mod content;
 mod conversation;
+mod coordinator;
 mod host;
 mod medium;
 mod network;
@@ -76,6 +78,12 @@ pub struct Report {
     pub reversals: u64,
     /// Split brains, counted on each host.
     pub splits: u64,
+    /// Jobs that the coordinator was given.
+    pub jobs: u64,
+    /// Of these, the ones whose end was compared with what the hosts were.
+    pub jobs_ended: u64,
+    /// Processes of the coordinator that died.
+    pub coordinator_deaths: u64,
     /// Bits that flipped on a replica at rest.
     pub flips: u64,
     /// Of these, what an error or a verification told; the others changed nothing that is shown.
@@ -103,6 +111,9 @@ impl Report {
         self.cancels += other.cancels;
         self.reversals += other.reversals;
         self.splits += other.splits;
+        self.jobs += other.jobs;
+        self.jobs_ended += other.jobs_ended;
+        self.coordinator_deaths += other.coordinator_deaths;
         self.flips += other.flips;
         self.flips_told += other.flips_told;
     }

@@ -277,9 +277,10 @@ impl Oracle {
         let (known, peer) = (&self.hosts[host], &self.hosts[1 - host]);
         let follows = |role: RoleState| known.role.is_some_and(|own| role.follows(own.generation));
         // At that point a former primary holds what it held, not what the machine did.
-        let kept = (peer.kept.as_ref())
-            .filter(|kept| kept.lineage == lineage && peer.role.is_some_and(follows));
+        let kept = (peer.kept.as_ref()).filter(|kept| kept.lineage == lineage);
         let point = match kept {
+            // Promoted since at a later point: this one it never showed, so nobody is asked what differs from it.
+            Some(_) if !peer.role.is_some_and(follows) => return Ok(()),
             Some(kept) if !kept.truth.is_sure() => return Ok(()),
             Some(kept) => Some(&kept.truth.now),
             None => self.at(lineage),

@@ -53,11 +53,15 @@ pub enum Bug {
     DivergenceIgnored,
     /// The images of a returning host pass for the point exactly.
     RescueSkipped,
+    /// The coordinator does what is in its memory, and its journal is empty.
+    JobNotDurable,
+    /// A coordinator that is started again takes the step that it was at for done.
+    StepPresumedDone,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::AcknowledgedUnheard,
         Self::CopiedUnheard,
         Self::LogNotSynced,
@@ -77,6 +81,8 @@ impl Bug {
         Self::CancelKeepsLayers,
         Self::DivergenceIgnored,
         Self::RescueSkipped,
+        Self::JobNotDurable,
+        Self::StepPresumedDone,
     ];
 }
 

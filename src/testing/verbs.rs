@@ -82,12 +82,17 @@ impl Host {
         let point = choose(&store.points(), point)?;
         self.end_session();
         self.clear_for_promotion(role)?;
+        self.process().held = Some(store.hold(point.lineage.epoch).map_err(told)?);
         let event = Event::Promote {
             expected: role.generation,
             point: point.lineage,
             fresh: self.fresh(),
         };
-        self.turn_to(&event, |record| record.layer_over(point.lineage))?;
+        let promoted = self.turn_to(&event, |record| record.layer_over(point.lineage));
+        if promoted.is_err() {
+            self.process().held = None;
+        }
+        promoted?;
         self.arrange()
     }
 
@@ -127,6 +132,9 @@ impl Host {
             self.idle(how)?;
         }
         let cancelled = self.turn_to(&Event::Cancel, |record| record.layers = None);
+        if cancelled.is_ok() {
+            self.process().held = None;
+        }
         if cancelled.is_ok() && !self.setup.has(Bug::CancelKeepsLayers) {
             self.forget_serving()?;
         }

@@ -19,13 +19,17 @@
 //! that waits has done nothing; a step that has ended is not touched any more. Hence every [`Deed`] can be repeated: what
 //! concerns machines [looks](deed) at what is true before it asks for anything, and a script is told that it is repeated.
 
+pub mod course;
 pub mod deed;
 
 use std::{collections::BTreeSet, fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-pub use self::deed::{Deed, Kind, Phase, Script, Task, Verb};
+pub use self::{
+    course::{Course, Next},
+    deed::{Deed, Kind, Phase, Script, Task, Verb},
+};
 use crate::base::{
     clock::Timestamp,
     ids::{Generation, Name},

@@ -1,10 +1,6 @@
 //! Carrying out one step: look at the hosts, ask the one that has to act, look again.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
@@ -13,7 +9,8 @@ use crate::{
     base::ids::Name,
     coord::{
         job::{
-            At, Deed, Event, Failure, Job, JobId, Report, Script, StepState, Task, Verb, deed::Look,
+            At, Course, Deed, Event, Failure, Job, JobId, Next, Report, Script, StepState, Task,
+            Verb,
         },
         view::Seen,
     },
@@ -28,11 +25,6 @@ use crate::{
 
 /// Pause between two looks at hosts that are not where they should be.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How long a host that was not asked for anything yet, or that somebody no longer wants to wait for, may be silent. One
-/// that may be in the middle of handing a machine over is waited for until a person cancels the job: to give up would leave
-/// the machine where nobody knows.
-const SILENT_MAX: Duration = Duration::from_mins(1);
-
 /// One step that is being done.
 pub(super) struct Doing {
     coordinator: Arc<Coordinator>,
@@ -104,129 +96,59 @@ impl Doing {
     }
 
     async fn machine(&self, task: &Task, mut cancel: watch::Receiver<bool>) -> Event {
-        let mut course = Course {
-            // A step that is begun again may have asked before the coordinator died.
-            asked: self.attempts > 1,
-            begun: false,
-            answered: None,
-            stuck: None,
-        };
+        let mut course = Course::new(self.attempts);
         loop {
             let looked = self.coordinator.look_for(task).await;
             let wanted = *cancel.borrow_and_update();
             let look = task.look(&looked.view, wanted);
-            if let Some(event) = self.follow(task, look, &looked, wanted, &mut course).await {
+            let now = self.coordinator.clock.monotonic();
+            let next = course.follow(task, look, wanted, now);
+            if let Some(event) = self.follow(task, next, &looked, &mut course).await {
                 return event;
             }
-            if course.answered.is_some() && !course.begun {
-                // What the host says of itself now tells whether that was all.
+            if course.is_urgent() {
                 continue;
             }
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
                 // The sender lives as long as whoever listens to this.
-                _ = cancel.changed() => course.stuck = None,
+                _ = cancel.changed() => course.restart_clock(),
             }
         }
     }
 
-    /// Does what follows from a look; the end of the step, if this was it.
+    /// Does what is next; the end of the step, if this was it.
     async fn follow(
         &self,
         task: &Task,
-        look: Look,
+        next: Next,
         looked: &Looked,
-        cancelled: bool,
         course: &mut Course,
     ) -> Option<Event> {
         let at = self.at;
-        let fail = |why: String| Some(Event::Failed(at, Failure::of(why)));
-        match look {
-            Look::Done(text) => Some(match course.answered.take() {
-                // The host is what it should be, and could not serve its disks. A hand-over that was said to have failed
-                // may have been finished since by the hosts themselves.
-                Some(failure) if task.verb != Verb::Planned && !failure.refused => {
-                    Event::Failed(at, failure)
-                }
-                _ => Event::Done(at, looked.report(task, text)),
-            }),
-            Look::Undone(text) => Some(Event::Undone(at, text)),
-            Look::Refused(why) => {
-                let answered = course.answered.take();
-                let failure = answered.unwrap_or_else(|| Failure::refused(why));
-                Some(Event::Failed(at, failure))
-            }
-            Look::Silent(why) => {
-                let note = format!("{} cannot be asked: {why}", task.host);
-                self.running.note(at, note.clone());
-                let waits = task.verb == Verb::Planned && course.asked && !cancelled;
-                if course.is_stuck() && !waits {
-                    return fail(format!("{note}; for {} s", SILENT_MAX.as_secs()));
-                }
-                None
-            }
-            Look::TakeBack => {
+        let note = match next {
+            Next::Done(text) => return Some(Event::Done(at, looked.report(task, text))),
+            Next::Undone(text) => return Some(Event::Undone(at, text)),
+            Next::Failed(failure) => return Some(Event::Failed(at, failure)),
+            Next::Wait(note) => note,
+            Next::TakeBack => {
                 let told = self.coordinator.take_back(task).await;
-                let told = told.unwrap_or_else(|error| error.text().into());
-                self.running.note(at, told);
-                if course.is_stuck() {
-                    return fail(format!(
-                        "{} has asked for the machine, and is its primary again as soon as the other host consents",
-                        task.host
-                    ));
+                told.unwrap_or_else(|error| error.text().into())
+            }
+            Next::Ask => match self.coordinator.ask(task, looked).await {
+                Ok(text) => {
+                    let looked = self.coordinator.look_for(task).await;
+                    return Some(Event::Done(at, looked.report(task, text)));
                 }
-                None
-            }
-            Look::Ask { begun } => self.ask(task, begun, looked, course).await,
-        }
-    }
-
-    async fn ask(
-        &self,
-        task: &Task,
-        begun: bool,
-        looked: &Looked,
-        course: &mut Course,
-    ) -> Option<Event> {
-        let at = self.at;
-        // An answer stands, unless the host was in the middle of it and goes on.
-        if let Some(failure) = course.answered.take()
-            && (!begun || failure.refused)
-        {
-            return Some(Event::Failed(at, failure));
-        }
-        (course.asked, course.begun, course.stuck) = (true, begun, None);
-        match self.coordinator.ask(task, looked).await {
-            Ok(text) => {
-                let looked = self.coordinator.look_for(task).await;
-                Some(Event::Done(at, looked.report(task, text)))
-            }
-            Err(error) => {
-                self.running.note(at, error.text().into());
-                course.answered = error.answer();
-                None
-            }
-        }
-    }
-}
-
-/// How a step about a machine goes.
-struct Course {
-    /// Whether the host was asked, or may have been.
-    asked: bool,
-    /// Whether it was in the middle of it when it was asked last.
-    begun: bool,
-    /// What it answered then, if it was no success.
-    answered: Option<Failure>,
-    /// Since when nothing moves.
-    stuck: Option<Instant>,
-}
-
-impl Course {
-    /// Whether nothing has moved for too long.
-    fn is_stuck(&mut self) -> bool {
-        let since = *self.stuck.get_or_insert_with(Instant::now);
-        since.elapsed() >= SILENT_MAX
+                Err(error) => {
+                    let note = error.text().to_owned();
+                    course.hears(error.answer());
+                    note
+                }
+            },
+        };
+        self.running.note(at, note);
+        None
     }
 }
 

@@ -12,6 +12,8 @@ use crate::{
 const ROUNDS_MAX: u32 = 4000;
 /// Rounds between two looks of the operator.
 const LOOK_EVERY: u32 = 20;
+/// Rounds after which the operator does not wait for the coordinator any more.
+const PATIENCE: u32 = 800;
 
 impl World {
     pub(super) fn heal(&mut self) -> Checked {
@@ -26,6 +28,11 @@ impl World {
         let roomy = Arc::new(Setup {
             space_max: None,
             loss: 0,
+            kills: 0,
+            power_cuts: 0,
+            link_cuts: 0,
+            partitions: 0,
+            faults: 0,
             ..(*self.setup).clone()
         });
         self.setup = Arc::clone(&roomy);
@@ -46,18 +53,27 @@ impl World {
             self.sync_replica()?;
             self.deliver_back()?;
             self.clock.advance(Duration::from_millis(100));
-            if let Some((host, head)) = self.in_step() {
+            let coordinated = self.coordinator.as_ref();
+            let ended = coordinated.is_none_or(|coordinator| !coordinator.is_busy());
+            if let Some((host, head)) = self.in_step()
+                && ended
+            {
                 self.compare_all(host, head)?;
                 return self.rot(host, head);
             }
             if round % LOOK_EVERY == 0 {
                 self.look_after()?;
-                self.settle_roles()?;
+                let late = round > PATIENCE;
+                self.coordinate_to_the_end(late)?;
+                if ended || late {
+                    self.settle_roles()?;
+                }
             }
         }
         let roles = [0, 1].map(|host| self.hosts[host].role());
         Err(format!(
-            "P3: two healthy hosts do not come together: {roles:?}"
+            "P3: two healthy hosts do not come together: {roles:?}, {:?}",
+            self.coordinator
         ))
     }
 

@@ -1,6 +1,7 @@
 //! Two hosts, a network, a guest, an operator, and chance: one run of the simulation.
 
 mod calls;
+mod coordinate;
 mod guest;
 mod heal;
 mod look;
@@ -12,6 +13,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use super::{
     Bug, Failure, Report,
+    coordinator::Coordinator,
     host::{Host, Unmount},
     medium::{Fault, Kind},
     network::Network,
@@ -47,6 +49,7 @@ pub(super) fn run(seed: u64, bug: Option<Bug>) -> Result<Report, Failure> {
     let clock = Arc::new(ManualClock::default());
     let hosts = [0, 1].map(|index| Host::new(index, &setup, &clock, random.next()));
     let mut world = World {
+        coordinator: Coordinator::of(seed, &clock, bug),
         hosts,
         oracle: Oracle::new(setup.disks),
         network: Network::default(),
@@ -87,6 +90,8 @@ struct World {
     random: Random,
     clock: Arc<ManualClock>,
     hosts: [Host; 2],
+    /// Many runs have none: then persons do it all.
+    coordinator: Option<Coordinator>,
     network: Network,
     oracle: Oracle,
     /// No call ever failed that leaves a host unsure of what it has.
@@ -140,7 +145,9 @@ impl World {
     /// Anything may happen.
     fn step(&mut self) -> Checked {
         self.report.steps += 1;
-        if self.random.below(1000) < self.setup.verbs {
+        if self.is_coordinated() {
+            self.coordinate()?;
+        } else if self.random.below(1000) < self.setup.verbs {
             self.operate()?;
         } else {
             self.pass()?;
@@ -299,6 +306,8 @@ impl World {
         if (!serves || layered) && self.random.percent(30) {
             let full = self.random.percent(60);
             medium.set_full(full);
+            // A flush that finds no space for the map of a layer leaves the tracking unsure.
+            self.calm &= !serves;
             self.note(&format!("the disk of host {host} is full: {full}"));
             return;
         }

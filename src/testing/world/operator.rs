@@ -129,7 +129,7 @@ impl World {
     }
 
     /// A planned failover, from the last cut to the hand-over.
-    fn planned(&mut self, host: usize) -> Checked {
+    pub(super) fn planned(&mut self, host: usize) -> Checked {
         if matches!(
             self.hosts[host].role().map(|role| role.part),
             Some(Part::SteppedDown { .. })
