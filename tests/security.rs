@@ -2,8 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
 
 mod audit;
+mod confined;
 mod floods;
 mod hardening;
+mod mount_helper;
 mod peers;
 mod reload;
 mod supply;

@@ -15,6 +15,7 @@ pub mod image;
 pub mod import;
 pub mod jobs;
 pub mod mount;
+pub mod mount_helper;
 pub mod output;
 pub mod pki;
 pub mod plan;
@@ -62,6 +63,8 @@ enum Verb {
     Pki(pki::PkiArgs),
     /// Show VM disks as raw files, track writes, replicate them.
     Mount(mount::MountArgs),
+    /// Mount for hosts that are confined and cannot: `mount-helper` in the configuration of `serve`.
+    MountHelper(mount_helper::MountHelperArgs),
     /// Receive machines from primaries and keep their replicas.
     Replica(replica::ReplicaArgs),
     /// Serve a host from a configuration file: machines that run here and replicas of others at once.
@@ -147,7 +150,8 @@ fn run(verb: Verb, out: &Output) -> anyhow::Result<()> {
         Verb::Bench(args) => bench::run(&args, out),
         Verb::Mount(args) => host_runtime(Duty::Disks)?.block_on(mount::run(args, out)),
         Verb::Replica(args) => host_runtime(Duty::Replicas)?.block_on(replica::run(args, out)),
-        Verb::Serve(args) => host_runtime(Duty::Disks)?.block_on(serve::run(args, out)),
+        Verb::MountHelper(args) => mount_helper::run(&args, out),
+        Verb::Serve(args) => serve::run(args, out),
         Verb::Audit(args) => audit::run(&args, out),
         Verb::Reload(args) => runtime()?.block_on(reload::run(&args, out)),
         Verb::Status(args) => runtime()?.block_on(status::run(&args, out)),

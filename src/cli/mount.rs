@@ -243,6 +243,7 @@ fn config(args: MountArgs) -> anyhow::Result<What> {
         },
         owner: args.owner,
         threads: usize::from(args.threads),
+        mounter: crate::shim::Mounter::Itself,
     };
     let default_state = args
         .replicate_to

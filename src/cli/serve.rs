@@ -3,7 +3,14 @@
 use std::path::PathBuf;
 
 use super::{hosting, output::Output};
-use crate::node::{self, host};
+use crate::{
+    node::{
+        self,
+        hardening::Duty,
+        host::{self, HostConfig},
+    },
+    shim::Mounter,
+};
 
 /// Options of `serve`.
 #[derive(Clone, Debug, clap::Args)]
@@ -20,15 +27,23 @@ pub struct ServeArgs {
 }
 
 /// Serves until SIGTERM or SIGINT.
-pub async fn run(args: ServeArgs, out: &Output) -> anyhow::Result<()> {
+pub fn run(args: ServeArgs, out: &Output) -> anyhow::Result<()> {
     let config = host::read(&args.config)?;
     if args.check {
         out.line(&format!("{}: no complaints", args.config.display()));
         config.describe().iter().for_each(|line| out.line(line));
         return Ok(());
     }
+    let duty = match config.mounter {
+        Mounter::Itself => Duty::Disks,
+        Mounter::Helper(_) => Duty::MountedDisks,
+    };
+    super::host_runtime(duty)?.block_on(serve(config, args.control, out))
+}
+
+async fn serve(config: HostConfig, control: Option<PathBuf>, out: &Output) -> anyhow::Result<()> {
     let mut stop = node::stop_signals()?;
-    let socket = hosting::control_socket(args.control.as_deref()).await?;
+    let socket = hosting::control_socket(control.as_deref()).await?;
     let host = hosting::start(config).await?;
     hosting::say_paths(&host.paths(), out);
     hosting::say_address(&host, "peers", out);

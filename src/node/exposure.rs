@@ -20,8 +20,8 @@ use crate::{
     },
     replica::{PointView, ReplicaError},
     shim::{
-        Mount, MountError, MountOptions, MountedDisk, Unmount, UnmountError, Writability, mount,
-        users_of,
+        Mount, MountError, MountOptions, MountedDisk, Mounter, Unmount, UnmountError, Writability,
+        mount, users_of,
     },
     storage::{Folder, Open, file::FileFolder},
 };
@@ -98,13 +98,13 @@ impl Exposure {
         names: &[Name],
         machine: &Name,
         layers: &Path,
-        at: &Path,
+        (at, mounter): (&Path, &Mounter),
     ) -> Result<Self, ExposeError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| ExposeError::Place { path, source }
         };
-        make_mount_point(at).map_err(failed(at))?;
+        make_mount_point(at, mounter).map_err(failed(at))?;
         let opened = open_layers(view, names, layers)?;
         let disks = opened.iter().map(|(name, layer)| MountedDisk {
             folder: Some(machine.clone()),
@@ -112,7 +112,9 @@ impl Exposure {
             disk: Arc::clone(layer) as Arc<dyn Disk>,
             writability: Writability::Writable,
         });
-        let mount = mount(&MountOptions::new(at), disks.collect())?;
+        let mut options = MountOptions::new(at);
+        options.mounter = mounter.clone();
+        let mount = mount(&options, disks.collect())?;
         Ok(Self {
             mount,
             layers: opened,
@@ -199,13 +201,21 @@ pub(super) fn layer_file(disk: &Name) -> String {
 }
 
 /// Makes a folder to mount at, if need be, and detaches what a dead process left there.
-pub(super) fn make_mount_point(at: &Path) -> io::Result<()> {
+pub(super) fn make_mount_point(at: &Path, mounter: &Mounter) -> io::Result<()> {
     // A mount that is not there is not stale.
-    match crate::shim::recover_stale(at) {
+    match mounter.recover_stale(at) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    fs::create_dir_all(at)
+    if let Some(above) = at.parent() {
+        fs::create_dir_all(above)?;
+    }
+    match fs::create_dir(at) {
+        // Whether it can be used is for whoever mounts to say: a process in a mount namespace of its own may go on seeing what
+        // was mounted there once.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
 }
 
 /// Names the present boot of the host.

@@ -39,8 +39,8 @@ use crate::{
     disk::{Access, Disk},
     protocol::message::DiskSpec,
     shim::{
-        self, FileIndex, Mount, MountError, MountOptions, MountedDisk, Owner, Refusal, Unmount,
-        UnmountError, User, Visibility, Writability,
+        self, FileIndex, Mount, MountError, MountOptions, MountedDisk, Mounter, Owner, Refusal,
+        Unmount, UnmountError, User, Visibility, Writability,
     },
     storage::ledger::LedgerError,
     volume::{self, Machine},
@@ -71,6 +71,8 @@ pub struct ShowConfig {
     pub owner: Option<Owner>,
     /// Threads that serve the mount.
     pub threads: usize,
+    /// Who makes the mount.
+    pub mounter: Mounter,
 }
 
 impl ShowConfig {
@@ -83,6 +85,7 @@ impl ShowConfig {
             visibility: Visibility::Owner,
             owner: None,
             threads: shim::THREADS_DEFAULT,
+            mounter: Mounter::Itself,
         }
     }
 }
@@ -531,6 +534,7 @@ fn mount(
     let mut options = MountOptions::new(&show.at);
     options.access = show.visibility;
     options.threads = show.threads;
+    options.mounter = show.mounter.clone();
     if let Some(owner) = show.owner {
         options.owner = owner;
     }

@@ -32,6 +32,7 @@ use crate::{
         self, Head, Held, ImageStatus, MachineReplica, Point, ReplicaError, ReplicaOptions,
         Retention, Squeeze,
     },
+    shim::Mounter,
     storage::{Folder, ledger::Ledger},
 };
 
@@ -178,6 +179,8 @@ pub(super) struct Opening {
     pub(super) ids: Arc<dyn Ids>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) keeping: Keeping,
+    /// Who mounts the disks of test failovers.
+    pub(super) mounter: Mounter,
     /// Locks on images that lie where others could open them.
     pub(super) locks: Vec<File>,
     /// The point that a failover is on.
@@ -196,6 +199,7 @@ impl Served {
             ids,
             clock,
             keeping,
+            mounter,
             locks,
             held,
         } = opening;
@@ -213,7 +217,11 @@ impl Served {
             None => layers.clone(),
         };
         // Before the first merge: the points of tests that come back must still be there.
-        let places = TestPlaces { layers, mounts };
+        let places = TestPlaces {
+            layers,
+            mounts,
+            mounter,
+        };
         let tests = TestFailovers::open((id, &name), places, ledger, Arc::clone(&clock), &store)?;
         let served = Arc::new(Self {
             id,

@@ -33,7 +33,7 @@ use crate::{
         ids::{Lineage, MachineId, Name},
     },
     replica::{MachineReplica, Point, ReplicaError},
-    shim::Unmount,
+    shim::{Mounter, Unmount},
     storage::ledger::{Ledger, LedgerError},
 };
 
@@ -67,6 +67,8 @@ pub(super) struct TestPlaces {
     pub(super) layers: PathBuf,
     /// For mounts.
     pub(super) mounts: PathBuf,
+    /// Who makes them.
+    pub(super) mounter: Mounter,
 }
 
 /// The tests of one machine.
@@ -238,7 +240,13 @@ impl TestFailovers {
         let images = store.status().images;
         let names: Vec<Name> = images.into_iter().map(|image| image.name).collect();
         let layers = self.layers(record.number);
-        let exposure = Exposure::open(view, &names, &self.machine, &layers, &record.at)?;
+        let exposure = Exposure::open(
+            view,
+            &names,
+            &self.machine,
+            &layers,
+            (&record.at, &self.places.mounter),
+        )?;
         Ok(Running { record, exposure })
     }
 
@@ -360,7 +368,7 @@ impl TestFailovers {
             let at = entry.path();
             let ours = entry.file_name().to_str().is_some_and(is_mount_name);
             if ours && !running.values().any(|test| test.record.at == at) {
-                match crate::shim::recover_stale(&at) {
+                match self.places.mounter.recover_stale(&at) {
                     Ok(_) => remove_empty(&at),
                     Err(error) => {
                         tracing::warn!(at = %at.display(), %error, "a mount of a test failover is left behind");

@@ -3,6 +3,7 @@
 //! ```text
 //!   guest -> QEMU, Cloud Hypervisor, loop -> kernel -> fuse.rs (glue) -> files.rs (tree) -> file.rs -> Disk
 //!                                                      mount.rs attaches and detaches; latency.rs measures
+//!   mount.rs -> mounter.rs -> point.rs (the system calls), or helper/ -> another process -> point.rs
 //! ```
 //! Reading order: [`mount()`], then `file` (what one request does to one disk), `files` (the tree), `fuse` (the glue).
 //!
@@ -21,11 +22,15 @@
 
 pub mod mount;
 
+pub mod helper;
+pub mod mounter;
+
 pub mod latency;
 
 mod file;
 mod files;
 mod fuse;
+mod point;
 mod table;
 mod users;
 
@@ -33,6 +38,7 @@ pub use file::{Refusal, Writability};
 pub use latency::{Latencies, OperationLatency};
 pub use mount::{
     FileIndex, Held, Mount, MountError, MountOptions, MountedDisk, Owner, THREADS_DEFAULT, Unmount,
-    UnmountError, Visibility, mount, recover_stale,
+    UnmountError, Visibility, mount,
 };
+pub use mounter::Mounter;
 pub use users::{User, users_of};

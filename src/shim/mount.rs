@@ -1,18 +1,18 @@
 //! Mounting, unmounting, and what a mount left behind by a killed process needs.
 //!
-//! # Why mount(2) is called here
+//! # Why fuser does not mount
 //! fuser can mount by itself, but reports a failure as text, falls back to a helper program, and unmounts by path when
-//! a session ends, even if somebody else has mounted there since. One system call gives errors that name their cause
-//! and an unmount that first makes sure of what it unmounts.
+//! a session ends, even if somebody else has mounted there since. The system calls of `point.rs` give errors that name their
+//! cause and an unmount that first makes sure of what it unmounts.
 //!
 //! # What survives
-//! A mount whose process was killed stays, and answers `ENOTCONN` to everyone, until [`recover_stale`] or the next
+//! A mount whose process was killed stays, and answers `ENOTCONN` to everyone, until [`Mounter::recover_stale`] or the next
 //! [`mount()`] detaches it. Openers from before keep a dead file: their requests fail, none reaches a disk.
 //! The shim never looks at its own mount through the file system, which could wait for itself.
 
 use std::{
-    fmt, fs, io,
-    os::fd::{AsRawFd, OwnedFd},
+    fmt, io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     str::FromStr,
     sync::Arc,
@@ -21,20 +21,18 @@ use std::{
 };
 
 use crossbeam_channel::{Receiver, bounded};
-use nix::{
-    errno::Errno,
-    mount::{MntFlags, MsFlags, umount2},
-    sys::statfs::statfs,
-    unistd::{getegid, geteuid, getgid, getuid},
-};
+use nix::unistd::{getegid, geteuid};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::{
     file::{File, HeldFile, Writability},
     files::Files,
     fuse::Glue,
+    helper::HelperError,
     latency::Latencies,
-    table::{MountEntry, mounted_at},
+    mounter::Mounter,
+    point::{Detached, FUSE_DEVICE},
 };
 use crate::{base::ids::Name, disk::Disk};
 
@@ -43,13 +41,9 @@ use crate::{base::ids::Name, disk::Disk};
 /// CPUs; a thread costs up to 1 MiB for requests and 1 MiB for replies once it has seen the largest ones.
 pub const THREADS_DEFAULT: usize = 16;
 
-const FUSE_DEVICE: &str = "/dev/fuse";
-/// File system type as `mount` and `df` show it.
-const KIND: &str = "fuse.understudy";
-const SOURCE: &str = "understudy";
-
 /// Who may open the files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Visibility {
     /// Only the user this process runs as; root is refused as well if it is another user.
     Owner,
@@ -96,6 +90,8 @@ pub struct MountOptions {
     pub file_mode: u16,
     /// Threads that serve requests, at least one: [`THREADS_DEFAULT`] unless measured.
     pub threads: usize,
+    /// Who makes the mount.
+    pub mounter: Mounter,
 }
 
 impl MountOptions {
@@ -110,6 +106,7 @@ impl MountOptions {
             },
             file_mode: 0o600,
             threads: THREADS_DEFAULT,
+            mounter: Mounter::Itself,
         }
     }
 }
@@ -155,13 +152,25 @@ pub enum MountError {
     /// Two disks with the same place.
     #[error("two disks cannot both be shown as {0}; give one of them another name")]
     Duplicate(String),
+    /// The folder belongs to somebody else than whoever wants to mount there.
+    #[error("cannot mount at {}: the folder belongs to another user; chown it to the user of this host", .0.display())]
+    NotYours(PathBuf),
+    /// The mount helper did not mount.
+    #[error("cannot mount at {}", dir.display())]
+    Helper {
+        /// Where to mount.
+        dir: PathBuf,
+        /// Why not.
+        #[source]
+        source: HelperError,
+    },
     /// No FUSE on this host.
     #[error(
         "cannot open {FUSE_DEVICE}; load the module with `modprobe fuse` and give this process access to it"
     )]
     Device(#[source] io::Error),
     /// Not root.
-    #[error("mounting at {} is not permitted; run as root or with CAP_SYS_ADMIN", .0.display())]
+    #[error("mounting at {} is not permitted; run as root, with CAP_SYS_ADMIN, or with a mount helper", .0.display())]
     NotPermitted(PathBuf),
     /// The kernel said no for another reason.
     #[error("cannot mount at {}", dir.display())]
@@ -170,7 +179,7 @@ pub enum MountError {
         dir: PathBuf,
         /// What the kernel said.
         #[source]
-        source: Errno,
+        source: io::Error,
     },
     /// Mounted, but the kernel and this program did not come to terms, or no thread could be started.
     #[error("cannot serve the mount at {}", dir.display())]
@@ -214,7 +223,8 @@ pub enum UnmountError {
 }
 
 /// How to unmount.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Unmount {
     /// Only if nobody uses it.
     IfUnused,
@@ -242,16 +252,14 @@ impl fmt::Debug for Mount {
 
 /// Shows `disks` as files below `options.dir`. A stale mount there is detached first.
 pub fn mount(options: &MountOptions, disks: Vec<MountedDisk>) -> Result<Mount, MountError> {
-    let dir = prepare(&options.dir)?;
     let files = Arc::new(Files::new(options, disks)?);
-    let device = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(FUSE_DEVICE)
-        .map_err(MountError::Device)?;
-    let device = OwnedFd::from(device);
-    let place = attach(&device, dir, options.access)?;
-    serve(device, place.clone(), options, files.clone()).map_err(|source| {
+    let (attached, dir) = options.mounter.attach(&options.dir, options.access)?;
+    let place = Place {
+        dir,
+        mounter: options.mounter.clone(),
+        mark: attached.mark,
+    };
+    serve(attached.device, place.clone(), options, files.clone()).map_err(|source| {
         // Nothing was served yet, so nothing can be lost; that it cannot be detached would be no better an answer.
         let _ = place.detach(Unmount::Detach, &files);
         MountError::Serve {
@@ -259,20 +267,6 @@ pub fn mount(options: &MountOptions, disks: Vec<MountedDisk>) -> Result<Mount, M
             source,
         }
     })
-}
-
-/// Detaches a mount at `dir` whose process has died, and says whether there was one. Never touches a living one.
-pub fn recover_stale(dir: &Path) -> io::Result<bool> {
-    let dir = absolute(dir)?;
-    let Some(entry) = mounted_at(&dir)? else {
-        return Ok(false);
-    };
-    if !entry.is_fuse() || statfs(&dir).err() != Some(Errno::ENOTCONN) {
-        return Ok(false);
-    }
-    umount2(&dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
-    tracing::info!(dir = %dir.display(), "detached a mount whose process had died");
-    Ok(true)
 }
 
 impl Mount {
@@ -373,18 +367,15 @@ impl Drop for Mount {
 #[derive(Clone, Debug)]
 struct Place {
     dir: PathBuf,
-    /// What the kernel's table says about the mount, to know it again.
-    entry: MountEntry,
+    mounter: Mounter,
+    /// What the kernel's table calls the mount, to know it again.
+    mark: String,
 }
 
 impl Place {
     /// Takes the mount out of the tree, if it is there and nobody else's is on top of it. Only for a mount that has not
     /// ended: the kernel does not give its device number to another one before.
     fn detach(&self, how: Unmount, files: &Files) -> Result<(), UnmountError> {
-        let kernel = |source| UnmountError::Kernel {
-            dir: self.dir.clone(),
-            source,
-        };
         let writers = files.files().iter().map(File::writers).sum();
         let readers = files.files().iter().map(File::readers).sum();
         let busy = UnmountError::Busy {
@@ -392,89 +383,16 @@ impl Place {
             writers,
             readers,
         };
-        match mounted_at(&self.dir).map_err(kernel)? {
+        match self.mounter.detach(&self.dir, &self.mark, how) {
             // A person unmounted it lazily: only those who hold files open are left.
-            None if how == Unmount::IfUnused && writers + readers > 0 => return Err(busy),
-            None => return Ok(()),
-            Some(entry) if entry != self.entry => {
-                return Err(UnmountError::Covered(self.dir.clone()));
-            }
-            Some(_) => {}
-        }
-        let flags = match how {
-            Unmount::IfUnused => MntFlags::empty(),
-            Unmount::Detach => MntFlags::MNT_DETACH,
-        };
-        match umount2(&self.dir, flags | MntFlags::UMOUNT_NOFOLLOW) {
-            // EINVAL: somebody was faster.
-            Ok(()) | Err(Errno::EINVAL) => Ok(()),
-            Err(Errno::EBUSY) => Err(busy),
-            Err(errno) => Err(kernel(errno.into())),
-        }
-    }
-}
-
-/// The folder to mount at as an absolute path without links, if it can be used.
-fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
-    let unreachable = |source| MountError::Unreachable {
-        dir: dir.to_owned(),
-        source,
-    };
-    recover_stale(dir).map_err(unreachable)?;
-    let dir = dir.canonicalize().map_err(unreachable)?;
-    let entry = mounted_at(&dir).map_err(unreachable)?;
-    if entry.is_some_and(|entry| entry.kind == KIND) {
-        return Err(MountError::AlreadyMounted(dir));
-    }
-    if !fs::metadata(&dir).map_err(unreachable)?.is_dir() {
-        return Err(MountError::NotAFolder(dir));
-    }
-    if fs::read_dir(&dir).map_err(unreachable)?.next().is_some() {
-        return Err(MountError::NotEmpty(dir));
-    }
-    Ok(dir)
-}
-
-/// `dir` as an absolute path without links, without looking at `dir` itself, which may be a mount that is dead.
-fn absolute(dir: &Path) -> io::Result<PathBuf> {
-    match (dir.parent(), dir.file_name()) {
-        (Some(parent), Some(name)) => {
-            let parent = if parent.as_os_str().is_empty() {
-                Path::new(".")
-            } else {
-                parent
-            };
-            Ok(parent.canonicalize()?.join(name))
-        }
-        _ => dir.canonicalize(),
-    }
-}
-
-/// Mounts the connection `device` at `dir`.
-fn attach(device: &OwnedFd, dir: PathBuf, access: Visibility) -> Result<Place, MountError> {
-    let mut data = format!(
-        "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
-        device.as_raw_fd(),
-        getuid(),
-        getgid()
-    );
-    if access == Visibility::AllUsers {
-        data.push_str(",allow_other");
-    }
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
-    match nix::mount::mount(Some(SOURCE), &dir, Some(KIND), flags, Some(data.as_str())) {
-        Ok(()) => {}
-        Err(Errno::EPERM | Errno::EACCES) => return Err(MountError::NotPermitted(dir)),
-        Err(source) => return Err(MountError::Kernel { dir, source }),
-    }
-    match mounted_at(&dir) {
-        Ok(Some(entry)) if entry.kind == KIND => Ok(Place { dir, entry }),
-        other => {
-            let _ = umount2(&dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-            let source = other
-                .err()
-                .unwrap_or_else(|| io::Error::other("the mount is not in the kernel's table"));
-            Err(MountError::Serve { dir, source })
+            Ok(Detached::Gone) if how == Unmount::IfUnused && writers + readers > 0 => Err(busy),
+            Ok(Detached::Done | Detached::Gone) => Ok(()),
+            Ok(Detached::Busy) => Err(busy),
+            Ok(Detached::Covered) => Err(UnmountError::Covered(self.dir.clone())),
+            Err(source) => Err(UnmountError::Kernel {
+                dir: self.dir.clone(),
+                source,
+            }),
         }
     }
 }

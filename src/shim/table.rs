@@ -19,6 +19,8 @@ pub(super) struct MountEntry {
     pub point: PathBuf,
     /// File system type, with the subtype: `fuse.understudy`.
     pub kind: String,
+    /// For FUSE the user whose process serves it.
+    pub user: Option<u32>,
 }
 
 impl MountEntry {
@@ -46,11 +48,15 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|byte| *byte == b' ');
     let device = text(fields.nth(2)?)?;
     let point = PathBuf::from(OsString::from_vec(unescape(fields.nth(1)?)));
-    let kind = text(fields.skip_while(|field| *field != b"-").nth(1)?)?;
+    let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
+    let kind = text(fields.next()?)?;
+    let options = fields.nth(1).and_then(text).unwrap_or_default();
+    let user = |option: &str| option.strip_prefix("user_id=")?.parse().ok();
     Some(MountEntry {
         device,
         point,
         kind,
+        user: options.split(',').find_map(user),
     })
 }
 
@@ -96,6 +102,7 @@ garbage
             entry.is_fuse() && entry.device == "0:50",
             "optional fields are skipped"
         );
+        assert_eq!(entry.user, Some(0));
         assert_eq!(topmost(TABLE.as_bytes(), Path::new("/mnt")), None);
     }
 

@@ -102,6 +102,15 @@ impl Beneath {
         })
     }
 
+    /// Opens a folder, by its names as written, for looking further beneath it and for nothing else. None are the folder
+    /// itself. The errors are those of [`find`](Self::find).
+    pub fn folder(&self, names: &[String]) -> io::Result<OwnedFd> {
+        for name in names {
+            check_component(name)?;
+        }
+        Ok(self.open_at(names, OFlag::O_PATH | OFlag::O_DIRECTORY)?)
+    }
+
     /// Device and inode of the file at `path`, as [`Found::id`] has them.
     pub fn id_of(path: &Path) -> io::Result<(u64, u64)> {
         let about = std::fs::metadata(path)?;

@@ -13,8 +13,7 @@ use std::{
 
 use nix::mount::{MntFlags, umount2};
 use understudy::shim::{
-    FileIndex, MountError, MountOptions, Owner, Unmount, UnmountError, Visibility, mount,
-    recover_stale,
+    FileIndex, MountError, MountOptions, Mounter, Owner, Unmount, UnmountError, Visibility, mount,
 };
 
 use crate::support::{Mounted, can_mount, raw_disk, skip, sparse_file};
@@ -184,10 +183,10 @@ fn folders_that_cannot_be_used_are_refused_with_the_reason() {
         MountError::AlreadyMounted(_)
     ));
     assert!(
-        !recover_stale(mounted.mount.dir()).unwrap(),
+        !Mounter::Itself.recover_stale(mounted.mount.dir()).unwrap(),
         "a living mount is left alone"
     );
-    assert!(!recover_stale(here).unwrap());
+    assert!(!Mounter::Itself.recover_stale(here).unwrap());
     fs::metadata(mounted.file()).unwrap();
 }
 
@@ -357,8 +356,8 @@ fn a_killed_process_loses_no_acknowledged_write_and_its_mount_is_recovered() {
     );
     let dead = fs::metadata(&dir).unwrap_err();
     assert_eq!(dead.raw_os_error(), Some(107), "ENOTCONN: {dead}");
-    assert!(recover_stale(&dir).unwrap());
-    assert!(!is_mounted(&dir) && !recover_stale(&dir).unwrap());
+    assert!(Mounter::Itself.recover_stale(&dir).unwrap());
+    assert!(!is_mounted(&dir) && !Mounter::Itself.recover_stale(&dir).unwrap());
 
     // Mounting recovers by itself; the file that was open stays dead and does not keep the new one from coming.
     let server = Server::start(&root);

@@ -19,6 +19,7 @@ use crate::{
         served::Keeping,
         sync_flush::SyncOnFlush,
     },
+    shim::Mounter,
 };
 
 /// A host.
@@ -53,6 +54,8 @@ pub struct HostConfig {
     /// Whether the host serves what it can when a machine cannot be served: that one is shown as in trouble, and tried
     /// again. Without it the host does not start.
     pub tolerant: bool,
+    /// Who makes the mounts of all machines and test failovers.
+    pub mounter: Mounter,
     /// The machines whose images lie on this host.
     pub machines: BTreeMap<Name, MachineConfig>,
 }
@@ -75,6 +78,7 @@ impl HostConfig {
             replication: ReplicationConfig::default(),
             kept: BTreeMap::new(),
             tolerant: true,
+            mounter: Mounter::Itself,
             machines: BTreeMap::new(),
         }
     }

@@ -6,6 +6,7 @@
 //! crl      = "/etc/understudy/ca.crl"   # revoked certificates; `understudy reload` reads it and the identity again
 //! listen   = "0.0.0.0:7171"
 //! bandwidth = "50M"                     # bytes per second that all machines together may send
+//! mount-helper = "/run/understudy-mount/helper.sock"    # who mounts (`understudy mount-helper`); without it this process does
 //!
 //! [peers.host-b]                        # the only hosts that are let in
 //! address = "host-b.example:7171"       # where it listens, to replicate to it
@@ -61,6 +62,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     str::FromStr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -83,7 +85,7 @@ use crate::{
         primary::ShowConfig,
         sync_flush::SyncOnFlush,
     },
-    shim::{Owner, THREADS_DEFAULT, Visibility},
+    shim::{Mounter, Owner, THREADS_DEFAULT, Visibility, helper},
 };
 
 /// Threads of a mount, at most.
@@ -140,6 +142,7 @@ struct HostTable {
     bandwidth: Option<Limit>,
     #[serde(default)]
     bandwidth_windows: Vec<WindowTable>,
+    mount_helper: Option<PathBuf>,
     #[serde(default)]
     groups: BTreeMap<Name, GroupTable>,
     #[serde(default)]
@@ -295,6 +298,7 @@ impl HostTable {
             replications.insert(name.clone(), machine.replication.clone());
             machines.insert(name, machine);
         }
+        let coordinator = self.coordinator.map(|table| table.config(from));
         Ok(HostConfig {
             store: from.join(self.store),
             identity: self.identity.map(|identity| from.join(identity)),
@@ -303,19 +307,24 @@ impl HostTable {
             listen: self.listen,
             peers,
             operators: self.operators,
-            coordinator: self
-                .coordinator
-                .map(|coordinator| coordinator.config(from))
-                .transpose()?,
+            coordinator: coordinator.transpose()?,
             bandwidth: bandwidth(self.bandwidth, self.bandwidth_windows)?,
             kept: policies.kept(kept, &replications)?,
             replication: policies.default(),
             groups: policies.bandwidths,
             keeping,
             tolerant: true,
+            mounter: mounter(self.mount_helper, from),
             machines,
         })
     }
+}
+
+/// Who mounts: the helper that listens on this socket, or this process.
+fn mounter(socket: Option<PathBuf>, from: &Path) -> Mounter {
+    socket.map_or(Mounter::Itself, |socket| {
+        Mounter::Helper(Arc::new(helper::Client::new(from.join(socket))))
+    })
 }
 
 /// Reads `[keys]`.

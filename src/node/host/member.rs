@@ -215,10 +215,12 @@ impl Member {
     /// How its disks are shown here.
     pub(super) fn show(&self) -> ShowConfig {
         let configured = self.shared.config.machines.get(&self.name);
-        configured.map_or_else(
+        let mut show = configured.map_or_else(
             || ShowConfig::new(self.places.disks()),
             |machine| machine.show.clone(),
-        )
+        );
+        show.mounter = self.shared.config.mounter.clone();
+        show
     }
 
     /// Its images on this host.

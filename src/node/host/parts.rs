@@ -254,6 +254,7 @@ impl Member {
                 .config
                 .keeping_of(&self.name, record.peer.as_ref())
                 .clone(),
+            mounter: shared.config.mounter.clone(),
             locks,
             held: record.layers.map(|layers| layers.point.epoch),
         };

@@ -108,7 +108,7 @@ impl Serving {
         let clock = Arc::clone(&member.shared().clock);
         // One that an operator named has to be there.
         if show.at == member.places().disks() {
-            make_mount_point(&show.at).map_err(StartError::other)?;
+            make_mount_point(&show.at, &show.mounter).map_err(StartError::other)?;
         }
         let name = member.name().clone();
         // Before anybody can write: what the peer has beyond the point is owed, and so is all that is written from here.
