@@ -5,6 +5,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
+mod forged;
+
 use std::{fs, path::PathBuf};
 
 use proptest::prelude::*;
@@ -13,12 +15,13 @@ use understudy::{
         checksum::Digest,
         clock::Timestamp,
         ids::{Generation, Lineage, MachineId, Name},
+        limits::{DISKS_PER_MACHINE_MAX, NAME_BYTES_MAX},
         units::{DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
     delta::{
         Codec, DecodeError, Decoder, DiskEntry, EncodedFrame, Encoder, Event, FrameKind, Header,
         LogKind, encode_data, encode_zero,
-        layout::FRAME_HEADER_BYTES,
+        layout::{FRAME_HEADER_BYTES, HEADER_BYTES_MAX, PREAMBLE_BYTES},
         trailer::{FOOT_BYTES, Foot},
     },
 };
@@ -338,6 +341,40 @@ fn long_content_can_be_written_from_where_it_is() {
             .collect();
         assert_eq!(starts, [0; 3], "in pieces of {step} bytes");
     }
+}
+
+#[test]
+fn an_initial_copy_has_frames_and_no_index() {
+    let (bytes, _) = log(&header(LogKind::Initial), &frames(Codec::Lz4), 0);
+    let events = decode(&bytes, 1000).unwrap();
+    assert!(
+        events
+            .iter()
+            .any(|event| matches!(event, Event::Frame { .. }))
+    );
+}
+
+#[test]
+fn the_longest_header_is_read_and_none_that_claims_to_be_longer() {
+    let longest = Header {
+        disks: (0..DISKS_PER_MACHINE_MAX)
+            .map(|n| DiskEntry {
+                name: Name::new(&format!("{n:0>NAME_BYTES_MAX$}")).unwrap(),
+                size: DISK_BYTES,
+                logical_sector: 512,
+                physical_sector: 4096,
+            })
+            .collect(),
+        ..header(FOLDED)
+    };
+    let mut bytes = log(&longest, &[], 42).0;
+    let len = u32::try_from(HEADER_BYTES_MAX).unwrap();
+    assert_eq!(bytes[12..16], len.to_le_bytes(), "as long as it can be");
+    assert!(decode(&bytes, 1000).is_ok());
+    bytes[12..16].copy_from_slice(&(len + 1).to_le_bytes());
+    let mut decoder = Decoder::new();
+    decoder.feed(&bytes[..PREAMBLE_BYTES]);
+    assert!(decoder.next().is_err(), "before anything is kept for it");
 }
 
 fn any_frame() -> impl Strategy<Value = EncodedFrame> {

@@ -17,6 +17,8 @@ mod net;
 mod plans;
 mod replicate;
 mod roles;
+#[cfg(shuttle)]
+mod schedules;
 mod security;
 mod simulate;
 mod staging;

@@ -1,4 +1,4 @@
-//! Floor 0: the words everything else is written in: units, identities, time, checksums, limits, rates, errors in words.
+//! Floor 0: the words everything else is written in: units, identities, time, checksums, limits, rates, errors in words, locks.
 //!
 //! Nothing here does input or output. Conversions between integer types live in [`units`], so that an `as` anywhere
 //! else is a finding.
@@ -11,4 +11,5 @@ pub mod clock;
 pub mod ids;
 pub mod limits;
 pub mod rate;
+pub mod sync;
 pub mod units;

@@ -334,3 +334,53 @@ impl Decoder {
 fn is_aligned(bytes: &[u8]) -> bool {
     bytes.as_ptr().align_offset(to_usize(BLOCK_BYTES)) == 0
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        base::{
+            checksum::Digest,
+            ids::{Generation, Lineage, MachineId, Name},
+            units::{DiskIndex, Epoch, Extent},
+        },
+        delta::{DiskEntry, Encoder, encode_zero},
+    };
+
+    /// An initial copy may need more frames than a delta may have.
+    #[test]
+    fn a_delta_has_so_many_frames_and_no_more() {
+        for (kind, taken) in [(LogKind::Delta, false), (LogKind::Initial, true)] {
+            let header = Header {
+                machine: MachineId(uuid::Uuid::from_u128(1)),
+                generation: Generation {
+                    number: 1,
+                    id: uuid::Uuid::from_u128(2),
+                },
+                kind,
+                parent: (kind == LogKind::Delta).then_some(Lineage {
+                    epoch: Epoch(1),
+                    chain: Digest::default(),
+                }),
+                disks: vec![DiskEntry {
+                    name: Name::new("d").unwrap(),
+                    size: BLOCK_BYTES,
+                    logical_sector: 512,
+                    physical_sector: 4096,
+                }],
+            };
+            let frame = encode_zero(DiskIndex(0), Extent::new(0, BLOCK_BYTES));
+            let mut decoder = Decoder::new();
+            decoder.feed(&Encoder::new(&header).1);
+            assert!(matches!(decoder.next(), Ok(Some(Event::Header(_)))));
+            decoder.frames = DELTA_FRAMES_MAX - 1;
+            for last in [false, true] {
+                for part in frame.parts() {
+                    decoder.feed(&part);
+                }
+                let found = decoder.next();
+                assert_eq!(found.is_ok(), taken || !last, "{kind:?}: {found:?}");
+            }
+        }
+    }
+}

@@ -23,6 +23,7 @@ use crate::base::{
 pub struct Encoder {
     chain: Sha256,
     frames: u64,
+    /// Bytes of the log so far.
     position: u64,
     /// The frame headers so far; nothing for a log without an index.
     index: Option<Vec<u8>>,
@@ -97,11 +98,6 @@ impl Encoder {
     /// Frames that a delta still takes: before they are used up, the sender makes its frames longer.
     pub fn frames_left(&self) -> u64 {
         DELTA_FRAMES_MAX.saturating_sub(self.frames)
-    }
-
-    /// Bytes of the log so far.
-    pub fn position(&self) -> u64 {
-        self.position
     }
 
     /// Says what the guest was doing at the cut; without it the point is crash-consistent.

@@ -289,4 +289,21 @@ mod tests {
         );
         assert_eq!(codec(&vec![7; 65536]), Codec::Zstd);
     }
+
+    #[test]
+    fn a_frame_too_short_for_a_sample_is_packed() {
+        let raw = Bytes::from(vec![7; SAMPLE_BYTES]);
+        let frame = encode_sampled(DiskIndex(0), 0, raw, Codec::Lz4);
+        assert_eq!(frame.header().codec, Codec::Lz4);
+    }
+
+    #[test]
+    fn workers_pack_side_by_side() {
+        let pace = |workers| {
+            let mut policy = Policy::new(Setting::Auto, workers);
+            policy.measured(Codec::Zstd).speed = Some(100.0);
+            policy.pace(Codec::Zstd)
+        };
+        assert!((pace(4) - 4.0 * pace(1)).abs() < 1.0);
+    }
 }

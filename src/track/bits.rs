@@ -6,14 +6,13 @@
 //! Setting and clearing the same block at the same time is the caller's race; region locks exclude it.
 #![forbid(unsafe_code)]
 
-use std::{
-    io,
-    ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::{io, ops::Range};
 
 use super::state::Words;
-use crate::base::units::to_usize;
+use crate::base::{
+    sync::atomic::{AtomicU64, Ordering},
+    units::to_usize,
+};
 
 /// Words that share a bit of the summary: a memory page of them, which covers 128 MiB of a disk.
 pub const PAGE_WORDS: u64 = 512;

@@ -15,16 +15,19 @@ use std::{
     collections::{BTreeSet, VecDeque},
     io,
     ops::Range,
-    sync::atomic::{AtomicU8, Ordering},
 };
-
-use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::{
     intent::{HOT_REGIONS_MAX, IntentLog},
     locks::RegionLocks,
 };
-use crate::base::units::{REGION_BYTES, to_u64, to_usize};
+use crate::base::{
+    sync::{
+        Condvar, Mutex, MutexGuard,
+        atomic::{AtomicU8, Ordering},
+    },
+    units::{REGION_BYTES, to_u64, to_usize},
+};
 
 /// Regions that a sequential stream makes hot at once: a synced record for each 64 MiB, which a disk of 1 GB/s asks
 /// for 16 times a second.

@@ -8,14 +8,15 @@
 //! anyway, so counting costs nothing, where one counter for the disk would be fought over.
 #![forbid(unsafe_code)]
 
-use std::{
-    ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
+use std::ops::Range;
+
+use crate::base::{
+    sync::{
+        RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU64, Ordering},
+    },
+    units::{REGION_BYTES, to_usize},
 };
-
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
-
-use crate::base::units::{REGION_BYTES, to_usize};
 
 /// Most locks of one disk.
 const STRIPES_MAX: u64 = 1024;

@@ -22,6 +22,11 @@ pub mod hot;
 pub mod intent;
 pub mod locks;
 pub mod map;
+#[cfg(not(shuttle))]
+pub mod mapping;
+/// Words that a scheduler watches are objects, which cannot lie in a mapping.
+#[cfg(shuttle)]
+#[path = "unmapped.rs"]
 pub mod mapping;
 pub mod preserve;
 pub mod state;

@@ -12,18 +12,20 @@ use std::{
     ops::Deref,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
 };
 
 use nix::fcntl::OFlag;
-use parking_lot::Mutex;
 
 use super::mapping::Mapping;
 use crate::{
-    base::units::to_u64,
+    base::{
+        sync::{
+            Mutex,
+            atomic::{AtomicU64, Ordering},
+        },
+        units::to_u64,
+    },
     storage::{Folder, Fua, Open, Storage, file::FileFolder, memory::Choice},
 };
 

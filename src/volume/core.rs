@@ -9,13 +9,9 @@
 use std::{
     io,
     ops::Range,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, OnceLock},
 };
 
-use parking_lot::{Mutex, RwLock};
 use tracing::{error, info, warn};
 
 use super::{
@@ -29,6 +25,10 @@ use crate::{
         buffers::Buffers,
         chain::chain,
         ids::Name,
+        sync::{
+            Mutex, RwLock,
+            atomic::{AtomicU64, Ordering},
+        },
         units::{BLOCK_BYTES, Block, DiskIndex, Epoch, Extent},
     },
     disk::{Disk, DiskError, Fua},

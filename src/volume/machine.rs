@@ -15,9 +15,8 @@
 //! that the replica holds it; a crash between the two costs a resend. What a restart finds is in `open`.
 #![forbid(unsafe_code)]
 
-use std::{io, sync::Arc, sync::atomic::Ordering};
+use std::{io, sync::Arc};
 
-use parking_lot::MutexGuard;
 use tracing::{debug, info};
 
 use super::{
@@ -35,6 +34,7 @@ use crate::{
     base::{
         ids::{Lineage, MachineId, Name},
         limits::EPOCH_MAX,
+        sync::{MutexGuard, atomic::Ordering},
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent},
     },
     disk::Content,

@@ -25,10 +25,9 @@
 use std::{
     collections::BTreeSet,
     io,
-    sync::{Arc, OnceLock, atomic::AtomicU64},
+    sync::{Arc, OnceLock},
 };
 
-use parking_lot::{Mutex, RwLock};
 use tracing::{info, warn};
 
 use super::{
@@ -43,6 +42,7 @@ use crate::{
         clock::Clock,
         ids::{MachineId, Name},
         limits::{DISK_BYTES_MAX, DISKS_PER_MACHINE_MAX},
+        sync::{Mutex, RwLock, atomic::AtomicU64},
         units::{BLOCKS_PER_REGION, DiskIndex, Epoch},
     },
     disk::{Disk, DiskError},

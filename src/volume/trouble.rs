@@ -5,11 +5,17 @@
 //! opened again, a lack of space until a write succeeds.
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-use parking_lot::Mutex;
-
-use crate::{base::chain::chain, disk::DiskError, storage};
+use crate::{
+    base::{
+        chain::chain,
+        sync::{
+            Mutex,
+            atomic::{AtomicBool, AtomicU64, Ordering},
+        },
+    },
+    disk::DiskError,
+    storage,
+};
 
 /// The errors that one disk gave its guest.
 #[derive(Debug, Default)]

@@ -531,4 +531,206 @@ consent-lost F5     .      P6     .      .      F5     .      .      F5
         println!("{table}");
         assert_eq!(table, TABLE);
     }
+
+    /// Whether each part serves (with a lease held, and with one lost) and follows its own generation, whether it calls,
+    /// and what it calls itself.
+    #[test]
+    fn what_each_part_does() {
+        let told: Vec<String> = parts()
+            .iter()
+            .map(|(name, state)| {
+                let sign = |is: bool| if is { 'y' } else { 'n' };
+                let serves =
+                    [Lease::Unneeded, Lease::Held, Lease::Lost].map(|l| sign(state.serves(l)));
+                let follows = [generation(5, MINE), generation(5, 6), generation(4, MINE)]
+                    .map(|other| sign(state.follows(other)));
+                let claim = state.claim().map_or_else(
+                    || "-".into(),
+                    |claim| {
+                        assert_eq!(
+                            (claim.generation, claim.born),
+                            (state.generation, state.born)
+                        );
+                        let wants = claim.wants.map_or(0, |wanted| wanted.number);
+                        format!("{} wants {wants}", sign(claim.active))
+                    },
+                );
+                let (serves, follows) = (String::from_iter(serves), String::from_iter(follows));
+                format!("{name}: {serves} {follows} {claim} {}", state.describe())
+            })
+            .collect();
+        let want = [
+            "primary: yyn nnn y wants 0 the primary",
+            "stepped-down: nnn nnn - a primary that stepped down",
+            "reclaiming: nnn nnn n wants 6 a primary that stepped down",
+            "replica: nnn ynn - a replica",
+            "abandoned: nnn nnn - a replica",
+            "failed-over: yyn nnn - in a failover that is not committed",
+            "fenced: nnn nnn n wants 0 fenced",
+            "returning: nnn nnn - about to become a replica",
+            "split: yyn nnn - in a split brain",
+        ];
+        assert_eq!(told, want);
+    }
+
+    /// What a peer that claims the machine is told: a row for each claim, a column for each part.
+    const ANSWERS: &str = "\
+claim-lower  higher higher higher higher gone   higher higher higher higher
+claim-own    split  split  split  follow split  split  split  split  split
+claim-equal  split  split  split  split  split  split  split  split  split
+claim-higher fenced follow follow follow follow fenced fenced diverg fenced
+claim-wants  higher higher higher higher follow higher higher higher higher
+";
+
+    #[test]
+    fn the_answers_to_claims() {
+        use std::fmt::Write;
+        let mut table = String::new();
+        for (name, event) in events() {
+            let Event::Claimed(claim) = event else {
+                continue;
+            };
+            write!(table, "{name:<13}").unwrap();
+            for (_, before) in parts() {
+                let step = before.apply(&event).unwrap();
+                let told = match step.answer.expect("a claim is answered in any case") {
+                    Answer::Follows(agreed) => {
+                        assert_eq!(agreed, claim.wants.unwrap_or(claim.generation));
+                        "follow"
+                    }
+                    Answer::Higher { theirs, abandoned } => {
+                        assert_eq!(theirs, before.generation);
+                        if abandoned { "gone" } else { "higher" }
+                    }
+                    Answer::Split { theirs } => {
+                        assert_eq!(theirs, before.generation);
+                        "split"
+                    }
+                    Answer::Lower(_) => "lower",
+                    Answer::NotReversed => "fenced",
+                    Answer::Diverged(_) => "diverg",
+                };
+                write!(table, "{told:<7}").unwrap();
+            }
+            table.truncate(table.trim_end().len());
+            table.push('\n');
+        }
+        println!("{table}");
+        assert_eq!(table, ANSWERS);
+    }
+
+    #[test]
+    fn a_step_down_is_repeated_for_its_own_point_only() {
+        let primary = RoleState::primary(generation(5, MINE));
+        let down = primary.apply(&Event::StepDown { head: point(7) }).unwrap();
+        assert_eq!(down.next.part, Part::SteppedDown { head: point(7) });
+        let again = down.next.apply(&Event::StepDown { head: point(7) });
+        assert_eq!(again.unwrap().next, down.next);
+        let other = down.next.apply(&Event::StepDown { head: point(8) });
+        assert!(matches!(other, Err(Refused::Part { .. })));
+    }
+
+    #[test]
+    fn a_fenced_host_remembers_the_highest_generation_it_met() {
+        let fenced_by = |number| {
+            let by = generation(number, number.into());
+            RoleState::new(generation(5, MINE), Part::Fenced { by })
+        };
+        let learns = |state: RoleState, number: u64| {
+            let theirs = generation(number, number.into());
+            let claim = Claim {
+                generation: theirs,
+                active: true,
+                born: None,
+                wants: None,
+            };
+            let called = state.apply(&Event::Claimed(claim)).unwrap().next;
+            let answer = Answer::Higher {
+                theirs,
+                abandoned: false,
+            };
+            let fresh = FRESH;
+            let told = state
+                .apply(&Event::Answered { answer, fresh })
+                .unwrap()
+                .next;
+            assert_eq!(called, told, "however it learns of it");
+            told
+        };
+        assert_eq!(learns(fenced_by(6), 8), fenced_by(8));
+        assert_eq!(learns(fenced_by(8), 6), fenced_by(8));
+    }
+
+    #[test]
+    fn a_returning_host_follows_the_generation_that_took_its_divergence() {
+        let to = generation(6, 6);
+        let returning = RoleState::new(generation(5, MINE), Part::Returning { to });
+        let taken = |state: RoleState, by| state.apply(&Event::DivergenceTaken { by });
+        assert!(taken(returning, generation(6, 7)).is_err());
+        let replica = taken(returning, to).unwrap().next;
+        assert_eq!(replica, RoleState::replica(to));
+        assert_eq!(taken(replica, to).unwrap().next, replica, "told twice");
+        assert!(taken(replica, generation(5, MINE)).is_err());
+    }
+
+    #[test]
+    fn promotions_remember_where_they_began_and_a_cancel_forgets_it() {
+        let replica = RoleState::replica(generation(5, MINE));
+        let promote = Event::Promote {
+            expected: generation(5, MINE),
+            point: point(7),
+            fresh: FRESH,
+        };
+        let promoted = replica.apply(&promote).unwrap().next;
+        let from = generation(5, MINE);
+        let point = point(7);
+        assert_eq!(promoted.part, Part::FailedOver { from, point });
+        assert_eq!(
+            (promoted.generation.id, promoted.born),
+            (FRESH, Some(point))
+        );
+        assert_eq!(
+            promoted.apply(&Event::Commit).unwrap().next.born,
+            Some(point)
+        );
+        let cancelled = promoted.apply(&Event::Cancel).unwrap().next;
+        assert_eq!(cancelled.born, None);
+        let handed_over = Event::HandedOver {
+            from: cancelled.generation,
+            head: point,
+            ours: Some(point),
+            fresh: FRESH,
+        };
+        let refused = cancelled.apply(&handed_over).unwrap_err().to_string();
+        assert!(refused.contains("`understudy cancel`"), "{refused}");
+        let last = RoleState::replica(generation(u64::MAX, MINE));
+        let expected = last.generation;
+        let promote = Event::Promote {
+            expected,
+            point,
+            fresh: FRESH,
+        };
+        assert_eq!(last.apply(&promote), Err(Refused::Exhausted(expected)));
+    }
+
+    /// A split brain is ended as what the host was before.
+    #[test]
+    fn a_winner_goes_on_as_what_it_was() {
+        let other = generation(5, 6);
+        let (from, point) = (generation(4, 4), point(7));
+        for (was, part, serves) in [
+            (Active::Primary, Part::Primary, true),
+            (Active::SteppedDown { head: point }, Part::Primary, false),
+            (
+                Active::FailedOver { from, point },
+                Part::FailedOver { from, point },
+                true,
+            ),
+        ] {
+            let split = RoleState::new(generation(5, MINE), Part::Split { other, was });
+            assert_eq!(split.serves(Lease::Unneeded), serves);
+            let won = split.apply(&Event::Win { fresh: FRESH }).unwrap().next;
+            assert_eq!((won.part, won.generation.number), (part, 6));
+        }
+    }
 }
