@@ -139,9 +139,9 @@ pub(super) fn pieces(
 
 #[derive(Clone, Debug)]
 pub(super) enum Change {
-    Write(u64, Vec<u8>),
+    Write(u64, Arc<[u8]>),
     /// A write with forced unit access: durable already, and again after any unsynced change that came before it.
-    Forced(u64, Vec<u8>),
+    Forced(u64, Arc<[u8]>),
     Zero(Extent, Space),
     SetLen(u64),
 }

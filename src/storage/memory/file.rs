@@ -120,8 +120,8 @@ impl Storage for MemoryStorage {
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
         // Forced unit access is for this run only: what else is unsynced stays so, and must not come over it later.
         self.change(match fua {
-            Fua::No => Change::Write(offset, buf.to_vec()),
-            Fua::Yes => Change::Forced(offset, buf.to_vec()),
+            Fua::No => Change::Write(offset, buf.into()),
+            Fua::Yes => Change::Forced(offset, buf.into()),
         })
     }
 

@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 
 pub use file::MemoryStorage;
 pub use folder::MemoryFolder;
-pub use recorder::{Cut, Fate, Recorder};
+pub use recorder::{Cut, Fate, Recorder, Replay};
 
 /// Decides, for each unsynced sector, name or length in turn, whether it reached the platter.
 pub type Choice<'a> = dyn FnMut() -> bool + 'a;

@@ -2,7 +2,8 @@
 //!
 //! What reaches the platter matters only at the instants before something becomes durable for certain: earlier cuts
 //! leave a subset of what these leave. So there is one [`Cut`] before each sync, one at each write with forced unit
-//! access, and one at the end, and each makes the image for any choice of its unsynced changes.
+//! access, and one at the end, and each makes the image for any choice of its unsynced changes. Files whose power is cut
+//! together are played again side by side: a [`Replay`] makes a cut at any instant.
 
 use std::{io, sync::Arc};
 
@@ -26,7 +27,19 @@ pub struct Recorder {
 #[derive(Debug)]
 enum Step {
     Change(Change),
-    Sync,
+    /// A sync that had begun after so many steps: what was changed while it was under way is not durable by it.
+    Sync {
+        begun: usize,
+    },
+}
+
+/// A recording that is played again, call by call.
+#[derive(Debug)]
+pub struct Replay<'a> {
+    recorder: &'a Recorder,
+    step: usize,
+    durable: Bytes,
+    pending: Vec<Pending>,
 }
 
 /// An instant at which the power may be cut, and what was not durable then.
@@ -40,6 +53,8 @@ pub struct Cut {
 
 #[derive(Clone, Debug)]
 struct Pending {
+    /// Its number among the calls.
+    step: usize,
     change: Change,
     /// Forced, and it had returned: it is there whatever becomes of older changes.
     certain: bool,
@@ -85,46 +100,76 @@ impl Recorder {
 
     /// All instants from `from` changing calls on at which a cut leaves something that no other instant does.
     pub fn cuts(&self, from: usize) -> Vec<Cut> {
-        let steps = self.steps.lock();
-        let mut durable = self.start.clone();
-        let mut pending: Vec<Pending> = Vec::new();
+        let mut replay = self.replay();
         let mut cuts = Vec::new();
-        let mut cut = |step, durable: &Bytes, pending: &[Pending]| {
-            if step >= from {
-                cuts.push(Cut {
-                    step,
-                    durable: durable.clone(),
-                    pending: pending.to_vec(),
-                });
+        for number in 0..=self.steps() {
+            let tells = match self.steps.lock().get(number) {
+                Some(Step::Change(change)) => matches!(change, Change::Forced(..)),
+                Some(Step::Sync { .. }) | None => true,
+            };
+            if tells && number >= from {
+                cuts.push(replay.cut(true));
             }
-        };
-        for (number, step) in steps.iter().enumerate() {
-            match step {
-                Step::Change(change) => {
-                    let forced = matches!(change, Change::Forced(..));
-                    pending.push(Pending {
-                        change: change.clone(),
-                        certain: false,
-                    });
-                    if forced {
-                        cut(number, &durable, &pending);
-                        pending.last_mut().expect("one was pushed").certain = true;
-                    }
-                }
-                Step::Sync => {
-                    cut(number, &durable, &pending);
-                    for pending in pending.drain(..) {
-                        durable.apply(&pending.change);
-                    }
-                }
-            }
+            replay.advance();
         }
-        cut(steps.len(), &durable, &pending);
         cuts
+    }
+
+    /// From the start, with no call made.
+    pub fn replay(&self) -> Replay<'_> {
+        Replay {
+            recorder: self,
+            step: 0,
+            durable: self.start.clone(),
+            pending: Vec::new(),
+        }
+    }
+
+    /// Notes a sync that returns now and had begun after `begun` changing calls: for a file that several threads change
+    /// while it is being synced.
+    pub fn synced(&self, begun: usize) {
+        self.note(Step::Sync { begun });
     }
 
     fn note(&self, step: Step) {
         self.steps.lock().push(step);
+    }
+}
+
+impl Replay<'_> {
+    /// One call more has returned, if there is one.
+    pub fn advance(&mut self) {
+        match self.recorder.steps.lock().get(self.step) {
+            Some(Step::Change(change)) => self.pending.push(Pending {
+                step: self.step,
+                change: change.clone(),
+                certain: matches!(change, Change::Forced(..)),
+            }),
+            Some(&Step::Sync { begun }) => {
+                for pending in self.pending.extract_if(.., |pending| pending.step < begun) {
+                    self.durable.apply(&pending.change);
+                }
+            }
+            None => return,
+        }
+        self.step += 1;
+    }
+
+    /// The power is cut now; with `under_way` while the next call is being made.
+    pub fn cut(&self, under_way: bool) -> Cut {
+        let mut pending = self.pending.clone();
+        if under_way && let Some(Step::Change(change)) = self.recorder.steps.lock().get(self.step) {
+            pending.push(Pending {
+                step: self.step,
+                change: change.clone(),
+                certain: false,
+            });
+        }
+        Cut {
+            step: self.step,
+            durable: self.durable.clone(),
+            pending,
+        }
     }
 }
 
@@ -152,7 +197,10 @@ impl Cut {
     pub fn image(&self, mut fate: impl FnMut(usize) -> Fate) -> Arc<MemoryStorage> {
         let mut content = self.durable.clone();
         let mut index = 0;
-        for Pending { change, certain } in &self.pending {
+        for Pending {
+            change, certain, ..
+        } in &self.pending
+        {
             let fate = if *certain {
                 Fate::Whole
             } else {
@@ -191,7 +239,7 @@ impl Storage for Recorder {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
-        let data = buf.to_vec();
+        let data = buf.into();
         self.note(Step::Change(match fua {
             Fua::No => Change::Write(offset, data),
             Fua::Yes => Change::Forced(offset, data),
@@ -214,8 +262,10 @@ impl Storage for Recorder {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.note(Step::Sync);
-        self.file.sync()
+        let begun = self.steps();
+        self.file.sync()?;
+        self.synced(begun);
+        Ok(())
     }
 }
 
@@ -256,5 +306,26 @@ mod tests {
         assert_eq!(cuts[0].pieces(0, 512), 2);
         assert_eq!(cuts[0].pieces(0, 4096), 1);
         assert_eq!(recorder.cuts(4).len(), 1);
+    }
+
+    #[test]
+    fn what_is_changed_while_a_sync_is_under_way_is_not_durable_by_it() {
+        let recorder = Recorder::new(&MemoryStorage::new(&Power::new()));
+        recorder.write_at(0, &[1; 512], Fua::No).unwrap();
+        let begun = recorder.steps();
+        recorder.write_at(512, &[2; 512], Fua::No).unwrap();
+        recorder.synced(begun);
+        let mut replay = recorder.replay();
+        let open =
+            |replay: &Replay<'_>| [false, true].map(|under_way| replay.cut(under_way).open());
+        assert_eq!(open(&replay), [0, 1]);
+        replay.advance();
+        replay.advance();
+        assert_eq!(open(&replay), [2, 2]);
+        replay.advance();
+        assert_eq!(open(&replay), [1, 1]);
+        assert_eq!(replay.cut(false).image(|_| Lost).bytes(), [1; 512]);
+        replay.advance();
+        assert_eq!(open(&replay), [1, 1], "there are no more calls");
     }
 }
