@@ -15,6 +15,7 @@ mod mount;
 mod namespaces;
 mod net;
 mod plans;
+mod power;
 mod replicate;
 mod roles;
 #[cfg(shuttle)]
