@@ -131,7 +131,7 @@ fn the_units_confine_what_they_start() {
     }
     for (unit, most) in [
         ("understudy-replica.service", 1.1),
-        ("understudy.service", 1.6),
+        ("understudy.service", 1.5),
         // Mounts that the hypervisor sees rule out a mount namespace, and what needs one: two of these points.
         ("understudy-mount.service", 2.8),
     ] {
