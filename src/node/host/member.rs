@@ -38,7 +38,7 @@ use crate::{
         sources::{open_images, spec},
     },
     protocol::message::{Hello, Refusal, Version},
-    shim::Unmount,
+    shim::{self, Unmount, Writability},
     storage::ledger::LedgerError,
 };
 
@@ -159,6 +159,11 @@ impl Member {
         let step = before
             .apply(event)
             .map_err(|refused| OperateError::NotNow(format!("machine {}: {refused}", self.name)))?;
+        if let (Part::Fenced { .. }, Some(serving)) = (step.next.part, self.serving()) {
+            // Before anybody can see that the host is fenced: what is written after that is refused.
+            let refused = Writability::Refused(shim::Refusal::ReadOnly);
+            serving.primary.set_writable(refused);
+        }
         self.change(|record| {
             record.role = step.next;
             if step.next != before {
