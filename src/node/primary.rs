@@ -330,6 +330,11 @@ impl Primary {
         *self.mount.ended().borrow()
     }
 
+    /// The guest may not write from here on. Returns when no write is under way any more.
+    pub(super) fn refuse_writes(&self) {
+        self.set_writable(Writability::Refused(Refusal::ReadOnly));
+    }
+
     /// Decides whether the guest may write. When this returns, no write is under way that was not judged by it. A flush
     /// that waits for the replica fails when writes are refused: it must not hold up whoever takes the machine away.
     pub(super) fn set_writable(&self, writability: Writability) {

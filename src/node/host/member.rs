@@ -38,7 +38,7 @@ use crate::{
         sources::{open_images, spec},
     },
     protocol::message::{Hello, Refusal, Version},
-    shim::{self, Unmount, Writability},
+    shim::Unmount,
     storage::ledger::LedgerError,
 };
 
@@ -161,8 +161,7 @@ impl Member {
             .map_err(|refused| OperateError::NotNow(format!("machine {}: {refused}", self.name)))?;
         if let (Part::Fenced { .. }, Some(serving)) = (step.next.part, self.serving()) {
             // Before anybody can see that the host is fenced: what is written after that is refused.
-            let refused = Writability::Refused(shim::Refusal::ReadOnly);
-            serving.primary.set_writable(refused);
+            serving.primary.refuse_writes();
         }
         self.change(|record| {
             record.role = step.next;

@@ -25,7 +25,7 @@ use crate::{
         sources::{open_images, spec},
     },
     replica::{Head, ImageStatus, image_name},
-    shim::{Refusal, Unmount, Writability},
+    shim::{Unmount, Writability},
     storage::{Folder, file::FileFolder, placed::PlacedFolder},
     track::state::StateDir,
     volume,
@@ -121,9 +121,7 @@ impl Member {
     fn fence(&self) -> Result<(), StartError> {
         match self.serving() {
             Some(serving) => {
-                serving
-                    .primary
-                    .set_writable(Writability::Refused(Refusal::ReadOnly));
+                serving.primary.refuse_writes();
                 serving.primary.end_replication();
                 Ok(())
             }

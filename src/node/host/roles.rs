@@ -26,7 +26,7 @@ use crate::{
         test_failover::choose,
     },
     replica::Head,
-    shim::{Refusal, Unmount, Writability},
+    shim::Unmount,
 };
 
 /// Cuts after which a machine that nobody can write must be at rest.
@@ -100,7 +100,7 @@ impl Member {
                 list(&users)
             ));
         }
-        primary.set_writable(Writability::Refused(Refusal::ReadOnly));
+        primary.refuse_writes();
         let closed = self.last_point(primary).and_then(|head| {
             let closed = self.idle(Unmount::IfUnused);
             Ok(closed.map(|()| head)?)

@@ -174,21 +174,15 @@ impl World {
             return Ok(());
         };
         let deaf = coordinator.random.percent(LOSS) || self.hosts[host].medium.is_dead();
-        match answered {
-            Ok(()) if !deaf => self.ends(task, &Event::Done(ONLY, Report::of("asked"))),
-            Err(answer) if !deaf => {
-                if let Some((_, _, course)) = coordinator.step() {
-                    course.hears(answer);
-                }
-                Ok(())
-            }
-            _ => {
-                if let Some((_, _, course)) = coordinator.step() {
-                    course.hears(None);
-                }
-                Ok(())
-            }
+        let answer = match answered {
+            Ok(()) if !deaf => return self.ends(task, &Event::Done(ONLY, Report::of("asked"))),
+            Err(answer) if !deaf => answer,
+            _ => None,
+        };
+        if let Some((_, _, course)) = coordinator.step() {
+            course.hears(answer);
         }
+        Ok(())
     }
 
     fn asked(&mut self, host: usize, task: &Task) -> Result<Answered, String> {
@@ -250,27 +244,28 @@ impl World {
             return Ok(());
         };
         let since = task.generation.number;
-        let true_ = match (task.verb, event) {
+        let moved = here.generation.number > since;
+        let holds = match (task.verb, event) {
             (Verb::Planned | Verb::Unplanned { .. }, Event::Done(..)) => newest > since,
             (Verb::Planned, Event::Undone(..)) => {
-                here.generation.number > since || !matches!(here.part, Part::SteppedDown { .. })
+                moved || !matches!(here.part, Part::SteppedDown { .. })
             }
             (Verb::Commit, Event::Done(..)) => {
-                here.generation.number > since || !matches!(here.part, Part::FailedOver { .. })
+                moved || !matches!(here.part, Part::FailedOver { .. })
             }
             (Verb::Cancel, Event::Done(..)) => {
-                here.generation.number > since
-                    || !matches!(
-                        here.part,
-                        Part::FailedOver { .. } | Part::SteppedDown { .. }
-                    )
+                let open = matches!(
+                    here.part,
+                    Part::FailedOver { .. } | Part::SteppedDown { .. }
+                );
+                moved || !open
             }
             (Verb::Reverse { .. }, Event::Done(..)) => {
-                here.generation.number > since || !matches!(here.part, Part::Fenced { .. })
+                moved || !matches!(here.part, Part::Fenced { .. })
             }
             _ => true,
         };
-        if true_ {
+        if holds {
             return Ok(());
         }
         Err(format!(
