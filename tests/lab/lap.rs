@@ -172,7 +172,7 @@ impl Lab {
     }
 
     /// Links, space and clocks are as they should be.
-    fn mend(&mut self) {
+    pub(super) fn mend(&mut self) {
         self.stage.set_weather(Weather::default());
         for space in self.stage.spaces.iter().flatten() {
             space.relieve();
