@@ -21,7 +21,7 @@ use understudy::{
 use super::{
     fault::Keep,
     lap::Lab,
-    stage::{COORD, LOOK, NODES, PATIENCE},
+    stage::{COORD, NODES},
 };
 use crate::support::{call, runtime, send};
 
@@ -83,8 +83,8 @@ impl Lab {
             if asked && jobs.iter().all(|job| job.ended.is_some()) {
                 return;
             }
-            assert!(began.elapsed() < PATIENCE, "a job does not end: {out}");
-            thread::sleep(LOOK);
+            self.stage
+                .wait_on(began, || format!("a job does not end: {out}"));
         }
     }
 
