@@ -48,16 +48,14 @@ impl MachineReplica {
     /// Claims recovery point `epoch` without looking at it.
     pub fn hold(&self, epoch: Epoch) -> Result<Held, ReplicaError> {
         let state = self.shared.state()?;
-        Ok(Held {
-            point: self.shared.point(&state, epoch)?,
-            _pin: self.shared.pins.pin(epoch),
-        })
+        let (point, pin) = self.shared.claim(&state, epoch)?;
+        Ok(Held { point, _pin: pin })
     }
 
     /// The disks as they were at recovery point `epoch`.
     pub fn view(&self, epoch: Epoch) -> Result<PointView, ReplicaError> {
         let state = self.shared.state()?;
-        let point = self.shared.point(&state, epoch)?;
+        let (point, _pin) = self.shared.claim(&state, epoch)?;
         let logs = state.logs.iter().filter(|log| log.epoch() <= epoch);
         let logs: Vec<_> = logs.cloned().collect();
         self.shared.show(state, point, logs)
@@ -65,11 +63,13 @@ impl MachineReplica {
 }
 
 impl Shared {
-    fn point(&self, state: &State, epoch: Epoch) -> Result<Point, ReplicaError> {
+    /// A point, and a claim on it. It is claimed before it is looked for: one that retention has passed over is a point
+    /// as long as it is in use, and after a restart nobody else says that it is, although a failover goes on from it.
+    fn claim(&self, state: &State, epoch: Epoch) -> Result<(Point, Pin), ReplicaError> {
+        let pin = self.pins.pin(epoch);
         let mut points = self.points(state).into_iter();
-        points
-            .find(|point| point.lineage.epoch == epoch)
-            .ok_or(ReplicaError::NoPoint(epoch))
+        let point = points.find(|point| point.lineage.epoch == epoch);
+        Ok((point.ok_or(ReplicaError::NoPoint(epoch))?, pin))
     }
 
     /// The base images with `logs` above them.

@@ -64,6 +64,8 @@ struct State {
     full: bool,
     /// Syncs of delta logs are answered and not made.
     forgets_logs: bool,
+    /// A sync or a forced write of a layer failed: what the page cache holds of it means nothing any more.
+    doubted: bool,
 }
 
 /// The disks of one host.
@@ -125,6 +127,11 @@ impl Medium {
         self.state.lock().full
     }
 
+    /// Whether a layer gave up its trust in what was not flushed since this was asked last.
+    pub(super) fn take_doubt(&self) -> bool {
+        std::mem::take(&mut self.state.lock().doubted)
+    }
+
     /// No fault waits any more, no death either, and there is space.
     pub(super) fn mend(&self) {
         let mut state = self.state.lock();
@@ -147,6 +154,11 @@ impl Medium {
             return Err(broken("read"));
         }
         Ok(())
+    }
+
+    /// A call that makes a file of this kind durable failed.
+    fn doubt(&self, kind: Kind) {
+        self.state.lock().doubted |= kind == Kind::Layer;
     }
 
     /// Counts a changing call; whether it fails although the process lives.
@@ -321,7 +333,11 @@ impl Storage for MediumFile {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8], fua: Fua) -> io::Result<()> {
-        let fails = self.medium.change(self.kind, Some(Fault::Write))?;
+        let fails = self.medium.change(self.kind, Some(Fault::Write));
+        if fua == Fua::Yes && !matches!(fails, Ok(false)) {
+            self.medium.doubt(self.kind);
+        }
+        let fails = fails?;
         self.changed();
         if !fails {
             return self.inner.write_at(offset, buf, fua);
@@ -361,6 +377,7 @@ impl Storage for MediumFile {
 
     fn sync(&self) -> io::Result<()> {
         if self.medium.change(self.kind, Some(Fault::Sync))? {
+            self.medium.doubt(self.kind);
             return Err(broken("sync"));
         }
         if self.kind == Kind::Log && self.medium.state.lock().forgets_logs {

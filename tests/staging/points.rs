@@ -20,7 +20,9 @@ use understudy::{
         trailer::{FOOT_BYTES, Foot, TrailerHead},
     },
     disk::Fua,
-    replica::{Adoption, Head, IngestEvent, MachineReplica, ReplicaError},
+    replica::{
+        Adoption, Head, IngestEvent, MachineReplica, ReplicaError, ReplicaOptions, Retention,
+    },
     storage::{Folder, Open, file::FileFolder, ledger::Ledger, memory::MemoryFolder},
 };
 
@@ -136,6 +138,45 @@ fn a_held_point_stays_although_it_is_not_looked_at() {
         replica.hold(Epoch(2)),
         Err(ReplicaError::NoPoint(Epoch(2)))
     ));
+}
+
+/// Retention has passed over a point that a failover goes on from. After a restart nobody says that it is in use until the
+/// failover asks for it, and it is a point again.
+#[test]
+fn a_point_in_use_is_one_again_after_a_restart() {
+    let host = Host::new();
+    let mut model = Model::new();
+    let hourly = || ReplicaOptions {
+        retention: Retention {
+            newest: 0,
+            hourly: 1,
+        },
+        ..options(0)
+    };
+    let listed = |replica: &MachineReplica| {
+        let points = replica.points().into_iter();
+        points
+            .map(|point| point.lineage.epoch.0)
+            .collect::<Vec<_>>()
+    };
+    let replica = host.open_with(hourly()).unwrap();
+    grow(&replica, &mut model, 2);
+    let held = replica.hold(Epoch(2)).unwrap();
+    send(&replica, &model.epoch(3, Some(2))).unwrap();
+    while replica.upkeep().unwrap().is_some() {}
+    assert_eq!(listed(&replica), [1, 2, 3]);
+    drop((held, replica));
+
+    let replica = host.open_with(hourly()).unwrap();
+    assert_eq!(listed(&replica), [1, 3]);
+    let held = replica.hold(Epoch(2)).unwrap();
+    assert_eq!(listed(&replica), [1, 2, 3]);
+    let view = replica.view(Epoch(2)).unwrap();
+    for (disk, expected) in view.disks.iter().zip(&model.history[&Epoch(2)]) {
+        assert!(content(&**disk) == *expected);
+    }
+    drop((view, held));
+    assert_eq!(listed(&replica), [1, 3]);
 }
 
 /// Two bytes written for each byte received, and none read but the logs, once.

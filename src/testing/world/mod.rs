@@ -60,7 +60,6 @@ pub(super) fn run(seed: u64, bug: Option<Bug>) -> Result<Report, Failure> {
         rescanned: false,
         taken: None,
         troubled: [false; 2],
-        distrusted: [false; 2],
         doom: [None; 2],
         tests: 0,
         events: VecDeque::new(),
@@ -102,8 +101,6 @@ struct World {
     taken: Option<Lineage>,
     /// Whether a call may have failed in this life of the process: then errors are no wonder, wrong results still are.
     troubled: [bool; 2],
-    /// Whether a sync of a layer may have failed in this life: the next one believes only what was flushed.
-    distrusted: [bool; 2],
     /// How the process that is about to die will end.
     doom: [Option<Death>; 2],
     /// Test failovers so far.
@@ -276,15 +273,20 @@ impl World {
                 self.report.power_cuts += 1;
             }
         }
-        let distrusted = std::mem::take(&mut self.distrusted[host]);
-        if let Some(truth) = &mut self.oracle.hosts[host].truth
-            && (distrusted || death == Death::PowerCut)
-        {
-            truth.lost_power();
-        }
+        let doubted = self.hosts[host].medium.take_doubt();
+        self.loses_trust(host, doubted || death == Death::PowerCut);
         self.network.lost_host(host);
         self.note(&format!("host {host} died: {death:?}"));
         Ok(())
+    }
+
+    /// What was not flushed may be old or new when the host is back, if so.
+    fn loses_trust(&mut self, host: usize, so: bool) {
+        if let Some(truth) = &mut self.oracle.hosts[host].truth
+            && so
+        {
+            truth.lost_power();
+        }
     }
 
     /// The process dies before it does anything more.
@@ -321,7 +323,6 @@ impl World {
             .random
             .pick(&[Fault::Read, Fault::Write, Fault::Write, Fault::Sync]);
         self.calm &= !serves;
-        self.distrusted[host] |= kind == Kind::Layer && fault == Fault::Sync;
         let after = self.random.below(4);
         medium.fail(kind, fault, after);
         self.note(&format!(
@@ -418,8 +419,10 @@ impl World {
         if let Err(No::NotNow(_)) = stopped {
             return self.allow(host, "the stop", stopped).map(|_| ());
         }
-        self.allow(host, "the stop", stopped)?;
+        let clean = self.allow(host, "the stop", stopped)?.is_some();
         self.hosts[host].die();
+        let doubted = self.hosts[host].medium.take_doubt();
+        self.loses_trust(host, doubted && !clean);
         self.troubled[host] = self.hosts[host].medium.is_full();
         self.doom[host] = None;
         self.network.lost_host(host);
