@@ -58,6 +58,16 @@ fn every_seed_keeps_the_promises() {
     }
 }
 
+/// Seeds that found a fault when they were run first, beyond those that every run of the tests begins with.
+#[test]
+fn what_was_found_once_is_not_found_again() {
+    for seed in [21_855, 51_943, 235_556, 408_263, 434_436, 487_729, 886_752] {
+        if let Err(failure) = run(seed, None) {
+            panic!("{failure}");
+        }
+    }
+}
+
 /// One seed, twice: it is kept, and both runs are the same to the last call.
 #[test]
 fn replay() {

@@ -80,14 +80,16 @@ impl Host {
             return not_now("the primary is connected");
         }
         let point = choose(&store.points(), point)?;
-        self.end_session();
-        self.clear_for_promotion(role)?;
-        self.process().held = Some(store.hold(point.lineage.epoch).map_err(told)?);
         let event = Event::Promote {
             expected: role.generation,
             point: point.lineage,
             fresh: self.fresh(),
         };
+        role.apply(&event)
+            .map_err(|error| No::NotNow(told(error)))?;
+        self.end_session();
+        self.clear_for_promotion(role)?;
+        self.process().held = Some(store.hold(point.lineage.epoch).map_err(told)?);
         let promoted = self.turn_to(&event, |record| record.layer_over(point.lineage));
         if promoted.is_err() {
             self.process().held = None;

@@ -149,6 +149,12 @@ impl Member {
         Ok(())
     }
 
+    /// What an event would make of the role, if it is not refused. Nothing happens.
+    pub(super) fn check(&self, event: &Event) -> Result<Step, OperateError> {
+        let step = self.record().role.apply(event);
+        step.map_err(|refused| OperateError::NotNow(format!("machine {}: {refused}", self.name)))
+    }
+
     /// Lets an event happen to the role, and changes the record with it; durable before this returns.
     pub(super) fn turn_to(
         &self,
@@ -156,9 +162,7 @@ impl Member {
         also: impl FnOnce(&mut Record),
     ) -> Result<Step, OperateError> {
         let before = self.record().role;
-        let step = before
-            .apply(event)
-            .map_err(|refused| OperateError::NotNow(format!("machine {}: {refused}", self.name)))?;
+        let step = self.check(event)?;
         if let (Part::Fenced { .. }, Some(serving)) = (step.next.part, self.serving()) {
             // Before anybody can see that the host is fenced: what is written after that is refused.
             serving.primary.refuse_writes();

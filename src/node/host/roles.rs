@@ -25,7 +25,7 @@ use crate::{
         status::TestStatus,
         test_failover::choose,
     },
-    replica::Head,
+    replica::{Head, Point},
     shim::Unmount,
 };
 
@@ -167,7 +167,15 @@ impl Member {
             point: request.point,
             ..TestRequest::default()
         };
-        choose(&served.store, self.name(), wanted)?;
+        let fresh = self.shared().ids.uuid();
+        let promote = |point: Point| Event::Promote {
+            expected: record.role.generation,
+            point: point.lineage,
+            fresh,
+        };
+        // What is refused must not let go of the point that an earlier failover goes on from.
+        let point = choose(&served.store, self.name(), wanted)?;
+        self.check(&promote(point))?;
         // Nothing arrives any more from whoever fed it, before the promotion is durable.
         let over = served.end_session("this host takes over");
         self.clear_for_promotion(&record)?;
@@ -175,12 +183,7 @@ impl Member {
         let point = choose(&served.store, self.name(), wanted)?;
         let held = served.hold(point.lineage.epoch);
         held.map_err(|error| OperateError::Failed(chain(&error)))?;
-        let event = Event::Promote {
-            expected: record.role.generation,
-            point: point.lineage,
-            fresh: self.shared().ids.uuid(),
-        };
-        let promoted = self.turn_to(&event, |record| {
+        let promoted = self.turn_to(&promote(point), |record| {
             layer_over(record, &served, point.lineage);
         });
         promoted.inspect_err(|_| served.let_go())?;
