@@ -98,8 +98,7 @@ impl Medium {
     }
 
     pub(super) fn is_dead(&self) -> bool {
-        let state = self.state.lock();
-        state.dies_at.is_some_and(|at| state.calls >= at)
+        self.state.lock().is_dead()
     }
 
     /// Lets a process go: what its end would still write does not arrive. The next one finds the files as they are.
@@ -147,7 +146,7 @@ impl Medium {
 
     fn read(&self, kind: Kind) -> io::Result<()> {
         let mut state = self.state.lock();
-        if state.dies_at.is_some_and(|at| state.calls >= at) {
+        if state.is_dead() {
             return Err(dead());
         }
         if state.due(kind, Fault::Read) {
@@ -156,15 +155,16 @@ impl Medium {
         Ok(())
     }
 
-    /// A call that makes a file of this kind durable failed.
+    /// A call that makes a file of this kind durable failed. A dead process gives nothing up: what it wrote is there.
     fn doubt(&self, kind: Kind) {
-        self.state.lock().doubted |= kind == Kind::Layer;
+        let mut state = self.state.lock();
+        state.doubted |= kind == Kind::Layer && !state.is_dead();
     }
 
     /// Counts a changing call; whether it fails although the process lives.
     fn change(&self, kind: Kind, fault: Option<Fault>) -> io::Result<bool> {
         let mut state = self.state.lock();
-        if state.dies_at.is_some_and(|at| state.calls >= at) {
+        if state.is_dead() {
             return Err(dead());
         }
         state.calls += 1;
@@ -177,6 +177,10 @@ impl Medium {
 }
 
 impl State {
+    fn is_dead(&self) -> bool {
+        self.dies_at.is_some_and(|at| self.calls >= at)
+    }
+
     fn due(&mut self, kind: Kind, fault: Fault) -> bool {
         match &mut self.fault {
             Some((of, what, after)) if (*of, *what) == (kind, fault) => {
