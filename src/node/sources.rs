@@ -20,7 +20,7 @@ pub(super) struct Source {
     pub(super) disk: Arc<dyn Disk>,
     pub(super) format: Format,
     pub(super) image: PathBuf,
-    /// What tells whether somebody else wrote the disk, and what it told before the disk was opened.
+    /// What tells whether somebody else wrote the disk, and what it told before the machine was opened.
     pub(super) stamped: (Stamped, ImageStamp),
     /// The lock on the image, unless somebody else keeps it: the replica that the image belonged to before.
     pub(super) lock: Option<Arc<File>>,

@@ -527,10 +527,15 @@ impl Host {
         self.layers.stamp(disk_name(index).as_str())
     }
 
-    /// The same of all disks, as far as there are layers.
-    pub(super) fn layered_stamps(&self) -> Vec<Option<ImageStamp>> {
-        let disks = 0..self.setup.disks;
-        disks.map(|index| self.layered_stamp(index).ok()).collect()
+    /// Notes that layers are about to be opened, which may write them. Layers that are not there yet are not known.
+    pub(super) fn will_write_layers(&mut self) -> Done {
+        let names: Vec<_> = (0..self.setup.disks).map(disk_name).collect();
+        let stamps = names.iter().enumerate();
+        let stamps = stamps.map(|(index, name)| Some((name, self.layered_stamp(index).ok()?)));
+        let Some(stamps) = stamps.collect::<Option<Vec<_>>>() else {
+            return Ok(());
+        };
+        volume::will_write(&self.process().ledger, machine_id(), &stamps).map_err(told)
     }
 
     /// What tells whether somebody else wrote a disk that is a layer over an image.

@@ -137,40 +137,38 @@ fn unless_retired(
     Ok((Some(settled), None))
 }
 
-fn over_point(host: &Host, below: &MachineReplica, layers: Layers) -> Done<Opened> {
+fn over_point(host: &mut Host, below: &MachineReplica, layers: Layers) -> Done<Opened> {
     let view = below.view(layers.point.epoch).map_err(told)?;
     if view.point.lineage != layers.point {
         return Err("the recovery point is not the one that was failed over to".into());
     }
     let bases = view.disks.into_iter().map(|disk| disk as Arc<dyn Disk>);
-    let before = host.layered_stamps();
+    host.will_write_layers()?;
     let opened = open_layers(host, &host.layers, bases.collect(), layers.point.chain, "")?;
-    Ok((stamped(host, &opened, before)?, opened))
+    Ok((stamped(host, &opened)?, opened))
 }
 
-fn over_images(host: &Host, layers: Layers) -> Done<Opened> {
+fn over_images(host: &mut Host, layers: Layers) -> Done<Opened> {
     let images = host.open_images()?;
     let bases = images.iter().map(|(disk, _)| Arc::clone(disk)).collect();
-    let before = host.layered_stamps();
+    host.will_write_layers()?;
     let opened = open_layers(host, &host.layers, bases, layers.point.chain, "")?;
     for (layer, (image, _)) in opened.iter().zip(images) {
         layer.fold_into(image).map_err(told)?;
     }
-    Ok((stamped(host, &opened, before)?, opened))
+    Ok((stamped(host, &opened)?, opened))
 }
 
-/// The disks, each with the stamp it had before its layer was opened, which may write it, or with that of a new layer.
-fn stamped(
-    host: &Host,
-    layers: &[Arc<LayeredDisk>],
-    before: Vec<Option<ImageStamp>>,
-) -> Done<Vec<(Arc<dyn Disk>, ImageStamp)>> {
-    let pairs = layers.iter().zip(before).enumerate();
-    let stamp = |(index, (layer, before)): (usize, (&Arc<LayeredDisk>, Option<_>))| {
-        let stamp = before.map_or_else(|| host.layered_stamp(index), Ok)?;
-        Ok((Arc::clone(layer) as Arc<dyn Disk>, stamp))
+/// The disks, each with what tells whether somebody else wrote it.
+fn stamped(host: &Host, layers: &[Arc<LayeredDisk>]) -> Done<Vec<(Arc<dyn Disk>, ImageStamp)>> {
+    let stamp = |(index, layer)| {
+        let layer: &Arc<LayeredDisk> = layer;
+        Ok((
+            Arc::clone(layer) as Arc<dyn Disk>,
+            host.layered_stamp(index)?,
+        ))
     };
-    pairs.map(stamp).collect()
+    layers.iter().enumerate().map(stamp).collect()
 }
 
 /// A layer over each of these disks, whose content is called `identity`, in files with this prefix.

@@ -10,15 +10,10 @@
 
 use std::{io, ops::Range};
 
-use super::record::{ImageStamp, Record, Trust};
-use crate::{
-    base::ids::{MachineId, Name},
-    storage::ledger::{Ledger, LedgerError},
-    track::{
-        header::{Owner, Slot},
-        map::Map,
-        state::StateDir,
-    },
+use crate::track::{
+    header::{Owner, Slot},
+    map::Map,
+    state::StateDir,
 };
 
 /// Two new maps for the disk as it is `now`, with all bits of its maps from `before` in the first; and whether those were
@@ -43,25 +38,4 @@ pub(super) fn maps(
         maps[0].bits().set(run);
     }
     Ok((maps, found))
-}
-
-/// Notes that this program has just grown the image of `disk`, of a machine that is closed: its new `stamp` is not a
-/// change behind our back.
-pub fn grew(
-    ledger: &Ledger,
-    id: MachineId,
-    disk: &Name,
-    stamp: ImageStamp,
-) -> Result<(), LedgerError> {
-    let key = Record::key(id);
-    let Some(mut record) = ledger.get::<Record>(&key)? else {
-        return Ok(());
-    };
-    if record.trust == Trust::Clean
-        && let Some(disk) = record.disks.iter_mut().find(|known| known.name == *disk)
-    {
-        disk.stamp = stamp;
-        ledger.put(&key, &record)?;
-    }
-    Ok(())
 }

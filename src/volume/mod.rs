@@ -5,7 +5,8 @@
 //! with a replica), [`swap`] (what changes when roles do),
 //! [`answers`] (what it says), `core` (the shared state and its locks), [`disk`] (the write path), [`take`] (what the
 //! sender reads), [`sift`] (what need not be sent), [`verify`] (whether all is well), `open` (what a restart finds), `grow`
-//! (disks that grew meanwhile), [`record`] (what the node's store remembers).
+//! (disks that grew meanwhile), `between` (what is noted of a machine that is closed), [`record`] (what the node's store
+//! remembers).
 //!
 //! # One epoch's journey
 //! ```text
@@ -22,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 pub mod answers;
+mod between;
 mod core;
 pub mod disk;
 mod grow;
@@ -42,8 +44,8 @@ pub use self::{
         CopyScope, Counters, Cut, CutRefused, ForgetError, MachineError, MachineState, Reconcile,
         ReplicaHead, Standing,
     },
+    between::{grew, will_write},
     disk::Volume,
-    grow::grew,
     machine::Machine,
     open::{DiskSource, MachineOptions, OpenError},
     record::{ImageStamp, ResyncReason},

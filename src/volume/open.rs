@@ -428,7 +428,7 @@ mod tests {
             Storage,
             memory::{MemoryFolder, MemoryStorage, Power},
         },
-        volume::{CopyScope, Machine, Reconcile, ReplicaHead, Side, Standing, Taken},
+        volume::{CopyScope, Machine, Reconcile, ReplicaHead, Side, Standing, Taken, between},
     };
 
     struct Host {
@@ -563,6 +563,37 @@ mod tests {
     }
 
     impl Host {
+        /// Notes that this program is about to write the image, and writes it.
+        fn write_closed(&mut self) {
+            let store = Arc::clone(&self.store) as Arc<dyn Storage>;
+            let ledger = Ledger::open(store).unwrap();
+            let (machine, disk) = (
+                MachineId(uuid::Uuid::from_u128(3)),
+                Name::new("disk").unwrap(),
+            );
+            between::will_write(&ledger, machine, &[(&disk, self.stamp)]).unwrap();
+            self.stamp = stamp(self.stamp.modified.0 + 1);
+        }
+    }
+
+    /// Also if the power fails between the write and the open.
+    #[test]
+    fn what_this_program_writes_between_two_mounts_is_no_change_by_others() {
+        for boot in ["one", "two"] {
+            let mut host = Host::closed(memory());
+            host.write_closed();
+            host.boot = boot;
+            check(&host.open("disk"), None, 1);
+        }
+        // But it does not hide what others did before.
+        let mut host = Host::closed(memory());
+        host.stamp = stamp(8);
+        host.write_closed();
+        let changed = Some(ResyncReason::ImageChanged(DiskIndex(0)));
+        check(&host.open("disk"), changed, BLOCKS);
+    }
+
+    impl Host {
         /// Grows the image by 4 MiB; whether the machine's record says that it was this program.
         fn grow(&mut self, by_us: bool) {
             self.image.set_len(8 * MIB).unwrap();
@@ -574,7 +605,7 @@ mod tests {
                 let store = Arc::clone(&self.store) as Arc<dyn Storage>;
                 let ledger = Ledger::open(store).unwrap();
                 let machine = MachineId(uuid::Uuid::from_u128(3));
-                grow::grew(&ledger, machine, &Name::new("disk").unwrap(), self.stamp).unwrap();
+                between::grew(&ledger, machine, &Name::new("disk").unwrap(), self.stamp).unwrap();
             }
         }
     }

@@ -113,7 +113,7 @@ pub(super) struct Record {
 pub(super) enum Trust {
     /// Closed: maps and images are durable, and the images' stamps are known.
     Clean,
-    /// Open, or killed while open: the maps are exact, unless the host was booted again.
+    /// Open or about to be, or killed then: the maps are exact, unless the host was booted again.
     #[default]
     Open,
     /// An image could not be flushed: as after a power cut, its hot regions may hold anything.

@@ -14,7 +14,6 @@
 //! `tests/failover/deaths.rs` kills the process there.
 
 use std::{
-    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
@@ -32,7 +31,7 @@ use super::{
 };
 use crate::{
     base::chain::chain,
-    base::ids::Name,
+    base::ids::{MachineId, Name},
     coord::role::Lease,
     disk::{Access, Disk, layered::LayeredDisk},
     node::{
@@ -45,7 +44,7 @@ use crate::{
     },
     replica::Head,
     shim::Unmount,
-    volume::{ImageStamp, Machine},
+    volume::{self, ImageStamp, Machine},
 };
 
 /// Pause before a fold that failed, or that test failovers hold up, is tried again.
@@ -343,14 +342,10 @@ fn over_point(
         .map(|image| image.name.clone())
         .collect();
     let folder = member.places().layers();
-    let before: BTreeMap<_, _> = (images.iter())
-        .filter_map(|image| {
-            Some((
-                image.name.clone(),
-                stamp_before(&image.path, &folder, &image.name)?,
-            ))
-        })
-        .collect();
+    let files = images
+        .iter()
+        .map(|image| (&image.name, image.path.as_path()));
+    will_write(member, record.id, files)?;
     let opened = open_layers(view, &names, &folder).map_err(StartError::other)?;
     let source = |(name, layer): &(Name, Arc<LayeredDisk>)| {
         let image = images.iter().find(|image| image.name == *name);
@@ -362,11 +357,7 @@ fn over_point(
             disk: Arc::clone(layer) as Arc<dyn Disk>,
             format: image.format,
             image: image.path.clone(),
-            stamped: stamped(
-                &image.path,
-                folder.join(layer_file(name)),
-                before.get(name).copied(),
-            )?,
+            stamped: stamped(&image.path, folder.join(layer_file(name)))?,
             lock: None,
         })
     };
@@ -387,41 +378,46 @@ fn over_images(
         .iter()
         .map(|source| (source.name.clone(), Arc::clone(&source.disk)));
     let folder = member.places().layers();
-    let before: Vec<_> = (sources.iter())
-        .map(|source| stamp_before(&source.image, &folder, &source.name))
-        .collect();
+    let files = sources
+        .iter()
+        .map(|source| (&source.name, source.image.as_path()));
+    will_write(member, member.record().id, files)?;
     let opened =
         layers_over(bases.collect(), layers.point.chain, &folder).map_err(StartError::other)?;
-    for ((source, (name, layer)), before) in sources.iter_mut().zip(&opened).zip(before) {
+    for (source, (name, layer)) in sources.iter_mut().zip(&opened) {
         layer
             .fold_into(Arc::clone(&source.disk))
             .map_err(StartError::other)?;
         source.disk = Arc::clone(layer) as Arc<dyn Disk>;
-        source.stamped = stamped(&source.image, folder.join(layer_file(name)), before)?;
+        source.stamped = stamped(&source.image, folder.join(layer_file(name)))?;
     }
     Ok((sources, opened))
 }
 
-/// What the files of a disk tell before its layer is opened, which may write it; nothing if there is no layer yet.
-fn stamp_before(image: &Path, layers: &Path, name: &Name) -> Option<ImageStamp> {
-    let stamped = Stamped {
-        image: image.to_owned(),
-        written: layers.join(layer_file(name)),
+/// Notes that the layers over these disks are about to be opened, which may write them: should this process die before
+/// the machine is open, they were not changed by somebody else. Layers that are not there yet are not known either.
+fn will_write<'a>(
+    member: &Member,
+    id: MachineId,
+    disks: impl Iterator<Item = (&'a Name, &'a Path)>,
+) -> Result<(), StartError> {
+    let folder = member.places().layers();
+    let stamps = disks.map(|(name, image)| {
+        let (_, stamp) = stamped(image, folder.join(layer_file(name))).ok()?;
+        Some((name, stamp))
+    });
+    let Some(stamps) = stamps.collect::<Option<Vec<_>>>() else {
+        return Ok(());
     };
-    stamped.take().ok()
+    volume::will_write(&member.shared().ledger, id, &stamps).map_err(StartError::other)
 }
 
-/// What tells whether somebody else wrote an image or the layer over it, and what that told `before`: now, if the layer is
-/// new.
-fn stamped(
-    image: &Path,
-    layer: PathBuf,
-    before: Option<ImageStamp>,
-) -> Result<(Stamped, ImageStamp), StartError> {
+/// What tells whether somebody else wrote an image or the layer over it, and what that tells now.
+fn stamped(image: &Path, layer: PathBuf) -> Result<(Stamped, ImageStamp), StartError> {
     let stamped = Stamped {
         image: image.to_owned(),
         written: layer,
     };
-    let stamp = before.map_or_else(|| stamped.take(), Ok);
-    Ok((stamped, stamp.map_err(StartError::other)?))
+    let stamp = stamped.take().map_err(StartError::other)?;
+    Ok((stamped, stamp))
 }
