@@ -87,17 +87,17 @@ impl PointView {
 #[derive(Clone, Copy)]
 enum Held<'a> {
     Data(&'a [u8]),
-    /// As many zeros.
-    Zero(u64),
+    /// Zeros, and it is a whole one.
+    Zero,
 }
 
 /// Whether block number `index` of the sample is what is `held` here.
 fn same(sample: &Sample, index: u64, held: Held<'_>) -> bool {
     match (&sample.hashes, held) {
         (Some(hashes), Held::Data(bytes)) => hashes.0[to_usize(index)] == BlockHash::of(bytes),
-        (Some(hashes), Held::Zero(len)) => hashes.0[to_usize(index)] == BlockHash::of_zeros(len),
+        (Some(hashes), Held::Zero) => hashes.0[to_usize(index)] == BlockHash::of_zeros(),
         (None, Held::Data(bytes)) => is_zero(bytes),
-        (None, Held::Zero(_)) => true,
+        (None, Held::Zero) => true,
     }
 }
 
@@ -112,15 +112,10 @@ fn each_block(
     while at < run.end() {
         let (known, kind) = disk.run_at(at)?;
         let known = known.end().min(run.end());
-        let whole = if known == run.end() {
-            known
-        } else {
-            known / BLOCK_BYTES * BLOCK_BYTES
-        };
+        let whole = known / BLOCK_BYTES * BLOCK_BYTES;
         if kind == Content::Zero && whole > at {
             for block in blocks(at, whole) {
-                let len = (whole - block * BLOCK_BYTES).min(BLOCK_BYTES);
-                look(block, Held::Zero(len));
+                look(block, Held::Zero);
             }
             at = whole;
             continue;

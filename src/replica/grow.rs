@@ -5,9 +5,10 @@
 //! with.
 //!
 //! # Crash contract
-//! The record says that the images grow, durably, before the first of them is touched, and has the new sizes when the last
-//! one is durable. In between an open takes images that are larger than their disks; the primary greets with its sizes
-//! again, which grows the rest.
+//! The record says that the images grow, durably, before the first of them is touched. Whatever ends that, each disk has the
+//! size of its image from then on: the new one, or that of before. So a failover may come at any time: no view, and no
+//! layer over one, differs in size from the image that it ends up in. The primary greets with its sizes again, which grows
+//! the rest.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -15,14 +16,14 @@ use std::sync::Arc;
 use super::{
     error::ReplicaError,
     record::{DiskRecord, Record},
-    state::Shared,
+    state::{Shared, State},
     store::{MachineReplica, disk_failed},
 };
 use crate::{disk::image, storage::Open};
 
 impl MachineReplica {
     /// Grows the images of those disks that are larger in `announced` than they are now.
-    pub(super) fn grow(&self, announced: Vec<DiskRecord>) -> Result<(), ReplicaError> {
+    pub(super) fn grow(&self, announced: &[DiskRecord]) -> Result<(), ReplicaError> {
         let shared = &*self.shared;
         let _merging = shared.merging.lock();
         let mut state = shared.idle_state()?;
@@ -41,15 +42,8 @@ impl MachineReplica {
                 closed.map_err(|source| disk_failed(&record.name, source))
             });
         state.disks.clear();
-        let resized = closed.and_then(|()| shared.resize_images(&before.disks, &announced));
-        let record = match &resized {
-            Ok(()) => Record {
-                disks: announced,
-                ..before
-            },
-            Err(_) => growing,
-        };
-        match shared.open_images(&record) {
+        let resized = closed.and_then(|()| shared.resize_images(&before.disks, announced));
+        match shared.open_images(&growing) {
             Ok(images) => state.disks = images,
             Err(error) => {
                 // Nobody can use it any more; the next start opens it again.
@@ -57,13 +51,27 @@ impl MachineReplica {
                 return Err(error);
             }
         }
+        let ended = shared.end_growth(&mut state);
         resized?;
+        ended?;
         tracing::info!(machine = %shared.id, "the replica's disks have grown");
-        shared.record(&mut state, record)
+        Ok(())
     }
 }
 
 impl Shared {
+    /// If images were about to grow: each disk has the size of its image now.
+    pub(super) fn end_growth(&self, state: &mut State) -> Result<(), ReplicaError> {
+        let Some(mut record) = state.record.clone().filter(|record| record.growing) else {
+            return Ok(());
+        };
+        for (disk, image) in record.disks.iter_mut().zip(&state.disks) {
+            disk.geometry.size = image.geometry().size;
+        }
+        record.growing = false;
+        self.record(state, record)
+    }
+
     fn resize_images(&self, from: &[DiskRecord], to: &[DiskRecord]) -> Result<(), ReplicaError> {
         for (before, disk) in from.iter().zip(to) {
             if before.geometry == disk.geometry {

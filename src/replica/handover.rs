@@ -262,18 +262,17 @@ impl Shared {
         let points = self.points(state);
         let point = points.iter().find(|point| point.lineage.epoch == epoch);
         let lineage = point.ok_or(ReplicaError::NoPoint(epoch))?.lineage;
+        self.end_growth(state)?;
         let record = state.record.clone().ok_or(ReplicaError::NotPrepared)?;
-        let done = Record {
+        let back = Record {
             head: Some(lineage),
-            discarding: false,
-            growing: false,
+            discarding: true,
             rescue: None,
             ..record
         };
-        let back = Record {
-            discarding: true,
-            growing: false,
-            ..done.clone()
+        let done = Record {
+            discarding: false,
+            ..back.clone()
         };
         self.record(state, back)?;
         let before = state.logs.len();

@@ -28,7 +28,7 @@ pub(super) struct Record {
     pub(super) generation: Option<Generation>,
     /// Logs beyond the head are being removed, not to be taken up again.
     pub(super) discarding: bool,
-    /// The images may be larger than the disks: growing them was begun.
+    /// The images may be larger than the disks, which take their sizes: growing them was begun.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) growing: bool,
     /// The images stay as they were adopted; what they hold besides the point below is kept for somebody to look at.

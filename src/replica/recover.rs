@@ -70,7 +70,8 @@ impl Shared {
         }
         state.disks = self.open_images(&record)?;
         let found = self.find_logs(&record, &names)?;
-        self.link_logs(&mut state, record, found)
+        self.link_logs(&mut state, record, found)?;
+        self.end_growth(&mut state)
     }
 
     /// Removes all delta logs.

@@ -55,7 +55,7 @@ impl MachineReplica {
                 return Ok(());
             }
             drop(state);
-            return self.grow(announced);
+            return self.grow(&announced);
         }
         let creating = Record {
             disks: disks

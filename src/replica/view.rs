@@ -75,10 +75,11 @@ impl Shared {
     /// The base images with `logs` above them.
     pub(super) fn show(
         &self,
-        state: MutexGuard<'_, State>,
+        mut state: MutexGuard<'_, State>,
         point: Point,
         logs: Vec<Arc<LogFile>>,
     ) -> Result<PointView, ReplicaError> {
+        self.end_growth(&mut state)?;
         let record = state.record.as_ref().ok_or(ReplicaError::NotPrepared)?;
         let geometries: Vec<Geometry> = record.disks.iter().map(|disk| disk.geometry).collect();
         let bases = state.disks.clone();
