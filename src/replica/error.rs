@@ -230,3 +230,51 @@ impl IngestError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::checksum::Digest;
+
+    #[test]
+    fn only_a_lack_of_space_is_told_as_one() {
+        let file = |kind: io::ErrorKind| ReplicaError::io("write", "x")(kind.into());
+        let disk = |kind: io::ErrorKind| ReplicaError::Disk {
+            name: "sda".into(),
+            source: DiskError::Io {
+                operation: "write",
+                offset: 0,
+                source: kind.into(),
+            },
+        };
+        let image = |kind: io::ErrorKind| ReplicaError::Image {
+            operation: "open",
+            name: "sda".into(),
+            source: Box::new(io::Error::from(kind)),
+        };
+        for (kind, full) in [
+            (io::ErrorKind::StorageFull, true),
+            (io::ErrorKind::QuotaExceeded, true),
+            (io::ErrorKind::PermissionDenied, false),
+        ] {
+            for error in [file(kind), disk(kind), image(kind)] {
+                assert_eq!(error.is_full(), full, "{error:?}");
+                assert_eq!(IngestError::Store(error).is_full(), full);
+            }
+        }
+        assert!(!ReplicaError::NotPrepared.is_full());
+        assert!(IngestError::Space { limit: 1 }.is_full());
+        assert!(!IngestError::Disks.is_full());
+    }
+
+    #[test]
+    fn a_point_is_told_by_its_epoch_and_the_beginning_of_its_chain() {
+        let lineage = Lineage {
+            epoch: Epoch(7),
+            chain: Digest([0xAB; 32]),
+        };
+        let error = IngestError::AlreadyComplete(lineage).to_string();
+        assert!(error.ends_with("at epoch 7 (abababab)"), "{error}");
+        assert_eq!(point(None), "nothing");
+    }
+}

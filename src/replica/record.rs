@@ -151,6 +151,13 @@ mod tests {
     );
 
     #[test]
+    fn each_machine_has_a_record_of_its_own() {
+        let key = |number| Record::key(MachineId(Uuid::from_u128(number)));
+        assert_eq!(key(7), "replica/00000000-0000-0000-0000-000000000007");
+        assert_ne!(key(7), key(8));
+    }
+
+    #[test]
     fn a_record_without_a_rescue_point_is_what_it_was() {
         let lineage = Lineage {
             epoch: Epoch(7),

@@ -52,6 +52,13 @@ impl UnderWay {
             (None, false) => Ok(()),
         }
     }
+
+    fn touches(&self, disk: DiskIndex, run: Extent) -> bool {
+        let mut runs = self.runs.values();
+        runs.any(|&(index, other)| {
+            index == disk && other.offset < run.end() && run.offset < other.end()
+        })
+    }
 }
 
 impl Writes {
@@ -88,11 +95,7 @@ impl Writes {
 
     /// Whether `run` touches one that is under way.
     pub(super) fn disturbs(&self, disk: DiskIndex, run: Extent) -> bool {
-        let state = self.state.lock();
-        let mut runs = state.runs.values();
-        runs.any(|&(index, other)| {
-            index == disk && other.offset < run.end() && run.offset < other.end()
-        })
+        self.state.lock().touches(disk, run)
     }
 
     /// How many were begun so far.
@@ -147,5 +150,24 @@ impl Drop for WriteTask {
         state.failed |= state.runs.remove(&self.number).is_some();
         drop(state);
         self.writes.ended.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever waits for more than it has to makes a copy slow, and nobody would know why.
+    #[test]
+    fn only_a_run_that_is_touched_is_waited_for() {
+        let state = UnderWay {
+            runs: [(0, (DiskIndex(1), Extent::new(4096, 8192)))].into(),
+            ..UnderWay::default()
+        };
+        let touches = |disk, offset, len| state.touches(DiskIndex(disk), Extent::new(offset, len));
+        assert!(touches(1, 4096, 8192) && touches(1, 8192, 4096) && touches(1, 0, 16384));
+        assert!(touches(1, 0, 4097) && touches(1, 12287, 1));
+        assert!(!touches(1, 0, 4096) && !touches(1, 12288, 4096));
+        assert!(!touches(0, 4096, 8192));
     }
 }

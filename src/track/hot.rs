@@ -285,3 +285,160 @@ impl Hot {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::{
+        base::{ids::MachineId, units::DiskIndex},
+        storage::memory::{MemoryFolder, Power},
+        track::{header::Owner, state::StateDir},
+    };
+
+    const SIZE: u64 = 400 * REGION_BYTES;
+
+    /// The hot regions of a disk, and what an open after a death would find of them.
+    struct Host {
+        hot: Hot,
+        locks: RegionLocks,
+        state: StateDir,
+        power: std::sync::Arc<Power>,
+        settled: Cell<u32>,
+    }
+
+    fn owner() -> Owner {
+        Owner {
+            machine: MachineId(uuid::Uuid::from_u128(1)),
+            disk: DiskIndex(0),
+            size: SIZE,
+        }
+    }
+
+    impl Host {
+        fn new(regions_max: usize) -> Self {
+            let power = Power::new();
+            let state = StateDir::memory(MemoryFolder::new(&power));
+            let log = IntentLog::create(&state, owner(), 1).unwrap();
+            Self {
+                hot: Hot::new(log, SIZE, regions_max),
+                locks: RegionLocks::new(SIZE),
+                state,
+                power,
+                settled: Cell::new(0),
+            }
+        }
+
+        fn heat(&self, regions: Range<u64>) {
+            let settle = || {
+                self.settled.set(self.settled.get() + 1);
+                Ok(())
+            };
+            let heated = self.hot.heat(regions.clone(), &self.locks, &settle);
+            heated.unwrap();
+            assert!(self.hot.is_hot(regions));
+        }
+
+        fn cool_idle(&self) {
+            let settle = || {
+                self.settled.set(self.settled.get() + 1);
+                Ok(())
+            };
+            self.hot.cool_idle(&self.locks, &settle).unwrap();
+        }
+
+        /// The hot regions, which are also those in the log.
+        fn regions(&self) -> Vec<u64> {
+            let found = IntentLog::find(&self.state, owner(), [1, 2]);
+            let (_, logged) = found.unwrap().unwrap();
+            let regions = self.hot.regions();
+            assert_eq!(regions, logged.into_iter().collect::<Vec<_>>());
+            assert_eq!(self.hot.count(), regions.len());
+            regions
+        }
+    }
+
+    #[test]
+    fn a_stream_makes_the_regions_ahead_hot_in_the_same_record() {
+        for (regions_max, ahead) in [(400, REGIONS_AHEAD), (40, 10)] {
+            let host = Host::new(regions_max);
+            host.heat(7..8);
+            assert_eq!(host.regions(), [7]);
+            // Not beside the one before: no stream.
+            host.heat(9..10);
+            assert_eq!(host.regions(), [7, 9]);
+            let steps = host.power.steps();
+            host.heat(10..11);
+            let stream = [7].into_iter().chain(9..11 + ahead);
+            assert_eq!(host.regions(), stream.collect::<Vec<_>>());
+            for region in 11..11 + ahead {
+                host.heat(region..region + 1);
+            }
+            assert_eq!(host.power.steps() - steps, 1, "one record for all");
+        }
+        // There is nothing ahead of the end.
+        let host = Host::new(400);
+        host.heat(398..399);
+        host.heat(399..400);
+        assert_eq!(host.regions(), [398, 399]);
+    }
+
+    #[test]
+    fn the_oldest_that_are_not_in_use_make_room_when_there_is_none() {
+        let host = Host::new(8);
+        for region in (0..16).step_by(2) {
+            host.heat(region..region + 1);
+        }
+        assert_eq!(host.regions(), [0, 2, 4, 6, 8, 10, 12, 14]);
+        assert_eq!(host.settled.get(), 0, "there was room for as many");
+        // All were in use: after one look at each, the oldest two are not any more, but for one that is.
+        host.heat(20..21);
+        assert_eq!(host.regions(), [4, 6, 8, 10, 12, 14, 20]);
+        assert_eq!(host.settled.get(), 1, "what they held is durable first");
+        assert!(!host.hot.is_hot(0..1) && !host.hot.is_hot(2..3));
+        assert!(host.hot.is_hot(4..5));
+        host.heat(30..31);
+        assert_eq!(host.settled.get(), 1, "there was room");
+        host.heat(40..41);
+        assert_eq!(host.regions(), [4, 10, 12, 14, 20, 30, 40]);
+        // One call that needs more than there may be gets it.
+        host.heat(100..120);
+        assert!(host.hot.count() > 8 && host.regions().ends_with(&[118, 119]));
+    }
+
+    #[test]
+    fn what_nobody_wrote_between_two_looks_is_cooled_if_it_is_worth_it() {
+        let host = Host::new(400);
+        host.heat(0..64);
+        host.cool_idle();
+        assert_eq!((host.hot.count(), host.settled.get()), (64, 0));
+        host.heat(5..6);
+        host.cool_idle();
+        assert_eq!(host.hot.count(), 64, "63 are not worth a flush");
+        host.heat(100..101);
+        host.cool_idle();
+        assert_eq!((host.regions(), host.settled.get()), (vec![100], 1));
+        host.hot.clear().unwrap();
+        assert_eq!(host.regions(), [0; 0]);
+        assert!(!host.hot.is_hot(100..101));
+    }
+
+    #[test]
+    fn a_log_that_fails_takes_nothing_more() {
+        let host = Host::new(400);
+        host.power.fail_after(0, io::ErrorKind::Other);
+        let settle = || Ok(());
+        host.hot.heat(0..1, &host.locks, &settle).unwrap_err();
+        host.hot.heat(1..2, &host.locks, &settle).unwrap_err();
+        assert!(!host.hot.is_hot(0..1) && !host.hot.is_hot(1..2));
+        host.cool_idle();
+        assert_eq!(host.hot.count(), 0);
+        // A failed flush of the image is one, too: what would have been cooled stays in the log.
+        let host = Host::new(4);
+        host.heat(0..4);
+        let settle = || Err(io::Error::other("the image"));
+        host.hot.heat(9..10, &host.locks, &settle).unwrap_err();
+        assert_eq!(host.regions(), [0, 1, 2, 3]);
+    }
+}

@@ -338,6 +338,26 @@ mod tests {
         );
     }
 
+    /// The last record that there is room for counts like any other.
+    #[test]
+    fn a_half_is_used_to_its_last_byte() {
+        let state = StateDir::memory(MemoryFolder::new(&Power::new()));
+        let owner = Owner {
+            size: HALF_BYTES / RECORD_ALIGN * REGION_BYTES,
+            ..owner()
+        };
+        let mut log = IntentLog::create(&state, owner, 1).unwrap();
+        let mut added = 0;
+        while log.has_room(1) {
+            log.add(&[added]).unwrap();
+            added += 1;
+        }
+        assert_eq!(log.position, HALF_BYTES);
+        let (found, regions) = IntentLog::find(&state, owner, [1, 2]).unwrap().unwrap();
+        assert_eq!(regions, (0..added).collect());
+        assert!(!found.has_room(1) && !found.has_room(0));
+    }
+
     #[test]
     fn any_bytes_can_be_read() {
         for fill in [0xff, 0x01] {

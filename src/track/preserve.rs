@@ -166,6 +166,7 @@ mod tests {
         assert!(preserve.is_empty(), "all or none");
         let two = (0..2).map(|n| (Block(n), data(1))).collect();
         assert_eq!(preserve.keep(DiskIndex(0), two), Ok(()));
+        assert!(!preserve.is_empty());
         let one = vec![(Block(9), Held::Zero(4096))];
         assert_eq!(preserve.keep(DiskIndex(0), one), Err(Full));
     }

@@ -8,6 +8,7 @@ use std::sync::{
 use understudy::{
     base::{
         ids::{Lineage, SystemIds},
+        limits::LOG_RESIDENT_BYTES_MAX,
         units::{DiskIndex, Epoch, MIB, to_usize},
     },
     delta::{Codec, encode_data},
@@ -17,7 +18,7 @@ use understudy::{
 };
 
 use super::{
-    GENERATION, MACHINE, log_after,
+    GENERATION, Host, MACHINE, log_after,
     observed::{Call, observed},
     one_disk, options, send,
 };
@@ -149,5 +150,39 @@ fn two_bytes_are_written_for_a_byte_received_and_none_is_read() {
     assert!(
         to_usize(BLOCKS * 4096 * EPOCHS) < 64 << 20,
         "all of it fits into memory"
+    );
+}
+
+/// The newest logs are merged from memory, as many as there is room for, the others from their files.
+#[test]
+fn logs_beyond_the_room_in_memory_are_read_from_their_files() {
+    // Two have room, three do not.
+    const LOG: u64 = LOG_RESIDENT_BYTES_MAX / 2 - MIB;
+    let (disk, spec) = one_disk(3 * LOG, Format::Raw);
+    let host = Host::new();
+    let replica = host.open(0).unwrap();
+    replica.prepare(&[spec]).unwrap();
+    let mut parent = None;
+    for epoch in 0..=3 {
+        // The initial copy is empty; then one third after the other is written.
+        let pieces = (0..LOG / MIB).filter(|_| epoch > 0).map(|n| {
+            let bytes = vec![u8::try_from(epoch).unwrap(); to_usize(MIB)];
+            encode_data(
+                DiskIndex(0),
+                (epoch - 1) * LOG + n * MIB,
+                bytes,
+                Codec::None,
+            )
+        });
+        let pieces: Vec<_> = pieces.collect();
+        let (log, lineage) = log_after((MACHINE, GENERATION), parent, &disk, &pieces, epoch);
+        send(&replica, &log).unwrap();
+        parent = Some(lineage);
+    }
+    let merged = replica.merge().unwrap().unwrap();
+    assert_eq!((merged.logs, merged.written), (3, 3 * LOG));
+    assert!(
+        (LOG..LOG + MIB).contains(&merged.read),
+        "the oldest third: {merged:?}"
     );
 }

@@ -217,11 +217,64 @@ fn a_lost_or_damaged_log_is_named() {
         Err(ReplicaError::Log { .. })
     ));
     drop(replica);
+    // In its end: such a log is removed only if nobody was told of it.
+    file.write_at(at, &byte, Fua::No).unwrap();
+    let end = file.len().unwrap() - 1;
+    file.read_at(end, &mut byte).unwrap();
+    file.write_at(end, &[byte[0] ^ 1], Fua::No).unwrap();
+    let error = host.open(0).unwrap_err();
+    assert!(
+        matches!(&error, ReplicaError::Log { name: found, .. } if *found == name),
+        "{error}"
+    );
+    file.write_at(end, &byte, Fua::No).unwrap();
+    check_points(&host.open(9).unwrap(), &model);
     host.folder.remove(&name).unwrap();
     assert!(matches!(
         host.open(0),
         Err(ReplicaError::LogMissing(Epoch(3)))
     ));
+}
+
+/// Logs that would continue the replica, but are those of another machine, or of other disks: somebody copied them here.
+#[test]
+fn logs_of_something_else_are_neither_taken_up_nor_removed() {
+    let host = Host::new();
+    let mut model = Model::new();
+    let replica = host.open(9).unwrap();
+    grow(&replica, &mut model, 2);
+    drop(replica);
+    let ours = Header {
+        machine: MACHINE,
+        generation: GENERATION,
+        kind: LogKind::Delta,
+        parent: Some(model.lineages[&Epoch(2)]),
+        disks: entries(),
+    };
+    let machine = Header {
+        machine: MachineId(Uuid::from_u128(1)),
+        ..ours.clone()
+    };
+    let mut disks = ours.clone();
+    disks.disks[1].name = Name::new("another").unwrap();
+    let frames = [encode_data(DiskIndex(0), 0, vec![9; 4096], Codec::None)];
+    let put = |header: &Header, epoch: u64| {
+        let name = format!("{epoch:020}.hrl");
+        let file = host.folder.open(&name, Open::CreateNew).unwrap();
+        let (log, _) = log_of(header, &frames, Epoch(epoch));
+        file.write_at(0, &log, Fua::Yes).unwrap();
+        name
+    };
+    let foreign = [put(&machine, 3), put(&disks, 4)];
+    let replica = host.open(9).unwrap();
+    assert_eq!(head_epoch(&replica), Some(Epoch(2)));
+    check_points(&replica, &model);
+    assert!(foreign.iter().all(|name| host.files().contains(name)));
+    drop(replica);
+    // One of ours is taken up, as if the process had died before it was recorded.
+    let ours = put(&ours, 5);
+    assert_eq!(head_epoch(&host.open(9).unwrap()), Some(Epoch(5)));
+    assert!(host.files().contains(&ours));
 }
 
 #[test]

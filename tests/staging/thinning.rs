@@ -3,7 +3,7 @@
 use std::io;
 
 use understudy::{
-    base::{clock::Timestamp, units::Epoch},
+    base::{clock::Timestamp, limits::LOGS_MAX, units::Epoch},
     delta::{Codec, Encoder, Header, LogKind},
     replica::{
         FoldReport, IngestError, MachineReplica, ReplicaOptions, Retention, Squeeze, Upkeep,
@@ -12,8 +12,8 @@ use understudy::{
 };
 
 use super::{
-    Change, GENERATION, Host, MACHINE, Model, check_points, entries, grow, head_epoch, options,
-    send, specs,
+    Change, GENERATION, Host, MACHINE, Model, check_points, content, entries, grow, head_epoch,
+    options, send, specs,
 };
 
 fn keeping(newest: u32, hourly: u32) -> ReplicaOptions {
@@ -123,6 +123,50 @@ fn the_newest_and_one_of_each_hour_stay_and_read_right() {
     assert_eq!(epochs(&replica), [last + 1]);
     check_points(&replica, &model);
     assert_eq!(host.files().len(), 2, "{:?}", host.files());
+}
+
+/// Logs whose fold saves nothing stay as they are, until there are more than a machine may have.
+#[test]
+fn above_the_limit_of_logs_one_is_folded_whatever_it_saves() {
+    let host = Host::new();
+    let mut model = Model::new();
+    let hours = u32::try_from(LOGS_MAX).unwrap();
+    let replica = host.open_with(keeping(1, hours)).unwrap();
+    replica.prepare(&specs()).unwrap();
+    send(&replica, &hot(&mut model, 0, None)).unwrap();
+    let mut last = 0;
+    let mut written = |epoch: u64| {
+        let change = Change {
+            disk: 0,
+            block: epoch / 1200 % 24,
+            blocks: 1,
+            data: Some((u8::try_from(epoch / 1200 % 250).unwrap(), Codec::None)),
+        };
+        let log = model.epoch_of(epoch, Some(last), &[change]);
+        last = epoch;
+        log
+    };
+    // Three blocks in each hour, of which the first is a point for good: the other two may become one.
+    let mut epochs = (1..).map(|n| n * 1200);
+    while replica.status().logs < LOGS_MAX {
+        send(&replica, &written(epochs.next().unwrap())).unwrap();
+        assert_eq!(folds(&keep_up(&replica)), []);
+    }
+    assert_eq!(replica.status().counters.folded, 0);
+    for _ in 0..6 {
+        send(&replica, &written(epochs.next().unwrap())).unwrap();
+        let crowded = replica.status().logs > LOGS_MAX;
+        let folds = folds(&keep_up(&replica));
+        assert_eq!(folds.len(), usize::from(crowded), "{folds:?}");
+        assert!(replica.status().logs <= LOGS_MAX);
+    }
+    assert!(replica.status().counters.folded > 0);
+    for point in replica.points().iter().rev().take(5) {
+        let view = replica.view(point.lineage.epoch).unwrap();
+        for (disk, expected) in view.disks.iter().zip(&model.history[&point.lineage.epoch]) {
+            assert!(content(&**disk) == *expected, "{point:?}");
+        }
+    }
 }
 
 /// Some epochs of one hour; all but the first and the last are of no use.
@@ -323,38 +367,42 @@ fn points_give_way_to_space_from_the_finest_on() {
     assert!(hours.contains(&(Squeeze::AllButOne, 1)), "{hours:?}");
 }
 
-/// Once retention asks for nothing from before, nothing is missing any more.
+/// Once retention asks for nothing from before, nothing is missing any more: neither of the newest, nor of the hours.
 #[test]
 fn a_squeeze_is_over_when_no_point_is_missing() {
-    let host = Host::new();
-    let mut model = Model::new();
-    let replica = host.open(3).unwrap();
-    grow(&replica, &mut model, 3);
-    let bytes = replica.status().log_bytes;
-    drop(replica);
-    let with = |space_max| ReplicaOptions {
-        space_max: Some(space_max),
-        ..options(3)
-    };
-    let replica = host.open_with(with(bytes)).unwrap();
-    keep_up(&replica);
-    assert_eq!(replica.status().squeeze, Squeeze::AllButOne);
-    let small = |model: &mut Model, epoch: u64| {
-        let change = Change {
-            disk: 0,
-            block: 3,
-            blocks: 1,
-            data: Some((9, Codec::None)),
+    // The cut of epoch `n` is at second `n`; the points before epoch 3 are dropped.
+    let newest: &[u64] = &[4, 5, 6];
+    let hours = &[4, 5, 6, 3602, 7202, 7203];
+    for (hourly, epochs) in [(0, newest), (2, hours)] {
+        let host = Host::new();
+        let mut model = Model::new();
+        let replica = host.open_with(keeping(3, hourly)).unwrap();
+        grow(&replica, &mut model, 3);
+        let bytes = replica.status().log_bytes;
+        drop(replica);
+        let tight = ReplicaOptions {
+            space_max: Some(bytes),
+            ..keeping(3, hourly)
         };
-        model.epoch_of(epoch, Some(epoch - 1), &[change])
-    };
-    for epoch in 4..=6 {
-        assert_eq!(replica.status().squeeze, Squeeze::AllButOne, "{epoch}");
-        send(&replica, &small(&mut model, epoch)).unwrap();
+        let replica = host.open_with(tight).unwrap();
         keep_up(&replica);
+        assert_eq!(replica.status().squeeze, Squeeze::AllButOne);
+        let mut last = 3;
+        for &epoch in epochs {
+            assert_eq!(replica.status().squeeze, Squeeze::AllButOne, "{epoch}");
+            let small = Change {
+                disk: 0,
+                block: 3,
+                blocks: 1,
+                data: Some((9, Codec::None)),
+            };
+            send(&replica, &model.epoch_of(epoch, Some(last), &[small])).unwrap();
+            last = epoch;
+            keep_up(&replica);
+        }
+        assert_eq!(replica.status().squeeze, Squeeze::None);
+        check_points(&replica, &model);
     }
-    assert_eq!(replica.status().squeeze, Squeeze::None);
-    check_points(&replica, &model);
 }
 
 /// A point in use holds everything back: then nothing more is accepted, until it is let go of.

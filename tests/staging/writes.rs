@@ -12,7 +12,7 @@ use understudy::{
     storage::{Folder, Open},
 };
 
-use super::{GENERATION, Host, MACHINE, log_after, one_disk, options};
+use super::{Change, GENERATION, Host, MACHINE, Model, grow, log_after, one_disk, options, send};
 
 const DISK: u64 = 2 * MIB;
 /// The shortest frame that is left to others.
@@ -150,6 +150,25 @@ fn a_write_that_fails_is_told_with_its_cause() {
     assert!(matches!(ingest.feed(rest), Err(IngestError::Incomplete)));
 }
 
+/// The cause is told once, to whoever asks first; the others learn that it failed.
+#[test]
+fn a_write_that_fails_and_was_told_to_a_sync_is_not_forgotten() {
+    let host = Host::new();
+    let (replica, log) = copy(&host, &[frame(0, LONG, 1), frame(LONG, LONG, 2)]);
+    let mut ingest = replica.begin(GENERATION).unwrap();
+    let mut rest = &log[..];
+    let task = feed_to_write(&mut ingest, &mut rest);
+    let sync = ingest.sync_due().unwrap().unwrap();
+    host.power.fail_after(0, io::ErrorKind::StorageFull);
+    task.run();
+    let error = sync.run().unwrap_err();
+    assert!(error.is_full(), "{error:?}");
+    assert!(matches!(
+        ingest.feed(&rest[..1]),
+        Err(IngestError::Incomplete)
+    ));
+}
+
 #[test]
 fn a_log_that_is_given_up_leaves_no_write_behind() {
     let host = Host::new();
@@ -207,4 +226,31 @@ fn frames_reported_as_durable_survive_a_power_cut() {
         }
     }
     assert!(most > 10, "the cuts reach into the copy: {most}");
+}
+
+/// A long epoch goes to the platter while it arrives, not all of it at its end.
+#[test]
+fn a_delta_says_what_of_it_is_durable() {
+    let host = Host::new();
+    let mut model = Model::new();
+    let replica = host.open(9).unwrap();
+    grow(&replica, &mut model, 1);
+    let changes = [Change {
+        disk: 0,
+        block: 0,
+        blocks: 20,
+        data: Some((7, Codec::None)),
+    }];
+    let log = model.epoch_of(2, Some(1), &changes);
+    let events = send(&replica, &log).unwrap();
+    let durable = events.iter().filter_map(|event| match event {
+        IngestEvent::Durable { bytes, .. } => Some(*bytes),
+        _ => None,
+    });
+    let durable: Vec<u64> = durable.collect();
+    let expected: Vec<u64> = (1..=to_u64(log.len()) / 10_000)
+        .map(|n| n * 10_000)
+        .collect();
+    assert_eq!(durable, expected, "every 8192 bytes, asked every 5000");
+    assert!(durable.len() > 4);
 }
