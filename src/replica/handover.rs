@@ -222,14 +222,13 @@ impl MachineReplica {
         // From here on the next open removes what is left.
         let gone = Record {
             base: Base::Creating,
-            head: None,
-            rescue: None,
             ..record
         };
-        shared.record(&mut state, gone.clone())?;
-        state.closed = true;
-        state.disks.clear();
-        state.logs.clear();
+        shared.ledger.put(&Record::key(shared.id), &gone)?;
+        *state = State {
+            closed: true,
+            ..State::default()
+        };
         shared.remove_logs(&shared.names()?)?;
         shared.forget(&gone)?;
         tracing::info!(machine = %shared.id, "replica removed");

@@ -1,19 +1,29 @@
 //! What a replica answers when the primary asks which blocks differ.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use understudy::{
     base::{
-        ids::Lineage,
+        ids::{Lineage, SystemIds},
         units::{DiskIndex, Epoch, to_u64, to_usize},
     },
     disk::Fua,
     protocol::compare::{Differing, Hashes, Question, Sample},
     replica::{CompareError, Head, MachineReplica, ReplicaError},
-    storage::{Folder, Open},
+    storage::{Folder, Open, ledger::Ledger},
 };
 
-use super::{DISK_BYTES, Disks, Host, Model, content, grow, send, specs};
+use super::{
+    DISK_BYTES, Disks, Host, MACHINE, Model, content, grow,
+    observed::{Call, observed},
+    options, send, specs,
+};
 
 /// A question about every block of both disks, so many in a sample, as whoever holds `disks` asks it: by hashes, if they
 /// are not all zeros.
@@ -96,6 +106,39 @@ fn every_point_is_compared_as_it_is() {
         ..model.lineages[&Epoch(5)]
     };
     assert!(replica.view_at(other).is_err(), "another history");
+}
+
+#[test]
+fn what_a_disk_knows_to_be_zeros_is_not_read() {
+    let host = Host::new();
+    let read = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&read);
+    let folder = observed(host.folder.clone(), move |name, call| {
+        if let Call::Read(bytes) = call
+            && name.starts_with("disk-")
+        {
+            count.fetch_add(bytes, Ordering::Relaxed);
+        }
+    });
+    let ledger = Arc::new(Ledger::open_in(&*host.store, "store").unwrap());
+    let ids = Arc::new(SystemIds::default());
+    let replica = MachineReplica::open(folder, ledger, ids, MACHINE, options(0)).unwrap();
+    let mut model = Model::new();
+    grow(&replica, &mut model, 1);
+    replica.merge().unwrap();
+    let at = model.lineages[&Epoch(1)];
+    let view = replica.view_at(at).unwrap();
+    let blocks = model.disks.iter().flat_map(|disk| disk.chunks(4096));
+    let data = blocks.filter(|block| block.iter().any(|&byte| byte != 0));
+    let data: u64 = data.map(|block| to_u64(block.len())).sum();
+    for blocks in [1, 32] {
+        read.store(0, Ordering::Relaxed);
+        let differing = view.compare(&question(at, &model.disks, blocks)).unwrap();
+        assert_eq!(differing, Differing::default());
+        // The half block at the end of the second disk is read, whatever it holds.
+        let read = read.load(Ordering::Relaxed);
+        assert!((data..=data + 512).contains(&read), "{read} of {data}");
+    }
 }
 
 /// While the images are on their way to a point, that one and those after it are compared, and none before.

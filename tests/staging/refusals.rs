@@ -242,7 +242,8 @@ fn logs_of_something_else_are_neither_taken_up_nor_removed() {
     let host = Host::new();
     let mut model = Model::new();
     let replica = host.open(9).unwrap();
-    grow(&replica, &mut model, 2);
+    grow(&replica, &mut model, 3);
+    replica.settle(Epoch(2)).unwrap();
     drop(replica);
     let ours = Header {
         machine: MACHINE,

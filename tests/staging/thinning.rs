@@ -270,7 +270,7 @@ fn a_point_in_use_is_not_folded_away() {
         Err(understudy::replica::ReplicaError::NoPoint(Epoch(19)))
     ));
     for (disk, expected) in views[0].disks.iter().zip(&model.history[&Epoch(20)]) {
-        assert!(super::content(&**disk) == *expected);
+        assert!(content(&**disk) == *expected);
     }
     views.clear();
     assert_eq!(epochs(&replica), [1, 39, 40]);
@@ -441,7 +441,7 @@ fn a_replica_that_can_free_nothing_refuses_and_goes_on_later() {
     assert_eq!(replica.status().squeeze, Squeeze::Refusing);
     assert_eq!(head_epoch(&replica), Some(Epoch(last)));
     for (disk, expected) in view.disks.iter().zip(&model.history[&Epoch(2)]) {
-        assert!(super::content(&**disk) == *expected);
+        assert!(content(&**disk) == *expected);
     }
     drop(view);
     keep_up(&replica);

@@ -245,7 +245,7 @@ fn a_delta_says_what_of_it_is_durable() {
     let events = send(&replica, &log).unwrap();
     let durable = events.iter().filter_map(|event| match event {
         IngestEvent::Durable { bytes, .. } => Some(*bytes),
-        _ => None,
+        IngestEvent::Staged { .. } => None,
     });
     let durable: Vec<u64> = durable.collect();
     let expected: Vec<u64> = (1..=to_u64(log.len()) / 10_000)
