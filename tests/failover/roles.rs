@@ -18,7 +18,7 @@ use understudy::{
     node::{control::FailoverReport, status::TestStatus},
 };
 
-use super::tests::{call, mark, marked, parsed, points};
+use super::tests::{call, mark, marked, parsed, points, start};
 use crate::support::{Hosts, MACHINE, Node, assert_identical, can_mount, open_direct};
 
 /// Two hosts that know each other. The machine's images lie on `alpha`.
@@ -404,6 +404,44 @@ fn the_point_that_was_chosen_stays_although_fewer_are_kept() {
     assert_eq!(call(&beta, &["cancel", MACHINE]).0, 0);
     verb(&beta, &["failover", MACHINE, "--unplanned"]);
     check(&there, 6);
+}
+
+/// A host is committed, and its layers cannot be opened. A second failover is refused, and the first one's point stays.
+#[test]
+fn a_failover_that_is_refused_lets_no_other_failovers_point_go() {
+    if !can_mount() {
+        return;
+    }
+    let (pair, alpha, beta) = Pair::replicating();
+    let (here, there) = (pair.on_alpha(), pair.on_beta());
+    let chosen = epoch(&alpha, &here, 1);
+    for number in 2..=6 {
+        epoch(&alpha, &here, number);
+    }
+    alpha.stop();
+    let failover = ["failover", MACHINE, "--unplanned", "--force"];
+    let point = chosen.to_string();
+    verb(&beta, &[&failover[..], &["--point", &point]].concat());
+    mark(&there[0], 2000, 99);
+    // Holds the fold up, so that the point is still needed after the commit.
+    let _test = start(&beta, None);
+    verb(&beta, &["commit", MACHINE]);
+    beta.kill();
+    let layers = pair.hosts.path("beta-store").join(MACHINE).join("layers");
+    let aside = pair.hosts.path("aside");
+    fs::rename(&layers, &aside).unwrap();
+    fs::write(&layers, "").unwrap();
+    pair.keep.set(0);
+    let beta = pair.beta();
+    assert_eq!(part(&beta), Part::Primary);
+    assert_ne!(call(&beta, &failover).0, 0, "a primary is not promoted");
+    // What there is to merge is merged before it ends.
+    beta.stop();
+    fs::remove_file(&layers).unwrap();
+    fs::rename(&aside, &layers).unwrap();
+    let _beta = pair.beta();
+    check(&there, 1);
+    assert_eq!(marked(&there[0], 2000), 99);
 }
 
 #[test]
