@@ -151,6 +151,14 @@ impl Served {
     }
 }
 
+impl Drop for Served {
+    /// Nobody merges any more when the point of a failover, and the locks on the images, are let go of: the layers over
+    /// that point are worth nothing without it.
+    fn drop(&mut self) {
+        self.end_upkeep();
+    }
+}
+
 /// How replicas are kept.
 #[derive(Clone, Debug, Default)]
 pub struct Keeping {
@@ -478,6 +486,42 @@ fn keep_up(woken: &WakeReceiver<()>, store: &MachineReplica, name: &Name) {
                     }
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        base::{clock::SystemClock, ids::SystemIds},
+        storage::memory::{MemoryFolder, Power},
+    };
+
+    /// A start that failed dropped it, and its upkeep merged on, beyond the point that it had held until then.
+    #[test]
+    fn nobody_merges_any_more_once_it_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = MemoryFolder::new(&Power::new());
+        for _ in 0..20 {
+            let ledger = Ledger::open_in(&*folder, "node.redb").unwrap();
+            let opening = Opening {
+                id: MachineId(uuid::Uuid::from_u128(1)),
+                name: Name::new("vm").unwrap(),
+                path: dir.path().to_owned(),
+                folder: folder.clone(),
+                ledger: Arc::new(ledger),
+                ids: Arc::new(SystemIds::default()),
+                clock: Arc::new(SystemClock::default()),
+                keeping: Keeping::default(),
+                mounter: Mounter::default(),
+                locks: Vec::new(),
+                held: None,
+            };
+            let served = Served::open(opening).unwrap();
+            let store = Arc::downgrade(&served.store);
+            drop(served);
+            assert_eq!(store.strong_count(), 0);
         }
     }
 }

@@ -285,10 +285,14 @@ impl Member {
                     failover: Some(text.into()),
                 })
             }
-            Part::Primary => Err(OperateError::NotNow(format!(
-                "machine {} is the primary here: there is nothing to cancel",
-                self.name()
-            ))),
+            // Test failovers of points that a committed failover still has below it hold its fold up.
+            Part::Primary => match self.replica() {
+                Ok(below) if below.has_tests() => below.cancel(request),
+                _ => Err(OperateError::NotNow(format!(
+                    "machine {} is the primary here: there is nothing to cancel",
+                    self.name()
+                ))),
+            },
             _ => self.replica()?.cancel(request),
         }
     }
