@@ -713,6 +713,148 @@ claim-wants  higher higher higher higher follow higher higher higher higher
         assert_eq!(last.apply(&promote), Err(Refused::Exhausted(expected)));
     }
 
+    fn claimed(state: RoleState, generation: Generation, active: bool) -> Step {
+        let claim = Claim {
+            generation,
+            active,
+            born: Some(point(8)),
+            wants: None,
+        };
+        state.apply(&Event::Claimed(claim)).unwrap()
+    }
+
+    fn answered(state: RoleState, answer: Answer) -> RoleState {
+        let fresh = FRESH;
+        state
+            .apply(&Event::Answered { answer, fresh })
+            .unwrap()
+            .next
+    }
+
+    /// A host that is not the primary of its generation makes nobody follow it.
+    #[test]
+    fn a_claim_that_is_not_active_is_followed_by_nobody() {
+        let (mine, higher) = (generation(5, MINE), generation(6, 6));
+        let replica = RoleState::replica(mine);
+        let step = claimed(replica, higher, false);
+        assert_eq!(
+            (step.next, step.answer),
+            (replica, Some(Answer::Lower(mine)))
+        );
+        let returning = RoleState::new(mine, Part::Returning { to: higher });
+        let step = claimed(returning, generation(7, 7), false);
+        assert_eq!(
+            (step.next, step.answer),
+            (returning, Some(Answer::NotReversed))
+        );
+        let follows = claimed(returning, generation(7, 7), true).next;
+        let to = generation(7, 7);
+        assert_eq!(follows.part, Part::Returning { to });
+    }
+
+    #[test]
+    fn a_host_that_is_fenced_or_reversed_claims_nothing_any_more() {
+        let (down, claim) = (
+            Part::SteppedDown { head: point(7) },
+            Some(generation(6, MINE)),
+        );
+        let reclaiming = RoleState {
+            claim,
+            ..RoleState::new(generation(5, MINE), down)
+        };
+        let fenced = claimed(reclaiming, generation(7, 7), true).next;
+        let by = generation(7, 7);
+        assert_eq!(
+            fenced,
+            RoleState::new(reclaiming.generation, Part::Fenced { by })
+        );
+        let claiming = RoleState {
+            claim: Some(generation(8, MINE)),
+            ..fenced
+        };
+        let returning = claiming.apply(&Event::Reverse).unwrap().next;
+        assert_eq!(
+            (returning.part, returning.claim),
+            (Part::Returning { to: by }, None)
+        );
+        // Of two that have one number, the one that called last is the one to go back to.
+        let other = generation(7, 8);
+        let by = claimed(fenced, other, true).next.part;
+        assert_eq!(by, Part::Fenced { by: other });
+    }
+
+    /// A replica moves on to a generation that is higher than its own, or is that one.
+    #[test]
+    fn consent_goes_upwards() {
+        let mine = generation(5, MINE);
+        let replica = abandoned(mine);
+        for (wants, follows) in [
+            (generation(6, 4), true),
+            (mine, true),
+            (generation(5, 4), false),
+            (generation(4, 9), false),
+        ] {
+            let claim = Claim {
+                generation: generation(4, 4),
+                active: false,
+                born: None,
+                wants: Some(wants),
+            };
+            let step = replica.apply(&Event::Claimed(claim)).unwrap();
+            let expected = if follows {
+                (RoleState::replica(wants), Answer::Follows(wants))
+            } else {
+                let answer = Answer::Higher {
+                    theirs: mine,
+                    abandoned: true,
+                };
+                (replica, answer)
+            };
+            assert_eq!((step.next, step.answer), (expected.0, Some(expected.1)));
+        }
+    }
+
+    fn abandoned(generation: Generation) -> RoleState {
+        RoleState::new(generation, Part::Replica { abandoned: true })
+    }
+
+    /// Answers to calls of long ago, which arrive late.
+    #[test]
+    fn an_answer_about_a_generation_of_before_changes_nothing() {
+        let primary = RoleState::primary(generation(5, MINE));
+        for theirs in [generation(4, 9), generation(5, 9), generation(5, MINE)] {
+            for abandoned in [false, true] {
+                let answer = Answer::Higher { theirs, abandoned };
+                assert_eq!(answered(primary, answer), primary, "{answer:?}");
+            }
+        }
+        for theirs in [generation(4, 9), generation(6, 9), generation(5, MINE)] {
+            let answer = Answer::Split { theirs };
+            assert_eq!(answered(primary, answer), primary, "{answer:?}");
+        }
+        let other = generation(5, 9);
+        let split = answered(primary, Answer::Split { theirs: other });
+        let was = Active::Primary;
+        assert_eq!(split.part, Part::Split { other, was });
+    }
+
+    #[test]
+    fn a_claim_that_is_high_enough_is_kept() {
+        let down = Part::SteppedDown { head: point(7) };
+        let wanting = |number| RoleState {
+            claim: Some(generation(number, 1)),
+            ..RoleState::new(generation(5, MINE), down)
+        };
+        let learns = |state| {
+            let theirs = generation(6, 9);
+            let abandoned = true;
+            answered(state, Answer::Higher { theirs, abandoned })
+        };
+        assert_eq!(learns(wanting(8)), wanting(8));
+        let higher = learns(wanting(6)).claim.unwrap();
+        assert_eq!((higher.number, higher.id), (7, FRESH));
+    }
+
     /// A split brain is ended as what the host was before.
     #[test]
     fn a_winner_goes_on_as_what_it_was() {
