@@ -342,10 +342,6 @@ fn left_of(index: &LogIndex, disks: usize) -> (u64, u64) {
 
 /// The part of `payload` bytes for `whole` that falls to `run`.
 fn share(payload: u64, run: Extent, whole: Extent) -> u64 {
-    if run == whole {
-        payload
-    } else {
-        // A frame with a payload has at most 1 MiB, so the product stays far below 64 bits.
-        (payload * run.len.min(whole.len)).div_ceil(whole.len.max(1))
-    }
+    // A frame with a payload has at most 1 MiB, so the product stays far below 64 bits.
+    (payload * run.len.min(whole.len)).div_ceil(whole.len.max(1))
 }

@@ -20,7 +20,7 @@ use understudy::{
 };
 
 use super::{
-    DISK_BYTES, Disks, Host, MACHINE, Model, content, grow,
+    Change, DISK_BYTES, Disks, Host, MACHINE, Model, content, grow,
     observed::{Call, observed},
     options, send, specs,
 };
@@ -125,8 +125,15 @@ fn what_a_disk_knows_to_be_zeros_is_not_read() {
     let replica = MachineReplica::open(folder, ledger, ids, MACHINE, options(0)).unwrap();
     let mut model = Model::new();
     grow(&replica, &mut model, 1);
+    let end = Change {
+        disk: 1,
+        block: 8,
+        blocks: 1,
+        data: None,
+    };
+    send(&replica, &model.epoch_of(2, Some(1), &[end])).unwrap();
     replica.merge().unwrap();
-    let at = model.lineages[&Epoch(1)];
+    let at = model.lineages[&Epoch(2)];
     let view = replica.view_at(at).unwrap();
     let blocks = model.disks.iter().flat_map(|disk| disk.chunks(4096));
     let data = blocks.filter(|block| block.iter().any(|&byte| byte != 0));

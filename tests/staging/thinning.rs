@@ -232,6 +232,8 @@ fn a_fold_that_finds_the_disk_full_changes_nothing() {
         let before = host.power.steps();
         host.power.fail_after(steps, io::ErrorKind::StorageFull);
         let _ = replica.upkeep();
+        let files = host.files();
+        assert!(!files.contains(&"folded.part".into()), "{steps}: {files:?}");
         check_points(&replica, &model);
         assert_eq!(head_epoch(&replica), Some(Epoch(7)));
         if host.power.steps() - before <= steps {
