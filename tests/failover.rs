@@ -4,6 +4,7 @@ mod deaths;
 mod divergence;
 mod growth;
 mod guest;
+mod held;
 mod roles;
 mod space;
 mod speed;
