@@ -22,6 +22,7 @@ use understudy::{
         checksum::Digest,
         clock::SystemClock,
         ids::{Lineage, MachineId, Name},
+        limits::DELTA_FRAMES_MAX,
         units::{Epoch, to_usize},
     },
     disk::{Access, Disk, Fua, raw::RawDisk},
@@ -65,6 +66,7 @@ fn machine(preserve_bytes_max: u64) -> Arc<Machine> {
         preserve_bytes_max,
         // Fewer than the disks have, so that regions cool and heat all the time.
         hot_regions_max: 3,
+        frames_max: DELTA_FRAMES_MAX,
     };
     let state = StateDir::memory(MemoryFolder::new(&power));
     let ledger = Ledger::open(MemoryStorage::new(&power)).unwrap();
@@ -285,6 +287,7 @@ fn tracked_and_untracked_writes() {
         boot_id: "boot".into(),
         preserve_bytes_max: 1 << 28,
         hot_regions_max: 16384,
+        frames_max: DELTA_FRAMES_MAX,
     };
     let state = StateDir::open(&dir.path().join("state")).unwrap();
     let ledger = Ledger::open(MemoryStorage::new(&Power::new())).unwrap();

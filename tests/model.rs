@@ -9,6 +9,8 @@
     reason = "a test panics on what it does not expect"
 )]
 
+mod frames;
+
 use std::{collections::BTreeMap, error::Error, sync::Arc};
 
 use proptest::prelude::*;
@@ -17,6 +19,7 @@ use understudy::{
         checksum::Digest,
         clock::ManualClock,
         ids::{Lineage, MachineId, Name},
+        limits::DELTA_FRAMES_MAX,
         units::{Epoch, Extent, to_u64, to_usize},
     },
     disk::{Access, Disk, Fua, Space, raw::RawDisk},
@@ -94,6 +97,7 @@ pub(crate) struct World {
     state: StateDir,
     boot: u64,
     preserve_bytes_max: u64,
+    frames_max: u64,
     /// Nothing only between the end of one process and the start of the next.
     machine: Option<Arc<Machine>>,
     truths: BTreeMap<Epoch, Vec<Vec<u8>>>,
@@ -108,6 +112,11 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(preserve_bytes_max: u64) -> Self {
+        Self::with_frames(preserve_bytes_max, DELTA_FRAMES_MAX)
+    }
+
+    /// One whose logs have few frames.
+    fn with_frames(preserve_bytes_max: u64, frames_max: u64) -> Self {
         let power = Power::new();
         let images = SIZES.map(|size| {
             let image = MemoryStorage::new(&power);
@@ -123,6 +132,7 @@ impl World {
             power,
             boot: 1,
             preserve_bytes_max,
+            frames_max,
             machine: None,
             truths: BTreeMap::new(),
             replica: SIZES.map(|size| vec![0; to_usize(size)]).into(),
@@ -157,6 +167,7 @@ impl World {
             boot_id: format!("boot-{}", self.boot),
             preserve_bytes_max: self.preserve_bytes_max,
             hot_regions_max: 2,
+            frames_max: self.frames_max,
         };
         let disks = disks.collect::<Result<_, Box<dyn Error>>>()?;
         self.machine = Some(Machine::open(options, disks, &self.state, ledger)?);
@@ -448,8 +459,9 @@ proptest! {
     fn every_completed_epoch_is_what_all_disks_held_at_its_cut(
         ops in prop::collection::vec(op(), 1..60),
         preserve_blocks in prop_oneof![Just(0_u64), Just(6), Just(4000)],
+        frames_max in prop_oneof![3 => Just(DELTA_FRAMES_MAX), 1 => Just(4), 1 => Just(32)],
     ) {
-        World::new(preserve_blocks * (4096 + 128)).run(&ops);
+        World::with_frames(preserve_blocks * (4096 + 128), frames_max).run(&ops);
     }
 }
 

@@ -28,6 +28,7 @@ use understudy::{
         checksum::Digest,
         clock::ManualClock,
         ids::{Lineage, MachineId, Name},
+        limits::DELTA_FRAMES_MAX,
         units::{BLOCK_BYTES, Epoch, Extent, MIB, to_usize},
     },
     disk::{Access, Disk, Fua, Space, raw::RawDisk},
@@ -175,6 +176,7 @@ impl Host {
             boot_id: boot.into(),
             preserve_bytes_max,
             hot_regions_max,
+            frames_max: DELTA_FRAMES_MAX,
         };
         let store = Arc::clone(&self.store) as Arc<dyn Storage>;
         let ledger = Arc::new(Ledger::open(store).unwrap());

@@ -16,7 +16,8 @@ pub const FRAME_BYTES_MAX: u64 = MIB;
 /// 4 KiB blocks. A longer log has none, and its reader scans it.
 pub const INDEX_FRAMES_MAX: u64 = MIB;
 /// Most frames of a delta log: a reader of the log spends about 150 bytes of memory for each, 2.4 GiB in all. A primary
-/// with more scattered blocks than that in one epoch sends clean blocks between them along: frames of 1 MiB cover 16 TiB.
+/// with more scattered blocks than that in one epoch sends clean blocks between them along (`volume::take`): frames of
+/// 1 MiB cover 16 TiB at best.
 pub const DELTA_FRAMES_MAX: u64 = 16 * MIB;
 /// Highest epoch of a point that somebody else may name: a cut each millisecond gets there in 146 million years, and as many
 /// fit behind it before the number overflows.

@@ -76,7 +76,7 @@ impl Encoder {
         (encoder, bytes.into())
     }
 
-    /// Adds the frame that is sent next. A delta takes at most [`DELTA_FRAMES_MAX`]; its readers refuse more.
+    /// Adds the frame that is sent next, unless the log [is full](Self::is_full).
     pub fn frame(&mut self, frame: &EncodedFrame) {
         let header = frame.header().to_bytes();
         self.chain.update(&header);
@@ -90,14 +90,9 @@ impl Encoder {
         }
     }
 
-    /// Frames so far.
-    pub fn frames(&self) -> u64 {
-        self.frames
-    }
-
-    /// Frames that a delta still takes: before they are used up, the sender makes its frames longer.
-    pub fn frames_left(&self) -> u64 {
-        DELTA_FRAMES_MAX.saturating_sub(self.frames)
+    /// Whether it is a delta that takes no more frames: its readers would refuse it.
+    pub fn is_full(&self) -> bool {
+        self.kind != LogKind::Initial && self.frames >= DELTA_FRAMES_MAX
     }
 
     /// Says what the guest was doing at the cut; without it the point is crash-consistent.
@@ -136,5 +131,83 @@ impl Encoder {
             },
         };
         (bytes.into(), lineage)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        base::{
+            limits::INDEX_FRAMES_MAX,
+            units::{DiskIndex, Extent},
+        },
+        delta::{encode_zero, layout::tests::header},
+    };
+
+    fn frame(block: u64) -> EncodedFrame {
+        encode_zero(DiskIndex(0), Extent::new(block * 4096, 4096))
+    }
+
+    /// Head, index and foot of the end of a log of `len` bytes.
+    fn parts(end: &[u8], len: u64) -> (TrailerHead, &[u8], Foot) {
+        let (head, rest) = end.split_first_chunk().unwrap();
+        let (index, foot) = rest.split_last_chunk().unwrap();
+        let foot_at = len - to_u64(FOOT_BYTES);
+        let head = TrailerHead::parse(head, foot_at - to_u64(index.len())).unwrap();
+        (head, index, Foot::parse(foot, foot_at).unwrap())
+    }
+
+    #[test]
+    fn the_chain_hash_can_be_computed_from_the_index() {
+        let header = header(LogKind::Delta);
+        let (mut encoder, first) = Encoder::new(&header);
+        encoder.frame(&frame(0));
+        encoder.frame(&frame(1));
+        let (end, lineage) = encoder.finish(Epoch(2), Timestamp(3));
+        let len = to_u64(first.len() + 2 * FRAME_HEADER_BYTES + end.len());
+        let (head, index, foot) = parts(&end, len);
+        assert_eq!(foot.log_len, len);
+        let of = |index: &[u8]| chain_of(&header, &first, index, head, foot);
+        assert_eq!(of(index), lineage.chain);
+        let mut other = index.to_vec();
+        other[40] ^= 1;
+        assert_ne!(of(&other), lineage.chain);
+    }
+
+    #[test]
+    fn a_point_is_crash_consistent_unless_it_is_said_to_be_more() {
+        for consistency in [None, Some(Consistency::Application)] {
+            let (mut encoder, first) = Encoder::new(&header(LogKind::Delta));
+            if let Some(consistency) = consistency {
+                encoder.set_consistency(consistency);
+            }
+            let (end, _) = encoder.finish(Epoch(2), Timestamp(3));
+            let (head, _, _) = parts(&end, to_u64(first.len() + end.len()));
+            assert_eq!(head.consistency, consistency.unwrap_or_default());
+        }
+    }
+
+    #[test]
+    fn a_log_of_many_frames_has_no_index_and_a_delta_takes_no_more_than_it_may() {
+        for (frames, entries) in [
+            (INDEX_FRAMES_MAX, INDEX_FRAMES_MAX),
+            (INDEX_FRAMES_MAX + 1, 0),
+        ] {
+            let (mut encoder, first) = Encoder::new(&header(LogKind::Delta));
+            let frame = frame(0);
+            (0..frames).for_each(|_| encoder.frame(&frame));
+            let (end, _) = encoder.finish(Epoch(2), Timestamp(3));
+            let frames_len = frames * to_u64(FRAME_HEADER_BYTES);
+            let (head, ..) = parts(&end, to_u64(first.len() + end.len()) + frames_len);
+            assert_eq!((head.frames, head.index_entries), (frames, entries));
+        }
+        for (kind, full) in [(LogKind::Delta, true), (LogKind::Initial, false)] {
+            let (mut encoder, _) = Encoder::new(&header(kind));
+            encoder.frames = DELTA_FRAMES_MAX - 1;
+            assert!(!encoder.is_full());
+            encoder.frame(&frame(0));
+            assert_eq!(encoder.is_full(), full, "{kind:?}");
+        }
     }
 }

@@ -539,3 +539,30 @@ impl FrameHeader {
         to_u64(FRAME_HEADER_BYTES) + u64::from(self.payload_len)
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A header of one disk of a GiB; the parent is epoch 1.
+    pub(in super::super) fn header(kind: LogKind) -> Header {
+        Header {
+            machine: MachineId(Uuid::from_u128(1)),
+            generation: Generation {
+                number: 1,
+                id: Uuid::from_u128(2),
+            },
+            kind,
+            parent: (kind != LogKind::Initial).then_some(Lineage {
+                epoch: Epoch(1),
+                chain: Digest::default(),
+            }),
+            disks: vec![DiskEntry {
+                name: Name::new("d").unwrap(),
+                size: 1 << 30,
+                logical_sector: 512,
+                physical_sector: 4096,
+            }],
+        }
+    }
+}

@@ -25,7 +25,7 @@ use crate::{
     base::{
         chain::chain,
         ids::Lineage,
-        limits::FRAME_BYTES_MAX,
+        limits::{DELTA_FRAMES_MAX, FRAME_BYTES_MAX},
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_u64, to_usize},
     },
     delta::{EncodedFrame, Encoder, LogKind},
@@ -377,6 +377,11 @@ impl<'a> Conversation<'a> {
             .log
             .as_mut()
             .expect("frames are only taken while a log is open");
+        if log.encoder.is_full() {
+            return Err(End::Lost(format!(
+                "more changed than {DELTA_FRAMES_MAX} frames of a log hold: only a new initial copy can tell the replica"
+            )));
+        }
         log.encoder.frame(frame);
         if let Some(runs) = &mut log.runs {
             runs.push_back((frame.header().disk, frame.header().run));

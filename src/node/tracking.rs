@@ -11,7 +11,7 @@ use crate::{
         chain::chain,
         clock::Clock,
         ids::{MachineId, Name},
-        limits::PRESERVE_BYTES_MAX,
+        limits::{DELTA_FRAMES_MAX, PRESERVE_BYTES_MAX},
     },
     storage::ledger::Ledger,
     track::{intent::HOT_REGIONS_MAX, state::StateDir},
@@ -78,6 +78,7 @@ pub(super) fn open(
         boot_id: boot_id().map_err(failed)?,
         preserve_bytes_max: PRESERVE_BYTES_MAX,
         hot_regions_max: HOT_REGIONS_MAX,
+        frames_max: DELTA_FRAMES_MAX,
     };
     let sources = disks.iter().map(|disk| DiskSource {
         name: disk.name.clone(),

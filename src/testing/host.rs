@@ -555,6 +555,7 @@ impl Host {
             boot_id: format!("boot-{}", self.boot),
             preserve_bytes_max: self.setup.preserve_bytes_max,
             hot_regions_max: self.setup.hot_regions_max,
+            frames_max: self.setup.frames_max,
         };
         let source = |(index, (disk, stamp))| DiskSource {
             name: disk_name(index),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{content::SIZES, random::Random};
 use crate::{
-    base::{ids::Name, units::BLOCK_BYTES},
+    base::{ids::Name, limits::DELTA_FRAMES_MAX, units::BLOCK_BYTES},
     delta::Codec,
     disk::{Geometry, image::Format},
     protocol::{message, sender::Pace},
@@ -97,6 +97,8 @@ pub(super) struct Setup {
     pub(super) sync_bytes: u64,
     pub(super) preserve_bytes_max: u64,
     pub(super) hot_regions_max: usize,
+    /// Most frames of a log.
+    pub(super) frames_max: u64,
     pub(super) pace: Pace,
     pub(super) codec: Codec,
     /// Bytes that are taken from the maps at once.
@@ -116,7 +118,8 @@ pub(super) struct Setup {
 }
 
 impl Setup {
-    pub(super) fn draw(random: &mut Random, bug: Option<Bug>) -> Self {
+    /// `random` is that of `seed`.
+    pub(super) fn draw(random: &mut Random, seed: u64, bug: Option<Bug>) -> Self {
         let format = |random: &mut Random| random.pick(&[Format::Raw, Format::Raw, Format::Vhdx]);
         let rarely = |random: &mut Random, often: u64| random.pick(&[0, often / 4, often]);
         Self {
@@ -130,6 +133,8 @@ impl Setup {
             sync_bytes: random.pick(&[4 << 10, 64 << 10, 1 << 20]),
             preserve_bytes_max: random.pick(&[0, 6, 4000]) * (BLOCK_BYTES + 128),
             hot_regions_max: random.pick(&[1, 2, 16]),
+            // By the seed itself: all others are the runs that they were before there was such a limit.
+            frames_max: if seed % 8 == 5 { 8 } else { DELTA_FRAMES_MAX },
             pace: Pace {
                 interval: Duration::from_millis(random.pick(&[100, 1000, 5000])),
                 ahead_bytes: random.pick(&[0, 8 * BLOCK_BYTES, 16 << 20]),

@@ -132,6 +132,18 @@ impl Bits {
         })
     }
 
+    /// What lies between neighbouring runs of the set, in ascending order. Gaps that are passed may be filled meanwhile.
+    pub fn gaps(&self) -> impl Iterator<Item = Range<u64>> {
+        let mut runs = self.runs(0..self.len);
+        let mut from = runs.next().map(|first| first.end);
+        std::iter::from_fn(move || {
+            let next = runs.next()?;
+            let gap = from?..next.start;
+            from = Some(next.end);
+            Some(gap)
+        })
+    }
+
     /// The first block of `within` that is in the set, or not in it.
     fn first(&self, within: Range<u64>, set: bool) -> Option<u64> {
         let mut at = within.start;
@@ -317,6 +329,9 @@ mod tests {
             let found: Vec<u64> = bits.runs(look.clone()).flatten().collect();
             prop_assert_eq!(&found, &within);
             prop_assert_eq!(bits.any(look), !within.is_empty());
+            let runs: Vec<_> = bits.runs(0..LEN).collect();
+            let between: Vec<_> = runs.windows(2).map(|pair| pair[0].end..pair[1].start).collect();
+            prop_assert_eq!(bits.gaps().collect::<Vec<_>>(), between);
             let copy = Bits::fleeting(LEN).unwrap();
             copy.set(100..200);
             copy.add(&bits);

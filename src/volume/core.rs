@@ -147,6 +147,8 @@ pub(super) struct Core {
     pub(super) lost: OnceLock<String>,
     pub(super) merged: AtomicU64,
     pub(super) preserved: AtomicU64,
+    /// Pieces that the log under way was given.
+    pub(super) pieces: AtomicU64,
 }
 
 impl Core {
@@ -378,6 +380,7 @@ fn read_old(disk: &Tracked, owed: &[Range<u64>]) -> Result<Vec<(Block, Held)>, D
             let (extent, content) = read_content(
                 &*disk.inner,
                 disk.extent(&left),
+                BLOCK_BYTES,
                 &mut Buffers::<0>::default(),
             )?;
             let blocks = extent.blocks();

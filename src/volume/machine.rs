@@ -153,6 +153,7 @@ impl Machine {
             let _ = self.core.lose_tracking_under(&mut control, disk, &source);
             return Err(CutRefused::Sync(source));
         }
+        self.core.join_runs();
         let (epoch, time, slot) = {
             let mut epochs = self.core.epochs.write();
             match self.core.suspect_count() {
@@ -443,6 +444,7 @@ impl Machine {
             epochs.closing = None;
             epochs.slot.other()
         };
+        self.core.pieces.store(0, Ordering::Relaxed);
         for disk in &self.core.disks {
             disk.map(slot).clear_all();
         }
@@ -490,6 +492,7 @@ impl Machine {
             Some(ClosingKind::Delta) => self.core.merge(&mut epochs),
             Some(ClosingKind::Copy) | None => epochs.breaks += 1,
         }
+        self.core.pieces.store(0, Ordering::Relaxed);
         let (open, closing) = (epochs.slot, epochs.slot.other());
         for disk in &self.core.disks {
             disk.suspects.unanswered();

@@ -75,6 +75,9 @@ pub struct MachineOptions {
     pub preserve_bytes_max: u64,
     /// Most hot regions of a disk; see [`HOT_REGIONS_MAX`](crate::track::intent::HOT_REGIONS_MAX).
     pub hot_regions_max: usize,
+    /// Most frames that the log of an epoch may have, if not much more than 1 MiB for each of them is owed; see
+    /// [`DELTA_FRAMES_MAX`](crate::base::limits::DELTA_FRAMES_MAX).
+    pub frames_max: u64,
 }
 
 /// A disk to track.
@@ -213,6 +216,7 @@ pub(super) fn open_core(
         lost: OnceLock::new(),
         merged: AtomicU64::new(0),
         preserved: AtomicU64::new(0),
+        pieces: AtomicU64::new(0),
     })
 }
 
@@ -422,7 +426,10 @@ fn image_changed(past: &Past, owner: Owner, stamp: ImageStamp) -> bool {
 mod tests {
     use super::*;
     use crate::{
-        base::{checksum::Digest, clock::ManualClock, ids::Lineage, units::MIB},
+        base::{
+            checksum::Digest, clock::ManualClock, ids::Lineage, limits::DELTA_FRAMES_MAX,
+            units::MIB,
+        },
         disk::{Access, Fua, raw::RawDisk},
         storage::{
             Storage,
@@ -477,6 +484,7 @@ mod tests {
                 boot_id: self.boot.into(),
                 preserve_bytes_max: MIB,
                 hot_regions_max: 16,
+                frames_max: DELTA_FRAMES_MAX,
             };
             let disk = DiskSource {
                 name: Name::new(name).unwrap(),

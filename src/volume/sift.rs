@@ -40,7 +40,7 @@ use crate::{
     base::{
         buffers::Buffers,
         ids::Lineage,
-        units::{BLOCKS_PER_REGION, Block, DiskIndex, Extent},
+        units::{BLOCK_BYTES, BLOCKS_PER_REGION, Block, DiskIndex, Extent},
     },
     disk::{Content, DiskError},
     protocol::compare::{Differing, HASHES_MAX, Hashes, SAMPLES_MAX, Sample, ZERO_BLOCKS_MAX},
@@ -293,7 +293,8 @@ impl Core {
             let _epochs = self.epochs.read();
             disk.suspects.ask(run.clone());
         }
-        let (extent, content) = read_content(&*disk.inner, disk.extent(&run), buffers)?;
+        let (extent, content) =
+            read_content(&*disk.inner, disk.extent(&run), BLOCK_BYTES, buffers)?;
         let left = extent.blocks().end..run.end;
         if !left.is_empty() {
             let _epochs = self.epochs.read();

@@ -299,6 +299,7 @@ mod tests {
             checksum::Digest,
             clock::ManualClock,
             ids::Name,
+            limits::DELTA_FRAMES_MAX,
             units::{Epoch, MIB},
         },
         disk::{Access, raw::RawDisk},
@@ -331,6 +332,7 @@ mod tests {
             boot_id: "boot".into(),
             preserve_bytes_max: MIB,
             hot_regions_max: 4,
+            frames_max: DELTA_FRAMES_MAX,
         };
         let state = StateDir::memory(MemoryFolder::new(&power));
         let ledger = Arc::new(Ledger::open(MemoryStorage::new(&power)).unwrap());

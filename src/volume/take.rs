@@ -5,11 +5,22 @@
 //! run is being read its blocks stay owed, so that a writer who wants one of them must hold the region alone, and waits
 //! for the reader, before it may preserve them. Blocks of the open epoch are read with their region held alone all the
 //! time, because nobody preserves them. Whoever reads checks at the end that no merge happened meanwhile.
+//!
+//! # How the frames of a log stay few
+//! A log may have `frames_max` frames, and after a long outage there may be more single blocks than that. Each piece
+//! becomes a frame, so:
+//! - no more is sent ahead of the cut once a quarter of the frames is used;
+//! - before a cut, runs are joined, those that are nearest to each other, with the clean blocks between them, until the
+//!   rest of the frames is enough. What is owed before the cut is sent as it is then, and preserved, like all else;
+//! - after a sixteenth, pieces no longer end where zeros begin or end in less than 64 KiB, after a half in less than 1 MiB.
+//!
+//! An epoch of nearly `frames_max` MiB has too many frames all the same. Its log is not sent.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
+use tracing::info;
 
 use super::core::{Closing, ClosingKind, Core, Epochs, Tracked};
 use crate::{
@@ -17,8 +28,10 @@ use crate::{
         buffers::Buffers,
         ids::Name,
         limits::FRAME_BYTES_MAX,
+        sync::atomic::Ordering,
         units::{
-            BLOCK_BYTES, BLOCKS_PER_REGION, DiskIndex, Epoch, Extent, KIB, REGION_BYTES, to_usize,
+            BLOCK_BYTES, BLOCKS_PER_REGION, DiskIndex, Epoch, Extent, KIB, REGION_BYTES, to_u64,
+            to_usize,
         },
     },
     disk::{Content, Disk, DiskError},
@@ -56,7 +69,8 @@ pub enum PieceContent {
 pub enum Taken {
     /// The next run. Pieces go into the log in the order in which they are taken: of a block the last one wins.
     Piece(Piece),
-    /// Nothing is owed to that epoch now. For a closing epoch that is final: its log is complete.
+    /// Nothing is owed to that epoch now, or nothing more of an open one is sent ahead. For a closing epoch that is final:
+    /// its log is complete.
     Drained,
     /// That epoch is not there any more: it was merged into the next one, or cut, or the connection was reset. A piece
     /// that was being read was thrown away. After a merge the log of the closing epoch goes on as that of
@@ -82,6 +96,12 @@ pub struct TakeError {
 pub(super) const BUFFERS_MAX: usize = 48;
 /// A shorter piece is not worth such a buffer.
 const BUFFER_BYTES_MIN: usize = to_usize(128 * KIB);
+
+/// A piece is at least so long, if its run is, when a log has many frames.
+const LONG_PIECE_BYTES: u64 = 64 * KIB;
+
+/// Runs that are farther apart, in blocks, are not joined: a disk of 64 TiB has no more than 2^22 of them.
+const JOINED_BLOCKS_MAX: usize = 4096;
 
 /// What [`Core::take`] keeps from one call to the next.
 #[derive(Debug, Default)]
@@ -109,10 +129,13 @@ impl Core {
             let Some(slot) = slot_of(&self.epochs.read(), side, epoch) else {
                 return Ok(Taken::Superseded);
             };
+            if side == Side::Open && self.pieces() > self.options.frames_max / 4 {
+                return Ok(Taken::Drained);
+            }
             if side == Side::Closing
                 && let Some(taken) = self.take_preserved(epoch, max)
             {
-                return Ok(taken);
+                return Ok(self.counted(taken));
             }
             let cursor = &mut slots[slot.index()];
             let Some((disk, block)) = self.find(*cursor, |disk| disk.owed(slot)) else {
@@ -131,7 +154,7 @@ impl Core {
                 Side::Open => self.take_open(disk, block, epoch, max, buffers),
             };
             match taken {
-                Ok(Some(taken)) => return Ok(taken),
+                Ok(Some(taken)) => return Ok(self.counted(taken)),
                 Ok(None) => {}
                 Err(source) => {
                     return Err(TakeError {
@@ -141,6 +164,67 @@ impl Core {
                     });
                 }
             }
+        }
+    }
+
+    /// Joins runs that are owed to the open epoch until there are frames for all. Under the control lock. What the guest
+    /// writes meanwhile makes a few more.
+    pub(super) fn join_runs(&self) {
+        let frames_max = self.options.frames_max;
+        let slot = self.epochs.read().slot;
+        let owed = || self.disks.iter().map(|disk| disk.owed(slot));
+        let blocks = owed().map(Bits::count).sum::<u64>();
+        // Long runs need one for each MiB; an eighth is for pieces that end early.
+        let others = self.pieces() + blocks / (FRAME_BYTES_MAX / BLOCK_BYTES) + frames_max / 8;
+        let runs_max = frames_max.saturating_sub(others);
+        if blocks <= runs_max || self.suspect_count() > 0 {
+            return;
+        }
+        let _takes = self.takes.lock();
+        // How many gaps there are of 1 block, of 2, and so on; the last ones are longer.
+        let mut gaps = vec![0; JOINED_BLOCKS_MAX + 1];
+        let len = |gap: &Range<u64>| to_usize(gap.end - gap.start);
+        for gap in owed().flat_map(Bits::gaps) {
+            gaps[len(&gap).min(JOINED_BLOCKS_MAX)] += 1;
+        }
+        let mut runs = gaps.iter().sum::<u64>() + to_u64(self.disks.len());
+        let mut shorter = 0;
+        while runs > runs_max && shorter < JOINED_BLOCKS_MAX {
+            runs -= gaps[shorter];
+            shorter += 1;
+        }
+        let mut joined = 0;
+        for bits in owed() {
+            for gap in bits.gaps().filter(|gap| len(gap) < shorter) {
+                joined += bits.set(gap);
+            }
+        }
+        if joined > 0 {
+            info!(machine = %self.options.name, runs, clean_blocks = joined, "too many single blocks for a log: neighbours are joined");
+        }
+    }
+
+    /// Pieces of the log under way.
+    fn pieces(&self) -> u64 {
+        self.pieces.load(Ordering::Relaxed)
+    }
+
+    fn counted(&self, taken: Taken) -> Taken {
+        if matches!(taken, Taken::Piece(_)) {
+            self.pieces.fetch_add(1, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    /// Least bytes in which the next piece of a delta ends before its run does.
+    fn piece_min(&self) -> u64 {
+        let (pieces, frames_max) = (self.pieces(), self.options.frames_max);
+        if pieces <= frames_max / 16 {
+            BLOCK_BYTES
+        } else if pieces <= frames_max / 2 {
+            LONG_PIECE_BYTES
+        } else {
+            FRAME_BYTES_MAX
         }
     }
 
@@ -214,7 +298,13 @@ impl Core {
             // Writers of other blocks of the region go on; writers of these find them owed and wait.
             shared = held.take().map(crate::track::locks::Exclusive::downgrade);
         }
-        let (extent, content) = read_content(&*disk.inner, disk.extent(&run), buffers)?;
+        let least = if kind == Some(ClosingKind::Delta) {
+            self.piece_min()
+        } else {
+            // The log of an initial copy has any number of frames.
+            BLOCK_BYTES
+        };
+        let (extent, content) = read_content(&*disk.inner, disk.extent(&run), least, buffers)?;
         let epochs = self.epochs.read();
         if epochs.breaks != breaks {
             return Ok(Some(Taken::Superseded));
@@ -248,7 +338,7 @@ impl Core {
             disk.owed(slot).clear(run.clone());
             (run, epochs.breaks)
         };
-        let read = read_content(&*disk.inner, disk.extent(&run), buffers);
+        let read = read_content(&*disk.inner, disk.extent(&run), self.piece_min(), buffers);
         let epochs = self.epochs.read();
         if epochs.breaks != breaks {
             return Ok(Some(Taken::Superseded));
@@ -299,10 +389,12 @@ fn owed_run(disk: &Tracked, slot: Slot, block: u64, max: u64) -> Option<Range<u6
     Some(run.start..run.end.min(run.start + max / BLOCK_BYTES))
 }
 
-/// Reads the start of `run`, which is not empty: as much of it as is of one kind, in whole blocks or to its end.
+/// Reads the start of `run`, which is not empty: as much of it as is of one kind, in whole blocks or to its end. If that is
+/// less than `least`, a multiple of a block, so much as data, or all of the run.
 pub(super) fn read_content<const COUNT_MAX: usize>(
     disk: &dyn Disk,
     run: Extent,
+    least: u64,
     buffers: &mut Buffers<COUNT_MAX>,
 ) -> Result<(Extent, PieceContent), DiskError> {
     let (known, kind) = disk.run_at(run.offset)?;
@@ -314,10 +406,10 @@ pub(super) fn read_content<const COUNT_MAX: usize>(
             len / BLOCK_BYTES * BLOCK_BYTES
         }
     };
-    if kind == Content::Zero && whole(known) > 0 {
+    if kind == Content::Zero && whole(known) >= least.min(run.len) {
         return Ok((Extent::new(run.offset, whole(known)), PieceContent::Zero));
     }
-    let len = known.next_multiple_of(BLOCK_BYTES).min(run.len);
+    let len = known.next_multiple_of(BLOCK_BYTES).max(least).min(run.len);
     let count = to_usize(len);
     let long = count >= BUFFER_BYTES_MIN;
     let again = long.then(|| buffers.reclaim(count)).flatten();

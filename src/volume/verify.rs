@@ -244,7 +244,8 @@ impl Core {
         };
         let Some(run) = run else { return Ok(None) };
         // Nobody writes it, so it is what it was at the last point.
-        let (extent, content) = read_content(&*disk.inner, disk.extent(&run), buffers)?;
+        let (extent, content) =
+            read_content(&*disk.inner, disk.extent(&run), BLOCK_BYTES, buffers)?;
         drop(alone);
         left.clear(extent.blocks());
         Ok(Some(sample(disk.index, extent, &content)))

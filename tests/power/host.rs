@@ -15,6 +15,7 @@ use understudy::{
         checksum::Digest,
         clock::SystemClock,
         ids::{Lineage, MachineId, Name, SystemIds},
+        limits::DELTA_FRAMES_MAX,
         units::{Epoch, Extent, MIB, to_usize},
     },
     disk::{
@@ -86,6 +87,7 @@ pub(crate) fn open_machine(
         boot_id: boot.into(),
         preserve_bytes_max: PRESERVED_BLOCKS * (4096 + 128),
         hot_regions_max: HOT_REGIONS_MAX,
+        frames_max: DELTA_FRAMES_MAX,
     };
     let disk = DiskSource {
         name: Name::new("disk").unwrap(),

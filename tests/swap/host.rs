@@ -7,6 +7,7 @@ use understudy::{
         checksum::Digest,
         clock::ManualClock,
         ids::{Lineage, MachineId, Name},
+        limits::DELTA_FRAMES_MAX,
         units::{BLOCK_BYTES, DiskIndex, Epoch, Extent, to_usize},
     },
     disk::{Access, Disk, Fua, raw::RawDisk},
@@ -109,6 +110,7 @@ impl Host {
             boot_id: format!("boot-{}", self.boot),
             preserve_bytes_max: self.preserve_bytes_max,
             hot_regions_max: 2,
+            frames_max: DELTA_FRAMES_MAX,
         };
         self.machine = Some(Machine::open(options, disks, &self.state, self.ledger()?)?);
         Ok(())

@@ -45,7 +45,7 @@ enum Death {
 
 pub(super) fn run(seed: u64, bug: Option<Bug>) -> Result<Report, Failure> {
     let mut random = Random::new(seed);
-    let setup = Arc::new(Setup::draw(&mut random, bug));
+    let setup = Arc::new(Setup::draw(&mut random, seed, bug));
     let clock = Arc::new(ManualClock::default());
     let hosts = [0, 1].map(|index| Host::new(index, &setup, &clock, random.next()));
     let mut world = World {
