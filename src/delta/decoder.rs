@@ -339,48 +339,96 @@ fn is_aligned(bytes: &[u8]) -> bool {
 mod tests {
     use super::*;
     use crate::{
-        base::{
-            checksum::Digest,
-            ids::{Generation, Lineage, MachineId, Name},
-            units::{DiskIndex, Epoch, Extent},
-        },
-        delta::{DiskEntry, Encoder, encode_zero},
+        base::units::{DiskIndex, Extent, MIB},
+        delta::{Codec, EncodedFrame, Encoder, encode_data, encode_zero, layout::tests::header},
     };
+
+    /// The bytes of these frames, without the end of their log.
+    fn bytes_of(frames: &[EncodedFrame]) -> Vec<u8> {
+        let parts = frames.iter().flat_map(EncodedFrame::parts);
+        parts.flat_map(|part| part.to_vec()).collect()
+    }
+
+    /// A decoder that has read the header of a log.
+    fn begun(kind: LogKind) -> Decoder {
+        let mut decoder = Decoder::new();
+        decoder.feed(&Encoder::new(&header(kind)).1);
+        assert!(matches!(decoder.next(), Ok(Some(Event::Header(_)))));
+        decoder
+    }
+
+    /// Frames of so many bytes each.
+    fn data(lens: &[u64]) -> Vec<EncodedFrame> {
+        let frame = |&len| encode_data(DiskIndex(0), 0, vec![9; to_usize(len)], Codec::None);
+        lens.iter().map(frame).collect()
+    }
+
+    fn content(event: Option<Event>) -> Option<Bytes> {
+        match event {
+            Some(Event::Frame { raw, .. }) => raw,
+            _ => None,
+        }
+    }
 
     /// An initial copy may need more frames than a delta may have.
     #[test]
     fn a_delta_has_so_many_frames_and_no_more() {
         for (kind, taken) in [(LogKind::Delta, false), (LogKind::Initial, true)] {
-            let header = Header {
-                machine: MachineId(uuid::Uuid::from_u128(1)),
-                generation: Generation {
-                    number: 1,
-                    id: uuid::Uuid::from_u128(2),
-                },
-                kind,
-                parent: (kind == LogKind::Delta).then_some(Lineage {
-                    epoch: Epoch(1),
-                    chain: Digest::default(),
-                }),
-                disks: vec![DiskEntry {
-                    name: Name::new("d").unwrap(),
-                    size: BLOCK_BYTES,
-                    logical_sector: 512,
-                    physical_sector: 4096,
-                }],
-            };
             let frame = encode_zero(DiskIndex(0), Extent::new(0, BLOCK_BYTES));
-            let mut decoder = Decoder::new();
-            decoder.feed(&Encoder::new(&header).1);
-            assert!(matches!(decoder.next(), Ok(Some(Event::Header(_)))));
+            let mut decoder = begun(kind);
             decoder.frames = DELTA_FRAMES_MAX - 1;
             for last in [false, true] {
-                for part in frame.parts() {
-                    decoder.feed(&part);
-                }
+                decoder.feed(&bytes_of(std::slice::from_ref(&frame)));
                 let found = decoder.next();
                 assert_eq!(found.is_ok(), taken || !last, "{kind:?}: {found:?}");
             }
         }
+    }
+
+    /// Each longer than the one before, so that none fits where another was.
+    #[test]
+    fn long_content_is_aligned_in_new_buffers_and_in_those_that_come_back() {
+        let kib: Vec<u64> = [128, 160, 224, 1024, 128, 1024, 512]
+            .map(|n| n * KIB)
+            .into();
+        let mut decoder = begun(LogKind::Delta);
+        let mut found = Vec::new();
+        for piece in bytes_of(&data(&kib)).chunks(60 << 10) {
+            decoder.feed(piece);
+            while let Some(raw) = content(decoder.next().unwrap()) {
+                assert!(is_aligned(&raw), "{}", raw.len());
+                assert_eq!(raw, vec![9; raw.len()]);
+                found.push(to_u64(raw.len()));
+            }
+        }
+        assert_eq!(found, kib);
+        let again = decoder.buffers.reclaim(1).unwrap();
+        assert!(is_aligned(&again), "it was lent");
+    }
+
+    /// Short content, and long content of which more than a piece of ordinary length is there already: one frame behind the
+    /// other.
+    #[test]
+    fn what_need_not_be_moved_is_not() {
+        for len in [16 * KIB, MIB] {
+            let mut decoder = begun(LogKind::Delta);
+            decoder.feed(&bytes_of(&data(&[len; 3])));
+            let raws = [(); 3].map(|()| content(decoder.next().unwrap()).unwrap());
+            let starts = raws.each_ref().map(|raw| raw.as_ptr().addr());
+            let apart = to_usize(len) + FRAME_HEADER_BYTES;
+            assert_eq!(starts.map(|start| start - starts[0]), [0, apart, 2 * apart]);
+            assert!(!decoder.is_complete());
+        }
+    }
+
+    #[test]
+    fn a_buffer_is_lent_only_if_its_content_is_aligned() {
+        let mut decoder = begun(LogKind::Delta);
+        decoder.feed(&bytes_of(&data(&[MIB])));
+        let raw = content(decoder.next().unwrap()).unwrap();
+        assert!(!is_aligned(&raw), "it is behind its header");
+        drop(raw);
+        decoder.buffer = BytesMut::new();
+        assert!(decoder.buffers.reclaim(1).is_none());
     }
 }

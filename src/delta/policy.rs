@@ -259,7 +259,51 @@ mod tests {
             policy.sent(MIB, Duration::from_millis(1));
             assert_eq!(policy.choose(Duration::from_mins(1)), codec);
         }
+        assert_eq!("auto".parse(), Ok(Setting::Auto));
         assert!("gzip".parse::<Setting>().is_err());
+    }
+
+    /// A link of 100 bytes in a second, and Zstandard tried just now: so fast, and leaving all as it is.
+    fn measured(speed: u64) -> Policy {
+        let second = Duration::from_secs(1);
+        let mut policy = Policy::new(Setting::Auto, 1);
+        policy.sent(100, second);
+        policy.packed(Codec::Lz4, 1, 1, second);
+        policy.packed(Codec::Zstd, speed, speed / 2, second);
+        policy
+    }
+
+    #[test]
+    fn a_codec_that_is_hardly_better_is_not_taken() {
+        for (speed, codec) in [(108, Codec::None), (112, Codec::Zstd)] {
+            assert_eq!(measured(speed).choose(Duration::ZERO), codec, "{speed}");
+        }
+    }
+
+    #[test]
+    fn codecs_are_tried_at_once_and_every_few_seconds() {
+        let mut new = Policy::new(Setting::Auto, 1);
+        new.sent(100, Duration::from_secs(1));
+        assert_eq!(new.choose(Duration::ZERO), Codec::Lz4);
+        let mut policy = measured(112);
+        let before = TRIAL_INTERVAL.saturating_sub(Duration::from_millis(1));
+        assert_eq!(policy.choose(before), Codec::Zstd);
+        let tried = [(); 2].map(|()| policy.choose(TRIAL_INTERVAL));
+        assert_eq!(tried, [Codec::Lz4, Codec::Zstd], "the other one, once");
+    }
+
+    #[test]
+    fn what_tells_nothing_changes_no_measurement() {
+        let second = Duration::from_secs(1);
+        let mut policy = measured(112);
+        policy.packed(Codec::None, 1000, 1000, second);
+        policy.packed(Codec::Zstd, 0, 100, second);
+        policy.sent(0, second);
+        policy.sent(1 << 40, Duration::ZERO);
+        let before = measured(112);
+        for codec in [Codec::None, Codec::Lz4, Codec::Zstd] {
+            assert!((policy.pace(codec) - before.pace(codec)).abs() < 1e-9);
+        }
     }
 
     #[test]
@@ -305,5 +349,29 @@ mod tests {
             policy.pace(Codec::Zstd)
         };
         assert!((pace(4) - 4.0 * pace(1)).abs() < 1.0);
+    }
+
+    #[test]
+    fn a_sample_is_narrow_when_some_bytes_are_an_eighth_more_often_there() {
+        // Each byte 16 times, but of some ten more and of as many ten fewer: the sum of squares is 65536 + 200 for each.
+        let sample = |pairs: usize| -> Vec<u8> {
+            let count = |byte: usize| match byte {
+                byte if byte < pairs => 26,
+                byte if byte < 2 * pairs => 6,
+                _ => 16,
+            };
+            (0..=255u8)
+                .flat_map(|byte| vec![byte; count(usize::from(byte))])
+                .collect()
+        };
+        assert_eq!(sample(64).len(), SAMPLE_BYTES);
+        assert!(!is_narrow(&sample(64)));
+        assert!(is_narrow(&sample(65)));
+    }
+
+    #[test]
+    fn a_mean_follows_what_is_measured() {
+        assert!((mean(10.0, 20.0) - 12.0).abs() < 1e-9);
+        assert!((mean(20.0, 10.0) - 18.0).abs() < 1e-9);
     }
 }

@@ -187,3 +187,95 @@ impl Foot {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delta::{LogKind, layout::tests::header};
+
+    #[test]
+    fn each_field_of_a_head_is_checked() {
+        let head = TrailerHead {
+            consistency: Consistency::Application,
+            frames: 3,
+            index_entries: 3,
+            index_crc: 7,
+        };
+        let parse = |head: TrailerHead| TrailerHead::parse(&head.to_bytes(), 0);
+        for consistency in [Consistency::Crash, Consistency::Application] {
+            let head = TrailerHead {
+                consistency,
+                ..head
+            };
+            assert_eq!(parse(head), Ok(head));
+        }
+        for (index_entries, right) in [(0, true), (2, false), (4, false)] {
+            let head = TrailerHead {
+                index_entries,
+                ..head
+            };
+            assert_eq!(parse(head).is_ok(), right, "{index_entries}");
+            assert_eq!(head.index_len(), Some(index_entries * 32));
+        }
+        for (at, byte) in [(0, KIND_TRAILER - 1), (1, 2), (2, 1), (7, 1)] {
+            let mut bytes = head.to_bytes()[..FRAME_HEADER_BYTES - 4].to_vec();
+            bytes[at] = byte;
+            seal(&mut bytes, 0);
+            let bytes = bytes.try_into().unwrap();
+            assert!(TrailerHead::parse(&bytes, 0).is_err(), "{at}");
+        }
+    }
+
+    #[test]
+    fn each_field_of_a_foot_is_checked() {
+        let foot = Foot {
+            epoch: Epoch(2),
+            cut: Timestamp(3),
+            trailer_at: 1000,
+            log_len: 1104,
+            chain: Digest([4; 32]),
+        };
+        assert_eq!(Foot::parse(&foot.to_bytes(), 1032), Ok(foot));
+        for (trailer_at, log_len, at, right) in [
+            (1032, 1104, 1032, true),
+            (1033, 1104, 1032, false),
+            (1000, 1103, 1032, false),
+            (1000, 1104, 1031, false),
+            (1000, u64::MAX, u64::MAX - 71, false),
+        ] {
+            let foot = Foot {
+                trailer_at,
+                log_len,
+                ..foot
+            };
+            let found = Foot::parse(&foot.to_bytes(), at);
+            assert_eq!(found.is_ok(), right, "{trailer_at} {log_len} {at}");
+        }
+        let mut bytes = foot.to_bytes();
+        bytes[71] ^= 1;
+        assert!(Foot::parse(&bytes, 1032).is_err(), "the end mark");
+    }
+
+    #[test]
+    fn a_foot_that_contradicts_its_header_is_named_by_its_place() {
+        let foot = Foot {
+            epoch: Epoch(1),
+            cut: Timestamp(3),
+            trailer_at: 1000,
+            log_len: 1104,
+            chain: Digest([4; 32]),
+        };
+        let found = header(LogKind::Delta).point(&foot);
+        assert!(
+            matches!(
+                found,
+                Err(DecodeError::Invalid {
+                    part: "foot",
+                    offset: 1032,
+                    ..
+                })
+            ),
+            "{found:?}"
+        );
+    }
+}

@@ -6,7 +6,7 @@ use std::io;
 use understudy::{
     base::units::{DiskIndex, Epoch, to_usize},
     delta::{Codec, EncodedFrame, Header, LogKind, encode_data},
-    replica::{Head, IngestEvent},
+    replica::{Head, IngestEvent, ReplicaError},
     storage::{Folder, Fua, Open},
 };
 
@@ -341,6 +341,8 @@ fn removing_survives_a_power_cut_at_any_step() {
             done = replica.destroy().is_ok();
             let gone = replica.head() == Head::Empty && replica.status().images.is_empty();
             assert!(gone || !done, "step {steps}");
+            let closed = matches!(replica.prepare(&specs()), Err(ReplicaError::Closed));
+            assert!(closed || !done, "step {steps}");
             drop(replica);
             host.power.restore(&mut keeps(variant));
             let replica = host.open(9).unwrap();

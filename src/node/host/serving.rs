@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     base::chain::chain,
-    base::ids::{MachineId, Name},
+    base::ids::Name,
     coord::role::Lease,
     disk::{Access, Disk, layered::LayeredDisk},
     node::{
@@ -95,7 +95,7 @@ impl Serving {
                 let disks = open_images(&images, show.access, &member.shared().ids)?;
                 (disks, Vec::new())
             }
-            (Some(layers), None) => over_images(member, &images, &layers)?,
+            (Some(layers), None) => over_images(member, record, &images, &layers)?,
             (Some(layers), Some(below)) => over_point(member, record, &images, (below, &layers))?,
         };
         let places = member.places().tracking();
@@ -342,10 +342,7 @@ fn over_point(
         .map(|image| image.name.clone())
         .collect();
     let folder = member.places().layers();
-    let files = images
-        .iter()
-        .map(|image| (&image.name, image.path.as_path()));
-    will_write(member, record.id, files)?;
+    will_write(member, record, images)?;
     let opened = open_layers(view, &names, &folder).map_err(StartError::other)?;
     let source = |(name, layer): &(Name, Arc<LayeredDisk>)| {
         let image = images.iter().find(|image| image.name == *name);
@@ -370,6 +367,7 @@ fn over_point(
 
 fn over_images(
     member: &Member,
+    record: &Record,
     images: &[ImageConfig],
     layers: &Layers,
 ) -> Result<Opened, StartError> {
@@ -378,10 +376,7 @@ fn over_images(
         .iter()
         .map(|source| (source.name.clone(), Arc::clone(&source.disk)));
     let folder = member.places().layers();
-    let files = sources
-        .iter()
-        .map(|source| (&source.name, source.image.as_path()));
-    will_write(member, member.record().id, files)?;
+    will_write(member, record, images)?;
     let opened =
         layers_over(bases.collect(), layers.point.chain, &folder).map_err(StartError::other)?;
     for (source, (name, layer)) in sources.iter_mut().zip(&opened) {
@@ -394,22 +389,19 @@ fn over_images(
     Ok((sources, opened))
 }
 
-/// Notes that the layers over these disks are about to be opened, which may write them: should this process die before
+/// Notes that the layers over these images are about to be opened, which may write them: should this process die before
 /// the machine is open, they were not changed by somebody else. Layers that are not there yet are not known either.
-fn will_write<'a>(
-    member: &Member,
-    id: MachineId,
-    disks: impl Iterator<Item = (&'a Name, &'a Path)>,
-) -> Result<(), StartError> {
+fn will_write(member: &Member, record: &Record, images: &[ImageConfig]) -> Result<(), StartError> {
     let folder = member.places().layers();
-    let stamps = disks.map(|(name, image)| {
-        let (_, stamp) = stamped(image, folder.join(layer_file(name))).ok()?;
-        Some((name, stamp))
+    let stamps = images.iter().map(|image| {
+        let layer = folder.join(layer_file(&image.name));
+        let (_, stamp) = stamped(&image.path, layer).ok()?;
+        Some((&image.name, stamp))
     });
     let Some(stamps) = stamps.collect::<Option<Vec<_>>>() else {
         return Ok(());
     };
-    volume::will_write(&member.shared().ledger, id, &stamps).map_err(StartError::other)
+    volume::will_write(&member.shared().ledger, record.id, &stamps).map_err(StartError::other)
 }
 
 /// What tells whether somebody else wrote an image or the layer over it, and what that tells now.
