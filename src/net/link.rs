@@ -273,15 +273,6 @@ impl Link {
         }
     }
 
-    /// A secret that only the two ends of this very connection know (RFC 5705), to bind other proofs to it.
-    pub fn binding(&self) -> [u8; 32] {
-        let mut secret = [0; 32];
-        self.connection()
-            .export_keying_material(&mut secret, b"EXPORTER-understudy", b"")
-            .expect("32 bytes are less than any exporter's limit");
-        secret
-    }
-
     /// Closes the link at once: what is under way in either direction is lost. The peer learns `reason` and `text`.
     pub fn close(&self, reason: Reason, text: &str) {
         let text = &text.as_bytes()[..text.len().min(TEXT_BYTES_MAX)];

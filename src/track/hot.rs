@@ -330,22 +330,22 @@ mod tests {
             }
         }
 
-        fn heat(&self, regions: Range<u64>) {
-            let settle = || {
+        /// Settles the disk, which counts it.
+        fn settle(&self) -> impl Fn() -> io::Result<()> {
+            || {
                 self.settled.set(self.settled.get() + 1);
                 Ok(())
-            };
-            let heated = self.hot.heat(regions.clone(), &self.locks, &settle);
+            }
+        }
+
+        fn heat(&self, regions: Range<u64>) {
+            let heated = self.hot.heat(regions.clone(), &self.locks, &self.settle());
             heated.unwrap();
             assert!(self.hot.is_hot(regions));
         }
 
         fn cool_idle(&self) {
-            let settle = || {
-                self.settled.set(self.settled.get() + 1);
-                Ok(())
-            };
-            self.hot.cool_idle(&self.locks, &settle).unwrap();
+            self.hot.cool_idle(&self.locks, &self.settle()).unwrap();
         }
 
         /// The hot regions, which are also those in the log.

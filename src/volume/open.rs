@@ -491,9 +491,11 @@ mod tests {
                 disk: Arc::new(RawDisk::open(image, Access::ReadWrite).unwrap()),
                 stamp: self.stamp,
             };
-            let store = Arc::clone(&self.store) as Arc<dyn Storage>;
-            let ledger = Arc::new(Ledger::open(store).unwrap());
-            Machine::open(options, vec![disk], &self.state, ledger).unwrap()
+            Machine::open(options, vec![disk], &self.state, Arc::new(self.ledger())).unwrap()
+        }
+
+        fn ledger(&self) -> Ledger {
+            Ledger::open(Arc::clone(&self.store) as Arc<dyn Storage>).unwrap()
         }
     }
 
@@ -573,8 +575,7 @@ mod tests {
     impl Host {
         /// Notes that this program is about to write the image, and writes it.
         fn write_closed(&mut self) {
-            let store = Arc::clone(&self.store) as Arc<dyn Storage>;
-            let ledger = Ledger::open(store).unwrap();
+            let ledger = self.ledger();
             let (machine, disk) = (
                 MachineId(uuid::Uuid::from_u128(3)),
                 Name::new("disk").unwrap(),
@@ -610,8 +611,7 @@ mod tests {
                 ..stamp(8)
             };
             if by_us {
-                let store = Arc::clone(&self.store) as Arc<dyn Storage>;
-                let ledger = Ledger::open(store).unwrap();
+                let ledger = self.ledger();
                 let machine = MachineId(uuid::Uuid::from_u128(3));
                 between::grew(&ledger, machine, &Name::new("disk").unwrap(), self.stamp).unwrap();
             }

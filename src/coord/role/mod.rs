@@ -800,17 +800,15 @@ claim-wants  higher higher higher higher follow higher higher higher higher
                 born: None,
                 wants: Some(wants),
             };
-            let step = replica.apply(&Event::Claimed(claim)).unwrap();
-            let expected = if follows {
-                (RoleState::replica(wants), Answer::Follows(wants))
+            let Step { next, answer, .. } = replica.apply(&Event::Claimed(claim)).unwrap();
+            if follows {
+                assert_eq!(next, RoleState::replica(wants));
+                assert_eq!(answer, Some(Answer::Follows(wants)));
             } else {
-                let answer = Answer::Higher {
-                    theirs: mine,
-                    abandoned: true,
-                };
-                (replica, answer)
-            };
-            assert_eq!((step.next, step.answer), (expected.0, Some(expected.1)));
+                assert_eq!(next, replica);
+                let (theirs, abandoned) = (mine, true);
+                assert_eq!(answer, Some(Answer::Higher { theirs, abandoned }));
+            }
         }
     }
 
