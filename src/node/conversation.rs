@@ -379,7 +379,7 @@ impl<'a> Conversation<'a> {
             .expect("frames are only taken while a log is open");
         if log.encoder.is_full() {
             return Err(End::Lost(format!(
-                "more changed than {DELTA_FRAMES_MAX} frames of a log hold: only a new initial copy can tell the replica"
+                "more changed in one epoch than {DELTA_FRAMES_MAX} frames of a log hold"
             )));
         }
         log.encoder.frame(frame);

@@ -3,6 +3,9 @@
 //! The order is what makes the last frame of a block its newest content: a block that is taken, rewritten and taken
 //! again must arrive twice in that order, however long each packing took. So every piece gets a slot in a queue when it
 //! is submitted, and the frame is put into that slot by whichever worker packed it.
+//!
+//! Zeros need no packing, and a frame of them may be long: pieces of zeros that follow each other become one frame. A
+//! guest that discards a disk of many TiB would otherwise need more frames than a log may have.
 
 use std::{collections::VecDeque, sync::Arc, thread, time::Duration};
 
@@ -13,7 +16,7 @@ use parking_lot::Mutex;
 use crate::{
     base::{
         clock::Clock,
-        units::{DiskIndex, Extent, to_u64},
+        units::{DiskIndex, Extent, GIB, to_u64},
     },
     delta::{
         EncodedFrame, encode_zero,
@@ -25,6 +28,9 @@ use crate::{
 /// bound on memory of this many MiB twice over.
 const DEPTH: usize = 8;
 
+/// Most bytes of a frame of zeros: what a replica makes zeros of in one step.
+const ZEROS_MAX: u64 = GIB;
+
 /// The content of a run that is to be packed.
 #[derive(Debug)]
 pub(super) enum Raw {
@@ -32,6 +38,15 @@ pub(super) enum Raw {
     Data(Bytes),
     /// Zeros.
     Zero,
+}
+
+/// The place of a frame in the order.
+#[derive(Debug)]
+enum Slot {
+    /// A worker packs it.
+    Packing(Receiver<EncodedFrame>),
+    /// Zeros, which may become more as long as nothing is behind them.
+    Zeros(DiskIndex, Extent),
 }
 
 struct Job {
@@ -45,7 +60,7 @@ struct Job {
 #[derive(Debug)]
 pub(super) struct Pipeline {
     jobs: Option<Sender<Job>>,
-    slots: VecDeque<Receiver<EncodedFrame>>,
+    slots: VecDeque<Slot>,
     policy: Arc<Mutex<Policy>>,
     workers: Vec<thread::JoinHandle<()>>,
 }
@@ -84,14 +99,20 @@ impl Pipeline {
     /// Gives a piece to the workers. Only with [`has_room`](Self::has_room).
     pub(super) fn submit(&mut self, disk: DiskIndex, run: Extent, raw: Raw) {
         assert!(self.has_room(), "the caller asks for room first");
-        let (done, slot) = bounded(1);
-        match raw {
-            Raw::Zero => {
-                let frame = encode_zero(disk, run);
-                done.send(frame)
-                    .expect("the slot has room for its one frame");
-            }
+        let slot = match raw {
+            Raw::Zero => match self.slots.back_mut() {
+                Some(Slot::Zeros(before, zeros))
+                    if *before == disk
+                        && zeros.end() == run.offset
+                        && zeros.len + run.len <= ZEROS_MAX =>
+                {
+                    zeros.len += run.len;
+                    return;
+                }
+                _ => Slot::Zeros(disk, run),
+            },
             Raw::Data(raw) => {
+                let (done, slot) = bounded(1);
                 let jobs = self
                     .jobs
                     .as_ref()
@@ -103,22 +124,29 @@ impl Pipeline {
                     done,
                 })
                 .expect("workers run until the pipeline is dropped");
+                Slot::Packing(slot)
             }
-        }
+        };
         self.slots.push_back(slot);
     }
 
-    /// The next frame in order, if it is packed.
+    /// The next frame in order, if it is packed and can become no longer.
     pub(super) fn ready(&mut self) -> Option<EncodedFrame> {
-        let frame = self.slots.front()?.try_recv().ok()?;
+        let frame = match self.slots.front()? {
+            Slot::Packing(slot) => slot.try_recv().ok()?,
+            Slot::Zeros(..) if self.slots.len() == 1 => return None,
+            Slot::Zeros(disk, run) => encode_zero(*disk, *run),
+        };
         self.slots.pop_front();
         Some(frame)
     }
 
     /// The next frame in order, waiting for it; nothing if none is under way.
     pub(super) fn next(&mut self) -> Option<EncodedFrame> {
-        let slot = self.slots.pop_front()?;
-        Some(slot.recv().expect("a worker answers every job"))
+        Some(match self.slots.pop_front()? {
+            Slot::Packing(slot) => slot.recv().expect("a worker answers every job"),
+            Slot::Zeros(disk, run) => encode_zero(disk, run),
+        })
     }
 
     /// Forgets what is under way.
@@ -200,5 +228,55 @@ mod tests {
             seen += 1;
         }
         assert_eq!((seen, expected.len()), (200, 0));
+    }
+
+    #[test]
+    fn zeros_that_follow_each_other_become_one_frame() {
+        const MIB: u64 = 1 << 20;
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+        let mut pipeline = Pipeline::start(Setting::None, 1, &clock).unwrap();
+        let mut zeros = |disk, offset| {
+            let run = Extent::new(offset * MIB, MIB);
+            pipeline.submit(DiskIndex(disk), run, Raw::Zero);
+            pipeline.ready().map(|frame| *frame.header())
+        };
+        let frame = |disk, offset, len| {
+            let run = Extent::new(offset * MIB, len * MIB);
+            Some(*encode_zero(DiskIndex(disk), run).header())
+        };
+        // Neither another disk, nor with a gap, nor backwards, nor without an end.
+        for offset in 0..5 {
+            assert_eq!(zeros(0, offset), None);
+        }
+        assert_eq!(zeros(1, 5), frame(0, 0, 5));
+        assert_eq!(zeros(1, 7), frame(1, 5, 1));
+        assert_eq!(zeros(1, 6), frame(1, 7, 1));
+        for offset in 7..6 + ZEROS_MAX / MIB {
+            assert_eq!(zeros(1, offset), None);
+        }
+        let longest = frame(1, 6, ZEROS_MAX / MIB);
+        assert_eq!(zeros(1, 6 + ZEROS_MAX / MIB), longest);
+        let last = pipeline.next().map(|frame| *frame.header());
+        assert_eq!(last, frame(1, 6 + ZEROS_MAX / MIB, 1));
+        assert!(pipeline.next().is_none());
+    }
+
+    #[test]
+    fn data_between_zeros_stays_between_them() {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+        let mut pipeline = Pipeline::start(Setting::None, 1, &clock).unwrap();
+        let run = |block: u64| Extent::new(block * 4096, 4096);
+        for (block, raw) in [
+            (0, Raw::Zero),
+            (1, Raw::Zero),
+            (1, Raw::Data(vec![7; 4096].into())),
+            (2, Raw::Zero),
+        ] {
+            pipeline.submit(DiskIndex(0), run(block), raw);
+        }
+        let frames: Vec<_> = std::iter::from_fn(|| pipeline.next()).collect();
+        let runs = frames.iter().map(|frame| frame.header().run);
+        let expected = [Extent::new(0, 8192), run(1), run(2)];
+        assert_eq!(runs.collect::<Vec<_>>(), expected);
     }
 }

@@ -14,7 +14,8 @@
 //!   rest of the frames is enough. What is owed before the cut is sent as it is then, and preserved, like all else;
 //! - after a sixteenth, pieces no longer end where zeros begin or end in less than 64 KiB, after a half in less than 1 MiB.
 //!
-//! An epoch of nearly `frames_max` MiB has too many frames all the same. Its log is not sent.
+//! Pieces of zeros become fewer and longer frames on their way (`node::pipeline`). What is left is an epoch with more than
+//! half of `frames_max` MiB of data: it may have too many frames all the same, and is then not sent.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -176,7 +177,8 @@ impl Core {
         let blocks = owed().map(Bits::count).sum::<u64>();
         // Long runs need one for each MiB; an eighth is for pieces that end early.
         let others = self.pieces() + blocks / (FRAME_BYTES_MAX / BLOCK_BYTES) + frames_max / 8;
-        let runs_max = frames_max.saturating_sub(others);
+        // Of zeros a frame holds more than a MiB, so a long discard leaves half of the frames for runs, too.
+        let runs_max = frames_max.saturating_sub(others).max(frames_max / 2);
         if blocks <= runs_max || self.suspect_count() > 0 {
             return;
         }
