@@ -62,7 +62,7 @@ fn every_seed_keeps_the_promises() {
 #[test]
 fn what_was_found_once_is_not_found_again() {
     for seed in [
-        21_855, 51_943, 235_556, 408_263, 434_436, 487_729, 886_752, 945_557,
+        21_855, 51_943, 235_556, 408_263, 434_436, 487_729, 748_053, 886_752, 945_557,
     ] {
         if let Err(failure) = run(seed, None) {
             panic!("{failure}");

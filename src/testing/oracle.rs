@@ -56,6 +56,8 @@ pub(super) struct Known {
     pub(super) said: Option<Lineage>,
     /// The rescue point, and what the images hold below everything that arrives.
     pub(super) kept: Option<Kept>,
+    /// The point of the rescue point that was here last. As it was then nothing of the machine was ever shown here.
+    never_shown: Option<Lineage>,
     /// It was replaced in the generation of this number, or handed over: it writes nothing more in it.
     stopped: Option<u64>,
 }
@@ -152,7 +154,8 @@ impl Oracle {
         }
         if !matches!(role.part, Part::Replica { .. } | Part::FailedOver { .. }) {
             known.said = None;
-            known.kept = None;
+            let kept = known.kept.take().map(|kept| kept.lineage);
+            known.never_shown = kept.or(known.never_shown);
         }
         Ok(turn)
     }
@@ -279,8 +282,9 @@ impl Oracle {
         // At that point a former primary holds what it held, not what the machine did.
         let kept = (peer.kept.as_ref()).filter(|kept| kept.lineage == lineage);
         let point = match kept {
-            // Promoted since at a later point: this one it never showed, so nobody is asked what differs from it.
+            // Promoted since at a later point: nobody is asked what differs from this one.
             Some(_) if !peer.role.is_some_and(follows) => return Ok(()),
+            None if peer.never_shown == Some(lineage) => return Ok(()),
             Some(kept) if !kept.truth.is_sure() => return Ok(()),
             Some(kept) => Some(&kept.truth.now),
             None => self.at(lineage),
