@@ -71,7 +71,18 @@ impl Helper {
             assert!(began.elapsed() < PATIENCE, "the helper does not come up");
             std::thread::sleep(Duration::from_millis(10));
         }
+        // The connection that found it up has a thread and a descriptor there until its end is noticed.
+        while helper.threads() > 1 {
+            assert!(began.elapsed() < PATIENCE, "a connection is left behind");
+            std::thread::sleep(Duration::from_millis(1));
+        }
         helper
+    }
+
+    /// Its own, and one for each connection.
+    fn threads(&self) -> usize {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        tasks.unwrap().count()
     }
 
     fn connect(&self) -> rustix::io::Result<OwnedFd> {
