@@ -385,7 +385,7 @@ mod tests {
         }
     }
 
-    /// Each longer than the one before, so that none fits where another was.
+    /// Longer ones than before, which fit into nothing that came back, and shorter ones, which do.
     #[test]
     fn long_content_is_aligned_in_new_buffers_and_in_those_that_come_back() {
         let kib: Vec<u64> = [128, 160, 224, 1024, 128, 1024, 512]

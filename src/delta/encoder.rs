@@ -138,10 +138,7 @@ impl Encoder {
 mod tests {
     use super::*;
     use crate::{
-        base::{
-            limits::INDEX_FRAMES_MAX,
-            units::{DiskIndex, Extent},
-        },
+        base::units::{DiskIndex, Extent},
         delta::{encode_zero, layout::tests::header},
     };
 

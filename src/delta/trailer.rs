@@ -193,6 +193,15 @@ mod tests {
     use super::*;
     use crate::delta::{LogKind, layout::tests::header};
 
+    /// A foot that stands at 1032.
+    const FOOT: Foot = Foot {
+        epoch: Epoch(2),
+        cut: Timestamp(3),
+        trailer_at: 1000,
+        log_len: 1104,
+        chain: Digest([4; 32]),
+    };
+
     #[test]
     fn each_field_of_a_head_is_checked() {
         let head = TrailerHead {
@@ -228,14 +237,7 @@ mod tests {
 
     #[test]
     fn each_field_of_a_foot_is_checked() {
-        let foot = Foot {
-            epoch: Epoch(2),
-            cut: Timestamp(3),
-            trailer_at: 1000,
-            log_len: 1104,
-            chain: Digest([4; 32]),
-        };
-        assert_eq!(Foot::parse(&foot.to_bytes(), 1032), Ok(foot));
+        assert_eq!(Foot::parse(&FOOT.to_bytes(), 1032), Ok(FOOT));
         for (trailer_at, log_len, at, right) in [
             (1032, 1104, 1032, true),
             (1033, 1104, 1032, false),
@@ -246,12 +248,12 @@ mod tests {
             let foot = Foot {
                 trailer_at,
                 log_len,
-                ..foot
+                ..FOOT
             };
             let found = Foot::parse(&foot.to_bytes(), at);
             assert_eq!(found.is_ok(), right, "{trailer_at} {log_len} {at}");
         }
-        let mut bytes = foot.to_bytes();
+        let mut bytes = FOOT.to_bytes();
         bytes[71] ^= 1;
         assert!(Foot::parse(&bytes, 1032).is_err(), "the end mark");
     }
@@ -260,10 +262,7 @@ mod tests {
     fn a_foot_that_contradicts_its_header_is_named_by_its_place() {
         let foot = Foot {
             epoch: Epoch(1),
-            cut: Timestamp(3),
-            trailer_at: 1000,
-            log_len: 1104,
-            chain: Digest([4; 32]),
+            ..FOOT
         };
         let found = header(LogKind::Delta).point(&foot);
         assert!(

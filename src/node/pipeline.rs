@@ -194,12 +194,19 @@ fn pack(jobs: &Receiver<Job>, policy: &Mutex<Policy>, clock: &dyn Clock) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::clock::SystemClock;
+    use crate::base::{
+        clock::SystemClock,
+        units::{MIB, to_usize},
+    };
+
+    fn started(setting: Setting, workers: u16) -> Pipeline {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+        Pipeline::start(setting, workers, &clock).unwrap()
+    }
 
     #[test]
     fn frames_come_back_in_the_order_they_went_in() {
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
-        let mut pipeline = Pipeline::start(Setting::Zstd, 3, &clock).unwrap();
+        let mut pipeline = started(Setting::Zstd, 3);
         let mut expected = VecDeque::new();
         let mut seen = 0;
         for number in 0..200u64 {
@@ -211,7 +218,7 @@ mod tests {
             // Large and small pieces in turn: a later small one is packed long before an earlier large one.
             let len = if number % 2 == 0 { 1 << 20 } else { 4096 };
             let run = Extent::new(number << 20, len);
-            let raw = vec![7; crate::base::units::to_usize(len)];
+            let raw = vec![7; to_usize(len)];
             pipeline.submit(
                 DiskIndex(0),
                 run,
@@ -232,9 +239,7 @@ mod tests {
 
     #[test]
     fn zeros_that_follow_each_other_become_one_frame() {
-        const MIB: u64 = 1 << 20;
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
-        let mut pipeline = Pipeline::start(Setting::None, 1, &clock).unwrap();
+        let mut pipeline = started(Setting::None, 1);
         let mut zeros = |disk, offset| {
             let run = Extent::new(offset * MIB, MIB);
             pipeline.submit(DiskIndex(disk), run, Raw::Zero);
@@ -263,8 +268,7 @@ mod tests {
 
     #[test]
     fn data_between_zeros_stays_between_them() {
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
-        let mut pipeline = Pipeline::start(Setting::None, 1, &clock).unwrap();
+        let mut pipeline = started(Setting::None, 1);
         let run = |block: u64| Extent::new(block * 4096, 4096);
         for (block, raw) in [
             (0, Raw::Zero),

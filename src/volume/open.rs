@@ -75,7 +75,7 @@ pub struct MachineOptions {
     pub preserve_bytes_max: u64,
     /// Most hot regions of a disk; see [`HOT_REGIONS_MAX`](crate::track::intent::HOT_REGIONS_MAX).
     pub hot_regions_max: usize,
-    /// Most frames that the log of an epoch may have, if not much more than 1 MiB for each of them is owed; see
+    /// Most frames that the log of an epoch may have: see [`take`](super::take), and
     /// [`DELTA_FRAMES_MAX`](crate::base::limits::DELTA_FRAMES_MAX).
     pub frames_max: u64,
 }
